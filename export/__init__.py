@@ -1,0 +1,1 @@
+"""Explanation graph to ONNX."""
