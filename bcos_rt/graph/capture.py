@@ -1,0 +1,221 @@
+"""A network's forward pass as a flat graph of ATen ops (``torch.export``), with B-cos ops split into their parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, Node
+
+from bcos_rt.errors import UnsupportedOpError
+from bcos_rt.nn.network import BcosNetwork
+
+__all__ = ["Captured", "GraphBuilder", "bound_arguments", "capture", "eval_mode", "module_of"]
+
+aten = torch.ops.aten
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every submodule's own flag restored outside."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+class _Encoded(nn.Module):
+    def __init__(self, net: BcosNetwork) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, encoded: Tensor) -> Tensor:
+        return self.net.forward_encoded(encoded)
+
+
+class GraphBuilder:
+    """Appends nodes to a graph and works out their shapes on the way: every node gets a fake ``meta["val"]``."""
+
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        self.graph = Graph()
+        self.fake_mode = fake_mode
+        self.origin: Node | None = None  # the forward node new nodes are made for: they inherit its module stack
+        self._side = "forward"
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """Append ``target(*args, **kwargs)``; arguments are nodes or plain values."""
+        node = self.graph.call_function(target, args, kwargs)
+        values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        # The Python dispatcher keeps sizes symbolic where the C++ shape code would pin the batch (constant_pad_nd).
+        with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
+            node.meta["val"] = target(*values[0], **values[1])
+        node.meta["side"] = self._side
+        if self.origin is not None:
+            for key in ("nn_module_stack", "stack_trace"):
+                if key in self.origin.meta:
+                    node.meta[key] = self.origin.meta[key]
+        return node
+
+    def placeholder(self, name: str, value: Any) -> Node:
+        """Append an input with the given fake value."""
+        node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        node.meta["side"] = self._side
+        return node
+
+    def begin_adjoint(self) -> None:
+        """Nodes from here on belong to the adjoint (``meta["side"] == "adjoint"``)."""
+        self._side = "adjoint"
+
+
+@dataclass
+class Captured:
+    """A captured forward pass.
+
+    Attributes:
+        builder: the graph so far; its placeholders are the parameters, then ``encoded``.
+        parameter_names: one name per parameter placeholder, as in ``net.named_parameters()``/``named_buffers()``.
+        constants: values of the names that are neither parameter nor buffer.
+        encoded: the image placeholder, [N, C, H, W] with a symbolic N.
+        logits: the output node, [N, classes].
+        depends: forward nodes whose value depends on the image.
+    """
+
+    builder: GraphBuilder
+    parameter_names: tuple[str, ...]
+    parameter_nodes: tuple[Node, ...]
+    constants: dict[str, Tensor]
+    encoded: Node
+    logits: Node
+    depends: set[Node]
+
+
+def module_of(node: Node) -> str:
+    """Name of the module a node came from, for messages: ``backbone.layer1.0.conv1``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    names = [entry[0] for entry in stack.values() if entry[0]]
+    return names[-1].removeprefix("net.") if names else "the network"
+
+
+def bound_arguments(node: Node) -> dict[str, Any]:
+    """A node's arguments by the op schema's names, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    bound: dict[str, Any] = {}
+    for i, argument in enumerate(schema.arguments):
+        if i < len(node.args):
+            bound[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def _lower_conv2d(builder: GraphBuilder, a: Mapping[str, Any]) -> Node:
+    x, weight = a["x"], a["weight"]
+    geometry = (list(a["stride"]), list(a["padding"]), list(a["dilation"]))
+    kernel = list(weight.meta["val"].shape[2:])
+    z = builder.call(aten.conv2d.default, x, weight, a["bias"], *geometry, a["groups"])
+    n = builder.call(torch.ops.bcos_rt.patch_norm.default, x, kernel, *geometry, a["groups"], a["eps"])
+    m = builder.call(torch.ops.bcos_rt.dynamic_scale.default, z, n, a["b"], 1)
+    return builder.call(aten.mul.Tensor, z, m)
+
+
+def _lower_linear(builder: GraphBuilder, a: Mapping[str, Any]) -> Node:
+    z = builder.call(aten.linear.default, a["x"], a["weight"], a["bias"])
+    n = builder.call(torch.ops.bcos_rt.row_norm.default, a["x"], a["eps"])
+    m = builder.call(torch.ops.bcos_rt.dynamic_scale.default, z, n, a["b"], -1)
+    return builder.call(aten.mul.Tensor, z, m)
+
+
+LOWERINGS: dict[Any, Callable[[GraphBuilder, Mapping[str, Any]], Node]] = {
+    torch.ops.bcos_rt.conv2d.default: _lower_conv2d,
+    torch.ops.bcos_rt.linear.default: _lower_linear,
+}
+
+
+def capture(net: BcosNetwork, image_size: tuple[int, int]) -> Captured:
+    """Capture ``net.forward_encoded`` in evaluation mode for images of one size and any batch.
+
+    B-cos ops become ``z``, norm, multiplier ``m`` and ``z * m``, so that the adjoint can hold ``m`` constant.
+
+    Raises:
+        UnsupportedOpError: ``torch.export`` could not capture the network; the message carries its reason.
+    """
+    like = next(net.parameters(), net.encoding.mean)
+    example = torch.rand(2, net.encoding.channels, *image_size, dtype=like.dtype, device=like.device)
+    batch = torch.export.Dim("batch", min=1, max=1 << 20)
+    try:
+        with eval_mode(net):
+            program = torch.export.export(_Encoded(net).eval(), (example,), dynamic_shapes=({0: batch},), strict=False)
+            program = program.run_decompositions({})
+    except Exception as error:  # torch.export raises many kinds; the user needs its first line and the whole as cause
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedOpError(
+            f"the network cannot be captured by torch.export for {image_size[0]}x{image_size[1]} images with a dynamic "
+            f"batch: {reason}"
+        ) from error
+
+    values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"]
+    builder = GraphBuilder(next(v.fake_mode for v in values if hasattr(v, "fake_mode")))
+    mapping: dict[Node, Node] = {}
+    names: list[str] = []
+    parameter_nodes: list[Node] = []
+    constants: dict[str, Tensor] = {}
+    encoded: Node | None = None
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        if spec.kind == InputKind.USER_INPUT:
+            continue
+        name = str(spec.target).removeprefix("net.")
+        if spec.kind == InputKind.CONSTANT_TENSOR:
+            name = f"constant:{name}"
+            constants[name] = program.constants[str(spec.target)]
+        mapping[node] = builder.placeholder(node.name, node.meta["val"])
+        names.append(name)
+        parameter_nodes.append(mapping[node])
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        if spec.kind == InputKind.USER_INPUT:
+            encoded = mapping[node] = builder.placeholder("encoded", node.meta["val"])
+    if encoded is None:
+        raise UnsupportedOpError("the captured network does not use its image")
+
+    logits: Node | None = None
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            builder.origin = node
+            if node.target in LOWERINGS:
+                arguments = torch.fx.node.map_arg(bound_arguments(node), lambda n: mapping[n])
+                mapping[node] = LOWERINGS[node.target](builder, arguments)
+            elif node.target in (aten._assert_tensor_metadata.default, aten._assert_scalar.default):
+                continue
+            else:
+                mapping[node] = builder.graph.node_copy(node, lambda n: mapping[n])
+                mapping[node].meta["side"] = "forward"
+        elif node.op == "output":
+            outputs = node.args[0]
+            if len(outputs) != 1 or outputs[0].meta["val"].ndim != 2:
+                raise UnsupportedOpError("the network must return one tensor of logits, [N, classes]")
+            logits = mapping[outputs[0]]
+    builder.origin = None
+    if logits is None:
+        raise UnsupportedOpError("the captured network returns nothing")
+
+    depends: set[Node] = {encoded}
+    for node in builder.graph.nodes:
+        if node.target is aten.sym_size.int:
+            continue
+        if any(n in depends for n in node.all_input_nodes):
+            depends.add(node)
+    return Captured(builder, tuple(names), tuple(parameter_nodes), constants, encoded, logits, depends)

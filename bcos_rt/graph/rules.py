@@ -1,0 +1,731 @@
+"""The rule table: for each ATen op, the argument it is (held) linear in and its transpose.
+
+A rule ``(adjoint, node, grad)`` gets the adjoint of ``node``'s output and sends an adjoint to the argument that the op
+is linear in, once every other image-dependent factor is held constant (B-cos networks, arXiv 2205.10268, section 3;
+for normalisation, gates and attention arXiv 2306.10898 and 2411.00715):
+
+* convolution, linear, pooling, shape ops: their plain transposes; max-pool: the element it picked;
+* ReLU and its relatives: ``f(x) = g(x) * x`` with the gate ``g`` constant;
+* normalisations: the variance constant, the centring linear;
+* a product of two image-dependent values: the operand that comes out of a sigmoid, softmax, tanh, hard-sigmoid or
+  reciprocal root (else: out of another activation) is the gate; a quotient is linear in its numerator;
+* a constant summand (bias, mean, position embedding): ``<adjoint, constant>`` goes to the residual.
+
+Extend it with::
+
+    @bcos_rt.graph.rule(torch.ops.aten.my_op.default)
+    def my_op(adjoint, node, grad):
+        x = node.args[0]
+        adjoint.send(x, adjoint.call(torch.ops.aten.mul.Tensor, grad, adjoint.saved(gate)))
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from bcos_rt.graph.adjoint import Adjoint
+from bcos_rt.graph.capture import bound_arguments
+
+__all__ = ["RULES", "Rule", "rule"]
+
+aten = torch.ops.aten
+Rule = Callable[[Adjoint, Node, Node], None]
+
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for one or more op overloads (a later registration replaces an earlier one)."""
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            RULES[target] = function
+        return function
+
+    return register
+
+
+def _operands(node: Node) -> tuple[Any, Any]:
+    """The two operands of a binary op."""
+    left, right = node.args[:2]
+    return left, right
+
+
+# Linear layers -----------------------------------------------------------------------------------------------------
+
+
+def _pair(value: Any) -> list[int]:
+    values = [int(v) for v in value] if isinstance(value, Sequence) else [int(value)]
+    return values * 2 if len(values) == 1 else values
+
+
+def _conv_padding(adjoint: Adjoint, node: Node, padding: Any, kernel: list[int], dilation: list[int]) -> list[int]:
+    if not isinstance(padding, str):
+        return _pair(padding)
+    if padding == "valid":
+        return [0, 0]
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if any(t % 2 for t in total):
+        raise adjoint.fail(node, "padding='same' with an even kernel pads unevenly; pad explicitly before it")
+    return [t // 2 for t in total]
+
+
+@rule(aten.conv2d.default, aten.conv2d.padding)
+def conv2d(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``y = conv(x, w) + b``: the transposed convolution; ``<grad, b>`` to the residual."""
+    a = bound_arguments(node)
+    x, weight = a["input"], a["weight"]
+    if adjoint.depends(weight):
+        raise adjoint.fail(node, "its weights depend on the image")
+    size, kernel = list(x.meta["val"].shape[2:]), list(weight.meta["val"].shape[2:])
+    stride, dilation = _pair(a["stride"]), _pair(a["dilation"])
+    padding = _conv_padding(adjoint, node, a["padding"], kernel, dilation)
+    # What the stride left over at the far edge has to be given back.
+    extra = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) % stride[i] for i in range(2)]
+    back = adjoint.call(aten.conv_transpose2d.input, grad, weight, None, stride, padding, extra, a["groups"], dilation)
+    adjoint.send(x, back)
+    if a["bias"] is not None:
+        _channel_residual(adjoint, grad, a["bias"])
+
+
+def _channel_residual(adjoint: Adjoint, grad: Node, constant: Node) -> None:
+    """``<grad, c>`` for a per-channel constant of a [N, C, ...] value."""
+    trailing = grad.meta["val"].ndim - 2
+    for _ in range(trailing):
+        constant = adjoint.call(aten.unsqueeze.default, constant, -1)
+    adjoint.add_residual(grad, constant)
+
+
+@rule(aten.linear.default)
+def linear(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``y = x w^T + b``: ``grad w``."""
+    a = bound_arguments(node)
+    if adjoint.depends(a["weight"]):
+        raise adjoint.fail(node, "its weights depend on the image")
+    adjoint.send(a["input"], adjoint.call(aten.matmul.default, grad, a["weight"]))
+    if a["bias"] is not None:
+        adjoint.add_residual(grad, a["bias"])
+
+
+@rule(aten.addmm.default)
+def addmm(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``c + x w`` with constant ``w``."""
+    a = bound_arguments(node)
+    if adjoint.depends(a["mat2"]) or a["alpha"] != 1 or a["beta"] != 1:
+        raise adjoint.fail(node, "only c + x w with constant w and unit factors is linear in x")
+    adjoint.send(a["mat1"], adjoint.call(aten.matmul.default, grad, adjoint.call(aten.t.default, a["mat2"])))
+    adjoint.send_broadcast(a["self"], grad)
+
+
+@rule(aten.matmul.default, aten.mm.default, aten.bmm.default)
+def matmul(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``a b``: linear in the operand that is no gate (attention: softmax(q k^T) is the gate, values are linear)."""
+    left, right = _operands(node)
+    shapes = [left.meta["val"].ndim, right.meta["val"].ndim]
+    if min(shapes) < 2:
+        raise adjoint.fail(node, "a product with a vector has no rule; use a matrix")
+    if adjoint.depends(left) and adjoint.depends(right):
+        gate = _gate(adjoint, node, left, right)
+        linear_in = right if gate is left else left
+    else:
+        linear_in = left if adjoint.depends(left) else right
+    transposed = adjoint.call(aten.transpose.int, adjoint.saved(right if linear_in is left else left), -2, -1)
+    if linear_in is left:
+        adjoint.send_broadcast(left, adjoint.call(aten.matmul.default, grad, transposed))
+    else:
+        adjoint.send_broadcast(right, adjoint.call(aten.matmul.default, transposed, grad))
+
+
+# Sums, products, quotients -----------------------------------------------------------------------------------------
+
+
+@rule(aten.add.Tensor, aten.add.Scalar)
+def add(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``a + alpha b``."""
+    a = bound_arguments(node)
+    adjoint.send_broadcast(a["self"], grad)
+    other = grad if a["alpha"] == 1 else adjoint.call(aten.mul.Scalar, grad, a["alpha"])
+    adjoint.send_broadcast(a["other"], other)
+
+
+@rule(aten.sub.Tensor, aten.sub.Scalar)
+def sub(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``a - alpha b``."""
+    a = bound_arguments(node)
+    adjoint.send_broadcast(a["self"], grad)
+    adjoint.send_broadcast(a["other"], adjoint.call(aten.mul.Scalar, grad, -a["alpha"]))
+
+
+@rule(aten.rsub.Scalar, aten.rsub.Tensor)
+def rsub(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``b - alpha a``."""
+    a = bound_arguments(node)
+    adjoint.send_broadcast(a["self"], adjoint.call(aten.mul.Scalar, grad, -a["alpha"]))
+    adjoint.send_broadcast(a["other"], grad)
+
+
+@rule(aten.neg.default)
+def neg(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``-x``."""
+    adjoint.send(node.args[0], adjoint.call(aten.neg.default, grad))
+
+
+# How strongly an op's output claims to be the gate of a product.
+_BOUNDED = {
+    aten.sigmoid.default, aten.hardsigmoid.default, aten.softmax.int, aten._softmax.default, aten.tanh.default,
+    aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default, torch.ops.bcos_rt.dynamic_scale.default,
+    torch.ops.bcos_rt.patch_norm.default, torch.ops.bcos_rt.row_norm.default, aten.linalg_vector_norm.default,
+}  # fmt: skip
+_ACTIVATIONS = {
+    aten.relu.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.gelu.default,
+    aten.silu.default, aten.hardswish.default, aten.leaky_relu.default, aten.elu.default, aten.relu6.default,
+    aten.softplus.default, aten.exp.default,
+}  # fmt: skip
+_TRANSPARENT = {
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.permute.default, aten.transpose.int,
+    aten.clone.default, aten._to_copy.default, aten.slice.Tensor, aten.select.int, aten.mean.dim, aten.alias.default,
+    aten.dropout.default, aten.contiguous.default, aten.flatten.using_ints, aten.expand_as.default,
+}  # fmt: skip
+_AFFINE = {
+    aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.mul.Scalar, aten.div.Scalar,
+    aten.add.Scalar, aten.sub.Scalar,
+}  # fmt: skip
+
+
+def _gate_rank(adjoint: Adjoint, node: Node) -> int:
+    """2: comes out of a bounded gate op; 1: out of another activation; 0: neither. Looks through shape ops."""
+    while True:
+        if node.target in _BOUNDED:
+            return 2
+        if node.target in _ACTIVATIONS:
+            return 1
+        inputs = [n for n in node.all_input_nodes if adjoint.depends(n)]
+        if len(inputs) != 1 or node.target not in _TRANSPARENT | _AFFINE:
+            return 0
+        node = inputs[0]
+
+
+def _gate(adjoint: Adjoint, node: Node, left: Node, right: Node) -> Node:
+    ranks = (_gate_rank(adjoint, left), _gate_rank(adjoint, right))
+    if left is right or ranks[0] == ranks[1]:
+        raise adjoint.fail(
+            node,
+            "a product of two image-dependent values of which neither, or both, come out of a gate (sigmoid, softmax, "
+            "tanh, ...): it is not clear in which one it is linear",
+        )
+    return left if ranks[0] > ranks[1] else right
+
+
+@rule(aten.mul.Tensor, aten.mul.Scalar)
+def mul(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``a b``: times the constant, or times the gate where both depend on the image."""
+    left, right = _operands(node)
+    if adjoint.depends(left) and adjoint.depends(right):
+        gate = _gate(adjoint, node, left, right)
+        left, right = (right, gate) if gate is left else (left, gate)
+    elif adjoint.depends(right):
+        left, right = right, left
+    if isinstance(right, Node):
+        adjoint.send_broadcast(left, adjoint.call(aten.mul.Tensor, grad, adjoint.saved(right)))
+    else:
+        adjoint.send_broadcast(left, adjoint.call(aten.mul.Scalar, grad, right))
+
+
+@rule(aten.div.Tensor, aten.div.Scalar)
+def div(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``a / b``: linear in the numerator."""
+    numerator, denominator = _operands(node)
+    if not adjoint.depends(numerator):
+        raise adjoint.fail(node, "a constant divided by an image-dependent value is not linear in it")
+    if isinstance(denominator, Node):
+        adjoint.send_broadcast(numerator, adjoint.call(aten.div.Tensor, grad, adjoint.saved(denominator)))
+    else:
+        adjoint.send_broadcast(numerator, adjoint.call(aten.div.Scalar, grad, denominator))
+
+
+# Activations: f(x) = gate(x) * x -----------------------------------------------------------------------------------
+
+
+def _send_gated(adjoint: Adjoint, x: Any, grad: Node, gate: Node) -> None:
+    adjoint.send(x, adjoint.call(aten.mul.Tensor, grad, adjoint.saved(gate)))
+
+
+def _as_number(adjoint: Adjoint, mask: Node, like: Node) -> Node:
+    return adjoint.call(aten._to_copy.default, mask, dtype=like.meta["val"].dtype)
+
+
+@rule(aten.relu.default)
+def relu(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Gate ``1 if x > 0 else 0``, read off the output so that the input need not be kept."""
+    _send_gated(adjoint, node.args[0], grad, _as_number(adjoint, adjoint.call(aten.gt.Scalar, node, 0), node))
+
+
+def _ratio(adjoint: Adjoint, node: Node, at_zero: float) -> Node:
+    """Gate ``f(x) / x``, and its given value at 0."""
+    x = node.args[0]
+    zero = adjoint.call(aten.eq.Scalar, x, 0)
+    safe = adjoint.call(aten.masked_fill.Scalar, x, zero, 1.0)
+    return adjoint.call(aten.masked_fill.Scalar, adjoint.call(aten.div.Tensor, node, safe), zero, at_zero)
+
+
+@rule(aten.relu6.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default)
+def clamp(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``clamp(x, lo, hi) / x``, at 0: 0 where lo = 0 (ReLU6), else 1. Needs lo <= 0 <= hi, so that f(0) = 0."""
+    a = bound_arguments(node) if node.target is not aten.relu6.default else {"min_val": 0, "max_val": 6}
+    low = a.get("min_val", a.get("min"))
+    high = a.get("max_val", a.get("max"))
+    low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
+    if isinstance(low, Node) or isinstance(high, Node) or not low <= 0 <= high:
+        raise adjoint.fail(node, f"clamp to [{low}, {high}] does not map 0 to 0, so it is no gate times its input")
+    _send_gated(adjoint, node.args[0], grad, _ratio(adjoint, node, 0.0 if low == 0 else 1.0))
+
+
+@rule(aten.elu.default)
+def elu(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``elu(x) / x``, at 0 its slope."""
+    a = bound_arguments(node)
+    _send_gated(adjoint, node.args[0], grad, _ratio(adjoint, node, float(a["scale"])))
+
+
+@rule(aten.leaky_relu.default)
+def leaky_relu(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Gate ``1 if x > 0 else slope``."""
+    a = bound_arguments(node)
+    slope = float(a["negative_slope"])
+    mask = _as_number(adjoint, adjoint.call(aten.gt.Scalar, a["self"], 0), node)
+    gate = adjoint.call(aten.add.Scalar, adjoint.call(aten.mul.Scalar, mask, 1 - slope), slope)
+    _send_gated(adjoint, a["self"], grad, gate)
+
+
+@rule(aten.gelu.default)
+def gelu(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``x Phi(x)``: the gate is ``Phi(x)`` (or its tanh approximation)."""
+    a = bound_arguments(node)
+    x, call = a["self"], adjoint.call
+    if a["approximate"] == "tanh":
+        cube = call(aten.mul.Tensor, call(aten.mul.Tensor, x, x), x)
+        inner = call(aten.add.Tensor, x, call(aten.mul.Scalar, cube, 0.044715))
+        phi = call(aten.tanh.default, call(aten.mul.Scalar, inner, math.sqrt(2 / math.pi)))
+    else:
+        phi = call(aten.erf.default, call(aten.mul.Scalar, x, 1 / math.sqrt(2)))
+    _send_gated(adjoint, x, grad, call(aten.add.Scalar, call(aten.mul.Scalar, phi, 0.5), 0.5))
+
+
+@rule(aten.silu.default)
+def silu(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``x sigmoid(x)``: the gate is the sigmoid."""
+    _send_gated(adjoint, node.args[0], grad, adjoint.call(aten.sigmoid.default, node.args[0]))
+
+
+@rule(aten.hardswish.default)
+def hardswish(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``x clamp(x + 3, 0, 6) / 6``: the gate is the hard sigmoid."""
+    shifted = adjoint.call(aten.add.Scalar, node.args[0], 3.0)
+    gate = adjoint.call(aten.div.Scalar, adjoint.call(aten.clamp.default, shifted, 0.0, 6.0), 6.0)
+    _send_gated(adjoint, node.args[0], grad, gate)
+
+
+@rule(aten.mish.default)
+def mish(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``x tanh(softplus(x))``."""
+    _send_gated(
+        adjoint, node.args[0], grad, adjoint.call(aten.tanh.default, adjoint.call(aten.softplus.default, node.args[0]))
+    )
+
+
+@rule(aten.prelu.default)
+def prelu(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Gate ``1 if x > 0 else w_c``."""
+    x, weight = _operands(node)
+    for _ in range(x.meta["val"].ndim - 2):
+        weight = adjoint.call(aten.unsqueeze.default, weight, -1)
+    mask = _as_number(adjoint, adjoint.call(aten.gt.Scalar, x, 0), node)
+    slope = adjoint.call(aten.mul.Tensor, adjoint.call(aten.rsub.Scalar, mask, 1.0), weight)
+    _send_gated(adjoint, x, grad, adjoint.call(aten.add.Tensor, mask, slope))
+
+
+# Normalisation -----------------------------------------------------------------------------------------------------
+
+
+@rule(aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+def batch_norm(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Evaluation-mode BatchNorm is affine: ``x s + t``, ``s = w / sqrt(var + eps)``, ``t = b - mean s``."""
+    a = bound_arguments(node)
+    if a.get("training"):
+        raise adjoint.fail(
+            node, "BatchNorm without running statistics uses the batch's: it is no function of one image"
+        )
+    call = adjoint.call
+    scale = call(aten.rsqrt.default, call(aten.add.Scalar, a["running_var"], a["eps"]))
+    if a["weight"] is not None:
+        scale = call(aten.mul.Tensor, scale, a["weight"])
+    shift = call(aten.neg.default, call(aten.mul.Tensor, a["running_mean"], scale))
+    if a["bias"] is not None:
+        shift = call(aten.add.Tensor, shift, a["bias"])
+    _channel_residual(adjoint, grad, shift)
+    for _ in range(grad.meta["val"].ndim - 2):
+        scale = call(aten.unsqueeze.default, scale, -1)
+    adjoint.send(a["input"], call(aten.mul.Tensor, grad, scale))
+
+
+def _centred_norm(adjoint: Adjoint, x: Node, grad: Node, dims: list[int], eps: float) -> Node:
+    """Transpose of ``(x - mean(x)) / sqrt(var(x) + eps)`` with the root constant: centre the adjoint, then scale."""
+    call = adjoint.call
+    var = call(aten.var.correction, x, dims, correction=0, keepdim=True)
+    rstd = call(aten.rsqrt.default, call(aten.add.Scalar, var, eps))
+    centred = call(aten.sub.Tensor, grad, call(aten.mean.dim, grad, dims, True))
+    return call(aten.mul.Tensor, centred, adjoint.saved(rstd))
+
+
+@rule(aten.layer_norm.default)
+def layer_norm(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """LayerNorm with its variance constant."""
+    a = bound_arguments(node)
+    if a["bias"] is not None:
+        adjoint.add_residual(grad, a["bias"])
+    if a["weight"] is not None:
+        grad = adjoint.call(aten.mul.Tensor, grad, a["weight"])
+    dims = [-i for i in range(len(a["normalized_shape"]), 0, -1)]
+    adjoint.send(a["input"], _centred_norm(adjoint, a["input"], grad, dims, a["eps"]))
+
+
+@rule(aten.group_norm.default)
+def group_norm(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """GroupNorm with its variance constant."""
+    a = bound_arguments(node)
+    x, groups = a["input"], a["num_groups"]
+    if a["bias"] is not None:
+        _channel_residual(adjoint, grad, a["bias"])
+    if a["weight"] is not None:
+        weight = a["weight"]
+        for _ in range(x.meta["val"].ndim - 2):
+            weight = adjoint.call(aten.unsqueeze.default, weight, -1)
+        grad = adjoint.call(aten.mul.Tensor, grad, weight)
+    shape = adjoint.shape(x)
+    grouped = adjoint.reshape(x, [adjoint.batch, groups, -1])
+    back = _centred_norm(adjoint, grouped, adjoint.reshape(grad, [adjoint.rows, groups, -1]), [2], a["eps"])
+    adjoint.send(x, adjoint.reshape(back, shape))
+
+
+@rule(aten.rms_norm.default)
+def rms_norm(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """RMSNorm with its root mean square constant."""
+    a = bound_arguments(node)
+    call, x = adjoint.call, a["input"]
+    if a["weight"] is not None:
+        grad = call(aten.mul.Tensor, grad, a["weight"])
+    eps = a["eps"] if a["eps"] is not None else torch.finfo(x.meta["val"].dtype).eps
+    dims = [-i for i in range(len(a["normalized_shape"]), 0, -1)]
+    mean_square = call(aten.mean.dim, call(aten.mul.Tensor, x, x), dims, True)
+    _send_gated(adjoint, x, grad, call(aten.rsqrt.default, call(aten.add.Scalar, mean_square, eps)))
+
+
+# Pooling -----------------------------------------------------------------------------------------------------------
+
+
+@rule(aten.avg_pool2d.default)
+def avg_pool2d(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Each output hands its window an equal share."""
+    a = bound_arguments(node)
+    back = adjoint.call(
+        aten.avg_pool2d_backward.default,
+        grad,
+        adjoint.saved(a["self"]),
+        _pair(a["kernel_size"]),
+        _pair(a["stride"] or a["kernel_size"]),
+        _pair(a["padding"]),
+        a["ceil_mode"],
+        a["count_include_pad"],
+        a["divisor_override"],
+    )
+    adjoint.send(a["self"], back)
+
+
+def _adaptive_matrix(size: int, out: int) -> Tensor:
+    """[out, size]: row i averages ``floor(i size / out) .. ceil((i + 1) size / out)``, as adaptive pooling does."""
+    matrix = torch.zeros(out, size, dtype=torch.float64)
+    for i in range(out):
+        start, stop = i * size // out, -((-(i + 1) * size) // out)
+        matrix[i, start:stop] = 1 / (stop - start)
+    return matrix
+
+
+@rule(aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default)
+def adaptive_avg_pool2d(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``A_h x A_w^T`` with constant averaging matrices: ``A_h^T grad A_w``; a global pool spreads evenly."""
+    x: Any = node.args[0]
+    size, out = list(x.meta["val"].shape[-2:]), list(node.meta["val"].shape[-2:])
+    if out == [1, 1]:
+        share = adjoint.call(aten.div.Scalar, grad, float(size[0] * size[1]))
+        adjoint.send(x, adjoint.call(aten.expand.default, share, adjoint.shape(x)))
+        return
+    if out == size:
+        adjoint.send(x, grad)
+        return
+    rows = adjoint.constant(f"adaptive_{size[0]}_{out[0]}_transposed", _adaptive_matrix(size[0], out[0]).t())
+    columns = adjoint.constant(f"adaptive_{size[1]}_{out[1]}", _adaptive_matrix(size[1], out[1]))
+    adjoint.send(x, adjoint.call(aten.matmul.default, rows, adjoint.call(aten.matmul.default, grad, columns)))
+
+
+@rule(aten.max_pool2d.default, aten.max_pool2d_with_indices.default)
+def max_pool2d(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Linear in the element that was picked."""
+    a = bound_arguments(node)
+    x = a["self"]
+    window = (
+        _pair(a["kernel_size"]),
+        _pair(a["stride"] or a["kernel_size"]),
+        _pair(a["padding"]),
+        _pair(a["dilation"]),
+        a["ceil_mode"],
+    )
+    pooled = adjoint.call(aten.max_pool2d_with_indices.default, x, *window)
+    indices = adjoint.call(operator.getitem, pooled, 1)
+    back = adjoint.call(
+        aten.max_pool2d_with_indices_backward.default,
+        grad,
+        adjoint.saved(x),
+        *window,
+        adjoint.saved(indices),
+    )
+    adjoint.send(x, back)
+
+
+# Reductions, shapes, slices ----------------------------------------------------------------------------------------
+
+
+def _restore_dims(adjoint: Adjoint, node: Node, grad: Node, x: Node, dims: Any, keepdim: bool) -> Node:
+    """Undo a reduction's shape: put reduced dimensions back as size 1, then expand."""
+    ndim = x.meta["val"].ndim
+    wanted = [d % ndim for d in dims] if dims else list(range(ndim))
+    if any(isinstance(x.meta["val"].shape[d], torch.SymInt) for d in wanted):
+        raise adjoint.fail(node, "reduces over the batch: it is no function of one image")
+    if not keepdim:
+        for d in sorted(wanted):
+            grad = adjoint.call(aten.unsqueeze.default, grad, d)
+    return adjoint.call(aten.expand.default, grad, adjoint.shape(x))
+
+
+@rule(aten.mean.dim)
+def mean(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Each element gets ``1 / count``."""
+    a = bound_arguments(node)
+    x = a["self"]
+    spread = _restore_dims(adjoint, node, grad, x, a["dim"], a["keepdim"])
+    shape = x.meta["val"].shape
+    # Reduced dimensions are static here; going through numel() would pin the batch.
+    count = math.prod(int(shape[d]) for d in (a["dim"] or range(len(shape))))
+    adjoint.send(x, adjoint.call(aten.div.Scalar, spread, float(count)))
+
+
+@rule(aten.sum.dim_IntList)
+def sum_(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Each element gets the adjoint of its sum."""
+    a = bound_arguments(node)
+    adjoint.send(a["self"], _restore_dims(adjoint, node, grad, a["self"], a["dim"], a["keepdim"]))
+
+
+@rule(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.view_as.default,
+)
+def reshape(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """The same numbers in another shape."""
+    x: Any = node.args[0]
+    adjoint.send(x, adjoint.reshape(grad, adjoint.shape(x)))
+
+
+@rule(
+    aten.clone.default,
+    aten.alias.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.lift_fresh_copy.default,
+)
+def identity(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """The same tensor (dropout: in evaluation mode)."""
+    if node.target in (aten.dropout.default, aten.feature_dropout.default) and node.args[2]:
+        raise adjoint.fail(node, "dropout is active; explain in evaluation mode")
+    adjoint.send(node.args[0], grad)
+
+
+@rule(aten._to_copy.default, aten.to.dtype)
+def cast(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """A cast, back to the input's dtype."""
+    x: Any = node.args[0]
+    adjoint.send(x, adjoint.call(aten._to_copy.default, grad, dtype=x.meta["val"].dtype))
+
+
+@rule(aten.permute.default)
+def permute(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """The inverse permutation."""
+    a = bound_arguments(node)
+    order = [d % len(a["dims"]) for d in a["dims"]]
+    adjoint.send(a["self"], adjoint.call(aten.permute.default, grad, [order.index(i) for i in range(len(order))]))
+
+
+@rule(aten.transpose.int)
+def transpose(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """The same swap."""
+    adjoint.send(node.args[0], adjoint.call(aten.transpose.int, grad, *node.args[1:]))
+
+
+@rule(aten.t.default)
+def t(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """The same swap."""
+    adjoint.send(node.args[0], adjoint.call(aten.t.default, grad))
+
+
+@rule(aten.expand.default)
+def expand(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """The sum over what was repeated."""
+    adjoint.send_broadcast(node.args[0], grad)
+
+
+@rule(aten.cat.default)
+def cat(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Each part gets its slice."""
+    a = bound_arguments(node)
+    dim = a["dim"] % node.meta["val"].ndim
+    start = 0
+    for part in a["tensors"]:
+        size = part.meta["val"].shape[dim]
+        if isinstance(size, torch.SymInt):
+            raise adjoint.fail(node, "concatenates along the batch")
+        adjoint.send(part, adjoint.call(aten.slice.Tensor, grad, dim, start, start + size))
+        start += size
+
+
+@rule(aten.stack.default)
+def stack(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Each part gets its layer."""
+    a = bound_arguments(node)
+    dim = a["dim"] % node.meta["val"].ndim
+    for i, part in enumerate(a["tensors"]):
+        adjoint.send(part, adjoint.call(aten.select.int, grad, dim, i))
+
+
+def _pad_back(adjoint: Adjoint, grad: Node, ndim: int, dim: int, before: int, after: int) -> Node:
+    """``grad`` with zeros put back before and after it along one dimension."""
+    if before == 0 and after == 0:
+        return grad
+    pads = [0, 0] * (ndim - dim)
+    pads[-2:] = [before, after]
+    return adjoint.call(aten.constant_pad_nd.default, grad, pads, 0.0)
+
+
+@rule(aten.slice.Tensor)
+def slice_(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Zeros where nothing was taken."""
+    a = bound_arguments(node)
+    x = a["self"]
+    ndim = x.meta["val"].ndim
+    dim = a["dim"] % ndim
+    size = x.meta["val"].shape[dim]
+    if isinstance(size, torch.SymInt):
+        if node.meta["val"].shape[dim] == size:
+            adjoint.send(x, grad)
+            return
+        raise adjoint.fail(node, "slices the batch")
+    start, stop, step = slice(a["start"], a["end"], a["step"]).indices(size)
+    if step != 1:
+        taken = len(range(start, stop, step))
+        # x[start::step]: spread the adjoint over a [taken, step] grid, then cut and pad to size.
+        shape = adjoint.shape(x)
+        grid = adjoint.call(aten.unsqueeze.default, grad, dim + 1)
+        grid = _pad_back(adjoint, grid, ndim + 1, dim + 1, 0, step - 1)
+        flat = adjoint.reshape(grid, [*shape[:dim], taken * step, *shape[dim + 1 :]])
+        adjoint.send(x, _pad_back(adjoint, flat, ndim, dim, start, size - start - taken * step))
+        return
+    adjoint.send(x, _pad_back(adjoint, grad, ndim, dim, start, size - max(stop, start)))
+
+
+@rule(aten.select.int)
+def select(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Zeros where nothing was taken."""
+    a = bound_arguments(node)
+    x = a["self"]
+    ndim = x.meta["val"].ndim
+    dim = a["dim"] % ndim
+    size = x.meta["val"].shape[dim]
+    if isinstance(size, torch.SymInt):
+        raise adjoint.fail(node, "selects from the batch")
+    index = a["index"] % size
+    wide = adjoint.call(aten.unsqueeze.default, grad, dim)
+    adjoint.send(x, _pad_back(adjoint, wide, ndim, dim, index, size - index - 1))
+
+
+@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
+def split(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Each part's adjoint back in its place."""
+    a = bound_arguments(node)
+    x = a["self"]
+    ndim = x.meta["val"].ndim
+    dim = a["dim"] % ndim
+    size = x.meta["val"].shape[dim]
+    if isinstance(size, torch.SymInt):
+        raise adjoint.fail(node, "splits the batch")
+    start = 0
+    for i, part in enumerate(node.meta["val"]):
+        width = 1 if node.target is aten.unbind.int else part.shape[dim]
+        if i in adjoint.output_grads[node]:
+            piece = adjoint.output_grads[node][i]
+            if node.target is aten.unbind.int:
+                piece = adjoint.call(aten.unsqueeze.default, piece, dim)
+            adjoint.send(x, _pad_back(adjoint, piece, ndim, dim, start, size - start - width))
+        start += width
+
+
+@rule(aten.constant_pad_nd.default, aten.pad.default)
+def pad(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Constant padding: cut off what was added; padding with other than zeros goes to the residual."""
+    a = bound_arguments(node)
+    x, pads = a["self"], list(a["pad"])
+    if a.get("mode", "constant") != "constant":
+        raise adjoint.fail(node, f"padding mode {a['mode']!r} has no rule")
+    value = a.get("value") or 0
+    back = adjoint.call(aten.constant_pad_nd.default, grad, [-p for p in pads], 0.0)
+    if value:
+        # <grad, border> = value * (sum of all - sum of the inside)
+        adjoint.add_residual(grad, float(value))
+        adjoint.add_residual(back, -float(value))
+    adjoint.send(x, back)
+
+
+@rule(aten.reflection_pad2d.default)
+def reflection_pad2d(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Each border element adds to the pixel it mirrors."""
+    x, pads = node.args
+    adjoint.send(x, adjoint.call(aten.reflection_pad2d_backward.default, grad, adjoint.saved(x), pads))
+
+
+@rule(aten.replication_pad2d.default)
+def replication_pad2d(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Each border element adds to the edge pixel it repeats."""
+    x, pads = node.args
+    adjoint.send(x, adjoint.call(aten.replication_pad2d_backward.default, grad, adjoint.saved(x), pads))
+
+
+@rule(aten.roll.default)
+def roll(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """The roll back."""
+    a = bound_arguments(node)
+    adjoint.send(a["self"], adjoint.call(aten.roll.default, grad, [-s for s in a["shifts"]], a["dims"]))
