@@ -694,13 +694,24 @@ def split(adjoint: Adjoint, node: Node, grad: Node) -> None:
         start += width
 
 
+# Each border element adds to the pixel it mirrors or repeats.
+_PAD_BACKWARD = {
+    "reflect": aten.reflection_pad2d_backward.default,
+    "replicate": aten.replication_pad2d_backward.default,
+}
+
+
 @rule(aten.constant_pad_nd.default, aten.pad.default)
 def pad(adjoint: Adjoint, node: Node, grad: Node) -> None:
     """Constant padding: cut off what was added; padding with other than zeros goes to the residual."""
     a = bound_arguments(node)
     x, pads = a["self"], list(a["pad"])
-    if a.get("mode", "constant") != "constant":
-        raise adjoint.fail(node, f"padding mode {a['mode']!r} has no rule")
+    mode = a.get("mode", "constant")
+    if mode in _PAD_BACKWARD and len(pads) == 4:
+        adjoint.send(x, adjoint.call(_PAD_BACKWARD[mode], grad, adjoint.saved(x), pads))
+        return
+    if mode != "constant":
+        raise adjoint.fail(node, f"padding mode {mode!r} has no rule")
     value = a.get("value") or 0
     back = adjoint.call(aten.constant_pad_nd.default, grad, [-p for p in pads], 0.0)
     if value:
@@ -708,20 +719,6 @@ def pad(adjoint: Adjoint, node: Node, grad: Node) -> None:
         adjoint.add_residual(grad, float(value))
         adjoint.add_residual(back, -float(value))
     adjoint.send(x, back)
-
-
-@rule(aten.reflection_pad2d.default)
-def reflection_pad2d(adjoint: Adjoint, node: Node, grad: Node) -> None:
-    """Each border element adds to the pixel it mirrors."""
-    x, pads = node.args
-    adjoint.send(x, adjoint.call(aten.reflection_pad2d_backward.default, grad, adjoint.saved(x), pads))
-
-
-@rule(aten.replication_pad2d.default)
-def replication_pad2d(adjoint: Adjoint, node: Node, grad: Node) -> None:
-    """Each border element adds to the edge pixel it repeats."""
-    x, pads = node.args
-    adjoint.send(x, adjoint.call(aten.replication_pad2d_backward.default, grad, adjoint.saved(x), pads))
 
 
 @rule(aten.roll.default)

@@ -1,0 +1,168 @@
+"""``explain``: the dynamic linear summary of a network on given images."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bcos_rt.conversion import Recipe, bcosify
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
+from bcos_rt.explanation.explanation import Explanation
+from bcos_rt.graph import ExplanationGraph, build_explanation_graph
+from bcos_rt.nn.network import BcosNetwork, check_range
+
+__all__ = ["explain", "explanation_graph"]
+
+# Graphs are kept per network while the network lives: capturing costs seconds, running milliseconds. Nothing is stored
+# in the network itself. Each entry: key -> graph, the least recently used of more than GRAPHS_PER_NETWORK goes.
+GRAPHS_PER_NETWORK = 8
+_GRAPHS: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Any, ExplanationGraph]] = weakref.WeakKeyDictionary()
+_EQUIVALENTS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, BcosNetwork]] = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()
+
+
+def _structure(net: nn.Module) -> Any:
+    """Changes when the network's graph could: layers, their options, parameter shapes, dtypes, devices."""
+    tensors = [*net.named_parameters(), *net.named_buffers()]
+    return repr(net), tuple((n, t.shape, t.dtype, t.device) for n, t in tensors)
+
+
+def explanation_graph(net: BcosNetwork, image_size: tuple[int, int], multi: bool = False) -> ExplanationGraph:
+    """The (kept) explanation graph of a network for one image size; see :func:`build_explanation_graph`."""
+    key = (image_size, multi, _structure(net))
+    with _LOCK:
+        graphs = _GRAPHS.setdefault(net, OrderedDict())
+        if key not in graphs:
+            graphs[key] = build_explanation_graph(net, image_size, multi=multi)
+            while len(graphs) > GRAPHS_PER_NETWORK:
+                graphs.popitem(last=False)
+        graphs.move_to_end(key)
+        return graphs[key]
+
+
+def _equivalent(model: nn.Module) -> BcosNetwork:
+    """A conventional model as an equivalent B = 1 network; kept until one of its tensors changes."""
+    tensors = [*model.parameters(), *model.buffers()]
+    key = (repr(model), tuple((t.data_ptr(), t._version) for t in tensors))
+    with _LOCK:
+        kept = _EQUIVALENTS.get(model)
+        if kept is None or kept[0] != key:
+            kept = _EQUIVALENTS[model] = (key, bcosify(model, Recipe.equivalent())[0])
+        return kept[1]
+
+
+def _class_ids(targets: Any, images: int, classes: int, device: torch.device) -> Tensor:
+    """Targets in any accepted form as int64 [N] or [N, K], -1 for the top class."""
+    expected = f"None, an int, {images} ints (one per image) or [{images}, K] ints, each 0 to {classes - 1}"
+    if targets is None:
+        return torch.full((images,), -1, dtype=torch.int64, device=device)
+    if isinstance(targets, Tensor):
+        given = targets
+    elif isinstance(targets, bool | str):
+        raise InvalidTypeError("targets", repr(targets), expected)
+    else:
+        try:
+            given = torch.as_tensor(targets)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidTypeError("targets", repr(targets)[:80], expected) from error
+    untyped = given.numel() == 0 and not isinstance(targets, Tensor)  # [] becomes a float tensor
+    if not untyped and (given.dtype == torch.bool or given.is_floating_point() or given.is_complex()):
+        raise InvalidTypeError("targets", f"values of dtype {given.dtype}", expected)
+    given = given.to(device=device, dtype=torch.int64)
+    if given.ndim == 0:
+        given = given.expand(images)
+    if given.ndim > 2 or given.shape[0] != images or (given.ndim == 2 and given.shape[1] == 0):
+        raise InvalidArgumentError("targets", f"shape {tuple(given.shape)} for {images} images", expected)
+    if given.numel() and (int(given.min()) < -1 or int(given.max()) >= classes):
+        bad = int(given.min()) if int(given.min()) < -1 else int(given.max())
+        raise InvalidArgumentError("targets", f"class {bad}", f"0 to {classes - 1}, or -1 for the top class")
+    return given.contiguous()
+
+
+def explain(
+    net: nn.Module,
+    images: Tensor,
+    targets: int | Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
+) -> Explanation:
+    """Explain a network's logits on a batch of images, exactly.
+
+    The network is captured with ``torch.export`` (kept for further calls with that image size, any batch), and its
+    dynamic linear map transposed op by op, without autograd: one forward pass, then one transposed pass per class. It
+    is always the function of evaluation mode that is explained; nothing in the network changes.
+
+    Args:
+        net: a :class:`BcosNetwork`. Any other image classifier is first converted with :meth:`Recipe.equivalent`, so it
+            too takes images in [0, 1]; what comes out is its *initial* explanation.
+        images: [N, 3, H, W] in [0, 1], or [N, 6, H, W] already encoded as ``[x, 1 - x]``. Any size the network takes.
+        targets: None for each image's top class; one int for all images; N ints; or [N, K] ints for K classes of each
+            image at one forward pass. -1 stands for the top class.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: unusable images or targets (named).
+        UnsupportedOpError: an op without a dynamic-linear rule, named with its module.
+    """
+    if not isinstance(net, nn.Module):
+        raise InvalidTypeError("net", type(net).__name__, "a BcosNetwork or another torch.nn.Module")
+    label = "explanation"
+    if not isinstance(net, BcosNetwork):
+        net = _equivalent(net)
+    if net.recipe.b == 1:
+        label = "initial explanation"
+    like = next(net.parameters(), net.encoding.mean)
+    encoded = net.encode(images)
+    if encoded.device != like.device:
+        raise InvalidArgumentError("images", f"on {encoded.device}", f"the network's device, {like.device}")
+    if images.device.type != "cpu":
+        check_range(images)
+    encoded = encoded.detach().to(like.dtype)
+    n, channels, height, width = encoded.shape
+    if height == 0 or width == 0:
+        raise InvalidArgumentError("images", f"shape {tuple(images.shape)}", "at least one pixel")
+    multi = _is_multi(targets)
+    graph = explanation_graph(net, (height, width), multi)
+    output = next(node for node in graph.module.graph.nodes if node.op == "output")
+    classes = int(output.args[0]["logits"].meta["val"].shape[1])
+    class_ids = _class_ids(targets, n, classes, like.device)
+    names = tuple(net.class_names) if net.class_names is not None and len(net.class_names) == classes else None
+    if n == 0:
+        lead = tuple(class_ids.shape)
+        return Explanation(
+            encoded.new_zeros(0, classes),
+            class_ids,
+            encoded.new_zeros(*lead, channels, height, width),
+            encoded.new_zeros(*lead, height, width),
+            encoded.new_zeros(*lead),
+            encoded,
+            names,
+            label,
+        )
+    result = graph(net, encoded, class_ids)
+    return Explanation(
+        result["logits"],
+        result["class_used"],
+        result["weights"],
+        result["contributions"],
+        result["residual"],
+        encoded,
+        names,
+        label,
+    )
+
+
+def _is_multi(targets: Any) -> bool:
+    if isinstance(targets, Tensor):
+        return targets.ndim == 2
+    if hasattr(targets, "ndim"):
+        return int(targets.ndim) == 2
+    return (
+        isinstance(targets, Sequence)
+        and len(targets) > 0
+        and (isinstance(targets[0], Sequence) or (isinstance(targets[0], Tensor) and targets[0].ndim == 1))
+        and not isinstance(targets, str)
+    )
