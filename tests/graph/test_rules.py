@@ -101,9 +101,9 @@ CASES = {
     "subtract": (lambda p, x: torch.sub(x, x.mean((2, 3), keepdim=True), alpha=0.5), None),
     "rsub_tensor": (lambda p, x: p["m"].weight[:, :, 0, 0].t()[None, :, :1, None] - x, lambda: nn.Conv2d(8, 4, 1)),
     "broadcast_mul": (lambda p, x: x * p["m"].weight[:, 0, 0, 0][None, :, None, None], lambda: nn.Conv2d(1, 8, 1)),
-    "squeeze_excite": (lambda p, x: x * torch.sigmoid(p["m"](x.mean((2, 3), keepdim=True))), lambda: nn.Conv2d(8, 8, 1)),
+    "squeeze_excite": (lambda p, x: x * p["m"](x.mean((2, 3), keepdim=True)).sigmoid(), lambda: nn.Conv2d(8, 8, 1)),
     "swish_by_hand": (lambda p, x: x * torch.sigmoid(x), None),
-    "spatial_gate_matmul": (lambda p, x: torch.matmul(p["m"].weight[:, :, 0, 0], x.flatten(2)), lambda: nn.Conv2d(8, 4, 1)),
+    "constant_matmul": (lambda p, x: p["m"].weight[:, :, 0, 0] @ x.flatten(2), lambda: nn.Conv2d(8, 4, 1)),
     "expand": (lambda p, x: x.mean((2, 3), keepdim=True).expand(-1, -1, 3, 4), None),
 }  # fmt: skip
 
