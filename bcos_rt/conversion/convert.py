@@ -1,0 +1,1038 @@
+"""``bcosify``: a conventional vision network becomes a B-cos network.
+
+Layers are swapped in a copy of the model, so that names and state-dict keys stay. Where the forward itself must change
+(classifier before the pool, functional activations and pools) the copy's ``torch.fx`` graph is rewritten. No step knows
+an architecture: what is a stem, a gate branch or a classifier follows from the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+
+from bcos_rt.conversion import trace as tracing
+from bcos_rt.conversion.equivalence import EquivalenceResult, check_equivalence
+from bcos_rt.conversion.recipe import IMAGENET_MEAN, IMAGENET_STD, Recipe
+from bcos_rt.conversion.report import ConversionReport, Kind, LayerEntry, compare_weights
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
+from bcos_rt.nn import BatchNormUncentered2d, BcosConv2d, BcosLinear, BcosNetwork, InputEncoding, LogitLayer
+
+__all__ = ["bcosify"]
+
+# A stem is a handful of convolutions; a max-pool behind more of them belongs to the network's body.
+MAX_STEM_CONVS = 3
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+_OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def bcosify(
+    model: nn.Module | str,
+    recipe: Recipe | None = None,
+    *,
+    verify_images: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+) -> tuple[BcosNetwork, ConversionReport]:
+    """Turn an image classifier into a B-cos network (Arya et al., NeurIPS 2024, arXiv 2411.00715).
+
+    Args:
+        model: A module that takes normalised images [N, 3, H, W] and returns logits, or a name that
+            :func:`bcos_rt.models.load_model` knows (``"torchvision:resnet18"``). It is not modified; parameters are
+            copied. Train/eval modes carry over.
+        recipe: What to change; ``None`` is ``Recipe()``, the published CNN recipe. ``net.recipe`` is this recipe with
+            mean and std filled in.
+        verify_images: Images [N, 3, H, W] in [0, 1] on which to compare the result with the source; the difference is
+            ``report.equivalence``.
+        class_names: One name per logit.
+
+    Returns:
+        The network (its ``backbone`` has the source's submodule names and state-dict keys), and the report of what was
+        replaced, what was kept and why.
+
+    Raises:
+        InvalidTypeError: ``model`` is no eager module, or is a B-cos network already.
+        InvalidArgumentError: the model has no convolution that takes an RGB image, its input cannot be widened to six
+            channels, a ``recipe.keep`` pattern matches no module, or ``class_names`` has a wrong length.
+    """
+    recipe = Recipe() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise InvalidTypeError("recipe", type(recipe).__name__, "a bcos_rt.Recipe")
+    source = _resolve(model)
+    work = copy.deepcopy(source.module)
+    conversion = _Conversion(work, recipe)
+    backbone = conversion.run()
+
+    mean = recipe.mean or source.mean
+    std = recipe.std or source.std
+    for field, value, default in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
+        if value is None:
+            conversion.notes.append(f"input {field}: the model has no metadata, ImageNet's {default} is used")
+    recipe = recipe.replace(mean=mean or IMAGENET_MEAN, std=std or IMAGENET_STD)
+    encoding = InputEncoding(recipe.mean or (), recipe.std or (), six_channels=recipe.input_encoding == "six_channel")
+    classes = conversion.classes
+    bias = _logit_bias(recipe, classes, conversion.notes)
+    conversion.add("", "logit", "", f"LogitLayer(bias={bias}, temperature={recipe.logit_temperature})", "logit_bias")
+    names = class_names if class_names is not None else source.class_names
+    if class_names is not None and classes is not None and len(class_names) != classes:
+        raise InvalidArgumentError("class_names", f"{len(class_names)} names", f"one per logit, {classes}")
+    if names is not None and classes is not None and len(names) != classes:
+        names = None
+    net = BcosNetwork(backbone, encoding, LogitLayer(bias, recipe.logit_temperature), recipe, source.origin, names)
+    for module in (net, net.encoding, net.logit_layer):
+        module.training = source.module.training
+    reference = next(backbone.parameters(), None)
+    if reference is not None:
+        net.encoding.to(reference.device)
+
+    copied = compare_weights(source.module, backbone, conversion.is_dropped, conversion.folded_bias)
+    equivalence: EquivalenceResult | None = None
+    if verify_images is not None:
+        equivalence = check_equivalence(source.module, net, verify_images)
+    report = ConversionReport(source.name, tuple(conversion.entries), copied, equivalence, tuple(conversion.notes))
+    return net, report
+
+
+# --- the source ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    module: nn.Module
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    class_names: Sequence[str] | None
+    origin: dict[str, Any]
+    name: str
+
+
+def _resolve(model: object) -> _Source:
+    # Not at the top: bcos_rt.models may itself need converted networks.
+    from bcos_rt import models
+
+    if isinstance(model, str):
+        model = models.load_model(model)
+    if isinstance(model, models.LoadedModel):
+        name = str(model.source.get("name", type(model.module).__name__))
+        _check_module(model.module)
+        return _Source(model.module, model.mean, model.std, model.class_names, dict(model.source), name)
+    module = _check_module(model)
+    mean, std = models.metadata_of(module) or (None, None)
+    cls = type(module)
+    origin = {"kind": "module", "name": f"{cls.__module__}.{cls.__qualname__}"}
+    return _Source(module, mean, std, None, origin, cls.__name__)
+
+
+def _check_module(model: object) -> nn.Module:
+    expected = "a torch.nn.Module that classifies images, or a model name"
+    if isinstance(model, BcosNetwork):
+        raise InvalidTypeError("model", "a BcosNetwork", expected, " (this one is converted already)")
+    if not isinstance(model, nn.Module):
+        hint = " (an instance, not the class)" if isinstance(model, type) and issubclass(model, nn.Module) else ""
+        raise InvalidTypeError("model", type(model).__name__, expected, hint)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidTypeError("model", "a TorchScript module", expected, " (pass the eager model)")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise InvalidTypeError("model", type(model).__name__, expected, " (pass model.module)")
+    if "_orig_mod" in model._modules:
+        raise InvalidTypeError("model", "a compiled module", expected, " (pass model._orig_mod)")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise InvalidArgumentError("model", "uninitialised (lazy) parameters", "a model that has seen an image")
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Conv2d) and m.in_channels == 1 and m.groups == 1:
+            raise InvalidArgumentError(
+                "model",
+                f"a grayscale model (convolution {name!r} takes 1 channel)",
+                "a model of RGB images, 3 channels",
+                " (repeat the weights: w.repeat(1, 3, 1, 1) / 3)",
+            )
+        if isinstance(m, nn.Conv2d):
+            break
+    return model
+
+
+def _logit_bias(recipe: Recipe, classes: int | None, notes: list[str]) -> float | None:
+    if recipe.logit_bias != "auto":
+        return recipe.logit_bias
+    if classes is None:
+        notes.append("logit bias: the number of classes is unknown (no classifier at the output), none is added")
+        return None
+    if classes < 2:
+        notes.append(f"logit bias: -log(classes - 1) is undefined for {classes} class, none is added")
+        return None
+    return -math.log(classes - 1)
+
+
+# --- the conversion --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A classifier that commutes with the global pool before it: pool -> flatten, dropout -> linear."""
+
+    linear: fx.Node
+    between: tuple[fx.Node, ...]
+    dropouts: tuple[fx.Node, ...]
+    pool: fx.Node
+    features: fx.Node
+    pool_flattens: bool
+
+
+class _Conversion:
+    """One run over a copy of the model, which it changes."""
+
+    def __init__(self, work: nn.Module, recipe: Recipe) -> None:
+        self.root = work
+        self.recipe = recipe
+        self.entries: list[LayerEntry] = []
+        self.notes: list[str] = []
+        self.folded_bias: dict[str, Tensor] = {}
+        self.dropped: set[str] = set()
+        self.backbone_names: set[str] = set()
+        self.names: dict[int, list[str]] = {}
+        for name, module in work.named_modules(remove_duplicate=False):
+            self.names.setdefault(id(module), []).append(name)
+        self.modules = dict(work.named_modules(remove_duplicate=False))
+        self._check_keep()
+        self.trace = tracing.trace_model(work)
+        self.graph = self.trace.graph
+        for name, reason in self.trace.opaque.items():
+            self.notes.append(
+                f"{name or 'the model'}: its forward cannot be traced ({reason}); functional activations and pools, gates"
+                f" and classifiers inside it are not recognised"
+            )
+        self.rewritable = self.graph is not None and not self.trace.mode_dependent
+        if self.graph is not None and self.trace.mode_dependent:
+            self.notes.append(
+                "the forward differs between train and eval mode, so its order of operations is left as it is"
+            )
+        self.live = tracing.live_nodes(self.graph, self.modules) if self.graph is not None else set()
+        self.classes: int | None = None
+
+    def add(self, name: str, kind: Kind, before: str, after: str, reason: str) -> None:
+        self.entries.append(LayerEntry(name, kind, before, after, reason))
+
+    def keep_entry(self, name: str, kind: Kind, text: str, reason: str) -> None:
+        self.add(name, kind, text, text, reason)
+
+    def run(self) -> nn.Module:
+        recipe = self.recipe
+        head_node = self._output_layer()
+        head = self._plan_head(head_node)
+        pool = self._plan_stem_pool()
+        stem = self._stem_convs()
+        activations = self._functional_activations()
+
+        # Modules that the graph calls on and off the live path cannot be swapped as a whole: their calls are.
+        replaced: dict[int, nn.Module] = {}
+        pool_call = pool is not None and (pool.op != "call_module" or len(self.trace.calls[str(pool.target)]) > 1)
+        for name, module in list(self.root.named_modules()):
+            if head is not None and name == head.linear.target:
+                new: nn.Module = self._head_conv(name, module)
+            elif pool is not None and not pool_call and name == pool.target:
+                new = self._average_pool(name, module)
+            else:
+                new = self._convert(name, module, stem)
+            if new is not module:
+                replaced[id(module)] = new
+                self._install(module, new)
+        self._unused_stem_check(stem, replaced)
+
+        if head is not None or activations or pool_call:
+            root = self._rewrite(head, activations, pool if pool_call else None)
+        else:
+            root = self.root
+        self.backbone_names = set(dict(root.named_modules(remove_duplicate=False)))
+        if recipe.input_encoding == "six_channel" and not self.entries:
+            raise InvalidArgumentError("model", "a module without layers", "an image classifier")
+        return root
+
+    # --- names, roles --------------------------------------------------------------------------------------------
+
+    def _check_keep(self) -> None:
+        for pattern in self.recipe.keep:
+            if not any(fnmatchcase(name, pattern) for name in self.modules):
+                names = [n for n in self.modules if n]
+                raise InvalidArgumentError(
+                    "Recipe.keep", repr(pattern), "a pattern that matches a module's name", did_you_mean(pattern, names)
+                )
+
+    def _kept_by_recipe(self, name: str) -> bool:
+        """Whether a keep pattern matches a module or one it is part of."""
+        parts = name.split(".") if name else []
+        prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+        return any(fnmatchcase(p, pattern) for p in prefixes or [""] for pattern in self.recipe.keep)
+
+    def _is_kept(self, module: nn.Module) -> bool:
+        return any(self._kept_by_recipe(name) for name in self.names[id(module)])
+
+    def _is_gate(self, module: nn.Module) -> bool:
+        """Whether every call of a module serves a gate only."""
+        if self.graph is None:
+            return False
+        calls = [node for name in self.names[id(module)] for node in self.trace.calls_of(name) or ()]
+        return bool(calls) and not any(node in self.live for node in calls)
+
+    def _part_of_torch_layer(self, name: str) -> str | None:
+        """The torch.nn layer (attention, transformer) a module is part of; those read its weights themselves."""
+        parts = name.split(".")
+        for end in range(len(parts) - 1, -1, -1):
+            parent = self.modules[".".join(parts[:end])]
+            if tracing.is_torch_layer(parent) and not isinstance(parent, _NORMS):
+                return type(parent).__name__
+        return None
+
+    def _install(self, old: nn.Module, new: nn.Module) -> None:
+        new.training = old.training
+        new._forward_hooks.update(old._forward_hooks)
+        new._forward_pre_hooks.update(old._forward_pre_hooks)
+        for name in self.names[id(old)]:
+            if name == "":
+                self.root = new
+            else:
+                parent, _, leaf = name.rpartition(".")
+                setattr(self.root.get_submodule(parent), leaf, new)
+        self.names[id(new)] = self.names[id(old)]
+
+    def is_dropped(self, name: str) -> bool:
+        """Whether the source's parameter or buffer ``name`` was meant to go."""
+        owner = name.rpartition(".")[0]
+        if name in self.dropped:
+            return True
+        # A rewritten graph holds no modules that the forward never calls.
+        return owner not in self.backbone_names and owner in self.modules and self.trace.calls_of(owner) is None
+
+    def _drop(self, module: nn.Module, *parameters: str) -> None:
+        for name in self.names[id(module)]:
+            self.dropped.update(f"{name}.{p}" if name else p for p in parameters)
+
+    # --- layers --------------------------------------------------------------------------------------------------
+
+    def _convert(self, name: str, module: nn.Module, stem: set[int]) -> nn.Module:
+        """The module to put in place of ``module`` (itself when it stays)."""
+        is_conv = isinstance(module, nn.Conv2d)
+        is_linear = isinstance(module, nn.Linear)
+        is_norm = isinstance(module, _NORMS)
+        is_activation = tracing.is_activation(module)
+        own_bias = not any(module.children()) and module._parameters.get("bias") is not None
+        if not (is_conv or is_linear or is_norm or is_activation or own_bias or isinstance(module, _OTHER_CONVS)):
+            return module
+        if is_activation:
+            return self._convert_activation(name, module)
+        kind: Kind = "norm" if is_norm else "linear" if is_linear else "conv" if is_conv else "other"
+        reason = ""
+        torch_layer = self._part_of_torch_layer(name) if name else None
+        if self._is_kept(module):
+            reason = "matches Recipe.keep"
+        elif torch_layer is not None:
+            reason = f"part of {torch_layer}, whose forward reads its weights itself"
+        elif self.recipe.gates == "keep" and self._is_gate(module):
+            reason = "computes a gate only"
+        elif is_conv or is_linear:
+            reason = self._why_not_bcos(module)
+        if reason:
+            if id(module) in stem:
+                self._widen_kept(name, module, reason)
+            else:
+                self.keep_entry(name, kind, _describe(module), reason)
+            return module
+        if isinstance(module, nn.Conv2d):
+            return self._convert_conv(name, module, id(module) in stem)
+        if isinstance(module, nn.Linear):
+            return self._convert_linear(name, module)
+        if is_norm:
+            return self._convert_norm(name, module)
+        what = "no B-cos counterpart" if isinstance(module, _OTHER_CONVS) else "a layer of its own kind, with a bias"
+        self.keep_entry(name, kind, _describe(module), what)
+        return module
+
+    def _why_not_bcos(self, module: nn.Module) -> str:
+        """Why a convolution or linear layer cannot be replaced; empty when it can."""
+        cls = type(module)
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return "an attention layer's projection"
+        if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+            return "its weight is computed by a parametrisation"
+        if cls in tracing.timm_classes("Conv2dSame"):
+            return ""
+        if isinstance(module, nn.Conv2d):
+            own = cls.forward is not nn.Conv2d.forward or cls._conv_forward is not nn.Conv2d._conv_forward
+        else:
+            own = cls.forward is not nn.Linear.forward
+        return f"{cls.__name__} has a forward of its own" if own else ""
+
+    def _bcos_reason(self) -> str:
+        return f"b={self.recipe.b:g}" + (", unit-norm weights" if self.recipe.weight_norm == "unit" else "")
+
+    def _take_bias(self, module: nn.Conv2d | nn.Linear) -> nn.Parameter | None:
+        if module.bias is not None and self.recipe.biases == "drop":
+            self._drop(module, "bias")
+            return None
+        return module.bias
+
+    def _convert_conv(self, name: str, conv: nn.Conv2d, widen: bool) -> nn.Module:
+        before = _describe(conv)
+        new = BcosConv2d(
+            conv.in_channels * (2 if widen else 1),
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            bias=False,
+            padding_mode=conv.padding_mode,
+            device="meta",
+            b=self.recipe.b,
+            weight_norm=self.recipe.weight_norm,
+            tf_same_padding=type(conv) in tracing.timm_classes("Conv2dSame"),
+        )
+        new.weight = _widened(conv.weight) if widen else conv.weight
+        new.bias = self._take_bias(conv)
+        reason = self._bcos_reason() + (", first convolution: weights [w, -w]/2" if widen else "")
+        self.add(name, "conv", before, _describe(new), reason)
+        return new
+
+    def _convert_linear(self, name: str, linear: nn.Linear) -> nn.Module:
+        new = BcosLinear(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            device="meta",
+            b=self.recipe.b,
+            weight_norm=self.recipe.weight_norm,
+        )
+        new.weight = linear.weight
+        new.bias = self._take_bias(linear)
+        self.add(name, "linear", _describe(linear), _describe(new), self._bcos_reason())
+        return new
+
+    def _head_conv(self, name: str, linear: nn.Module) -> nn.Module:
+        if not isinstance(linear, nn.Linear):  # the plan looked
+            raise InvalidTypeError("model", type(linear).__name__, "a linear classifier")
+        new = BcosConv2d(
+            linear.in_features,
+            linear.out_features,
+            1,
+            bias=False,
+            device="meta",
+            b=self.recipe.b,
+            weight_norm=self.recipe.weight_norm,
+        )
+        weight = linear.weight.detach()[:, :, None, None]
+        new.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+        new.bias = self._take_bias(linear)
+        self.add(name, "head", _describe(linear), _describe(new), f"{self._bcos_reason()}, before the global pool")
+        return new
+
+    def _widen_kept(self, name: str, module: nn.Module, reason: str) -> None:
+        if not isinstance(module, nn.Conv2d) or (self._why_not_bcos(module) and not self._is_plain_conv(module)):
+            raise InvalidArgumentError(
+                "model",
+                f"a first convolution {name!r} of type {type(module).__name__} ({reason})",
+                "a torch.nn.Conv2d, whose weights can become [w, -w]/2",
+                " (or use Recipe(input_encoding='three_channel'))",
+            )
+        before = _describe(module)
+        module.weight = _widened(module.weight)
+        module.in_channels *= 2
+        self.add(name, "conv", before, _describe(module), f"{reason}; weights [w, -w]/2 as the input has six channels")
+
+    def _is_plain_conv(self, module: nn.Module) -> bool:
+        return type(module) is nn.Conv2d and "weight" in module._parameters
+
+    def _convert_norm(self, name: str, module: nn.Module) -> nn.Module:
+        before = _describe(module)
+        act_classes = tracing.timm_classes("BatchNormAct2d")
+        exact = type(module) is nn.BatchNorm2d or type(module) is nn.SyncBatchNorm or type(module) in act_classes
+        folded = self.recipe.batch_norm == "uncentered_folded"
+        if isinstance(module, _BatchNorm) and exact and self.recipe.batch_norm != "keep":
+            if folded and module.running_mean is None:
+                self.keep_entry(name, "norm", before, "it has no running mean to fold into a bias")
+                return module
+            new = self._uncentered(name, module, folded)
+            reason = f"batch_norm={self.recipe.batch_norm!r}"
+            if type(module) is nn.SyncBatchNorm:
+                reason += "; statistics are per process now"
+            self.add(name, "norm", before, _describe(new), reason)
+            return new
+        if self.recipe.biases == "drop" and module._parameters.get("bias") is not None:
+            reason = _drop_norm_bias(module)
+            self._drop(module, "bias") if module.bias is None else None
+            self.add(name, "norm", before, _describe(module) + " without bias", f"biases='drop'{reason}")
+            if module.bias is not None:
+                self.notes.append(f"{name}: its forward needs a bias, which is zero and frozen now")
+            return module
+        if isinstance(module, _BatchNorm) and self.recipe.batch_norm != "keep":
+            self.keep_entry(name, "norm", before, f"{type(module).__name__} is no 2-D batch norm with known forward")
+        elif isinstance(module, _BatchNorm):
+            self.keep_entry(name, "norm", before, "batch_norm='keep'")
+        else:
+            self.keep_entry(name, "norm", before, "LayerNorm and GroupNorm keep their centring")
+        return module
+
+    def _uncentered(self, name: str, old: _BatchNorm, folded: bool) -> BatchNormUncentered2d:
+        affine = old.affine or folded
+        keep_bias = affine and self.recipe.biases == "keep" and (folded or old.bias is not None)
+        new = BatchNormUncentered2d(
+            old.num_features,
+            old.eps,
+            old.momentum,
+            affine,
+            old.track_running_stats,
+            device="meta",
+            bias=keep_bias,
+            drop=old._modules.get("drop"),
+            act=old._modules.get("act"),
+        )
+        new.running_mean, new.running_var = old.running_mean, old.running_var
+        new.num_batches_tracked = old.num_batches_tracked
+        if old.weight is not None:
+            new.weight = old.weight
+        elif affine:
+            new.weight = nn.Parameter(torch.ones_like(_present(old.running_var)))
+        if keep_bias and not folded:
+            new.bias = old.bias
+        elif folded:
+            # In float64: the mean may be large and the scale small, or the other way round.
+            mean, var = _present(old.running_mean).double(), _present(old.running_var).double()
+            bias = -mean * new.weight.detach().double() / torch.sqrt(var + old.eps)
+            if old.bias is not None:
+                bias = old.bias.detach().double() + bias
+            new.bias = nn.Parameter(bias.to(new.weight.dtype), requires_grad=new.weight.requires_grad)
+            for alias in self.names[id(old)]:
+                self.folded_bias[f"{alias}.bias" if alias else "bias"] = bias.to(new.weight.dtype)
+        if old.bias is not None and not keep_bias:
+            self._drop(old, "bias")
+        return new
+
+    def _convert_activation(self, name: str, module: nn.Module) -> nn.Module:
+        if self.recipe.activations == "keep":
+            return module
+        before = _describe(module)
+        if self._is_kept(module):
+            self.keep_entry(name, "activation", before, "matches Recipe.keep")
+            return module
+        if self._is_gate(module):
+            self.keep_entry(name, "activation", before, "computes a gate only")
+            return module
+        calls = [node for alias in self.names[id(module)] for node in self.trace.calls.get(alias, ())]
+        if any(node not in self.live for node in calls):
+            # Shared by gates too; where the graph can be rewritten its live calls go.
+            if not self.rewritable:
+                self.keep_entry(name, "activation", before, "also computes a gate")
+            return module
+        self._drop(module, *module._parameters)
+        self.add(name, "activation", before, "Identity()", "activations='identity'")
+        return nn.Identity()
+
+    # --- the input -----------------------------------------------------------------------------------------------
+
+    def _stem_convs(self) -> set[int]:
+        """ids of the convolutions whose weights become [w, -w]/2."""
+        convs = self._image_convs()
+        six = self.recipe.input_encoding == "six_channel"
+        if not convs:
+            raise InvalidArgumentError(
+                "model", "no convolution that takes the image", "a convolution with 3 (RGB) input channels"
+            )
+        found: set[int] = set()
+        for name, conv in convs:
+            wanted = "a first convolution with 3 input channels (RGB)"
+            if conv.in_channels == 6 and six:
+                self.keep_entry(name, "input", _describe(conv), "takes six channels already")
+                continue
+            if conv.in_channels != 3:
+                hint = " (a grayscale model)" if conv.in_channels == 1 else ""
+                raise InvalidArgumentError("model", f"{conv.in_channels} in {name!r}{hint}", wanted)
+            if not six:
+                continue
+            if conv.groups != 1:
+                raise InvalidArgumentError(
+                    "model",
+                    f"groups={conv.groups} in the first convolution {name!r}",
+                    "groups=1, as [x, 1 - x] puts a channel and its inverse into different groups",
+                    " (or use Recipe(input_encoding='three_channel'))",
+                )
+            found.add(id(conv))
+        return found
+
+    def _image_convs(self) -> list[tuple[str, nn.Conv2d]]:
+        six = self.recipe.input_encoding == "six_channel"
+        roots: list[tuple[str, nn.Module]] = [("", self.root)]
+        if self.graph is not None:
+            consumers = tracing.image_consumers(self.graph, self.modules)
+            roots = []
+            for node in consumers:
+                module = self.modules[str(node.target)] if node.op == "call_module" else None
+                has_conv = module is not None and any(isinstance(m, nn.Conv2d) for m in module.modules())
+                if module is not None and has_conv:
+                    roots.append((str(node.target), module))
+                elif six:
+                    raise InvalidArgumentError(
+                        "model",
+                        f"{_describe_node(node, self.modules)} on the image before the first convolution",
+                        "a model whose convolutions take the normalised image itself, so that their weights can be "
+                        "[w, -w]/2",
+                        " (normalisation belongs into Recipe(mean=, std=); or use input_encoding='three_channel')",
+                    )
+                else:
+                    roots = [("", self.root)]
+                    break
+        found: dict[int, tuple[str, nn.Conv2d]] = {}
+        for prefix, root in roots:
+            first: list[tuple[str, nn.Conv2d]] = []
+            for name, module in root.named_modules(prefix=prefix):
+                if isinstance(module, nn.Conv2d):
+                    if first and module.in_channels not in (3, 6):
+                        break
+                    first.append((name, module))
+                    if module.in_channels not in (3, 6):
+                        break
+            # In registration order, where the graph does not tell: leading convolutions of an RGB image.
+            for name, conv in first[:1] + [c for c in first[1:] if c[1].in_channels == first[0][1].in_channels]:
+                found[id(conv)] = (name, conv)
+        return list(found.values())
+
+    def _unused_stem_check(self, stem: set[int], replaced: dict[int, nn.Module]) -> None:
+        for name, module in self.modules.items():
+            if id(module) in stem and id(module) not in replaced and module.in_channels != 6:  # type: ignore[union-attr]
+                raise InvalidArgumentError("model", f"a first convolution {name!r} that was not widened", "a Conv2d")
+
+    # --- the stem's pool -----------------------------------------------------------------------------------------
+
+    def _plan_stem_pool(self) -> fx.Node | None:
+        if self.recipe.stem_pool == "keep":
+            return None
+        if self.graph is None:
+            if any(isinstance(m, nn.MaxPool2d) for m in self.modules.values()):
+                self.notes.append("stem pool: the model cannot be traced, so no max-pool is known to be the stem's")
+            return None
+        pools = [n for n in self.graph.nodes if n in self.live and self._is_max_pool(n)]
+        if not pools:
+            return None
+        node = pools[0]
+        reason = self._why_not_stem_pool(node, len(pools))
+        for pool in pools[1:] if not reason else pools:
+            self.keep_entry(
+                _node_name(pool), "pool", _describe_node(pool, self.modules), reason or "not the stem's max-pool"
+            )
+        return None if reason else node
+
+    def _is_max_pool(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.modules[str(node.target)], nn.MaxPool2d)
+        return node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d)
+
+    def _why_not_stem_pool(self, pool: fx.Node, count: int) -> str:
+        module = self.modules[str(pool.target)] if pool.op == "call_module" else None
+        if self._kept_by_recipe(_node_name(pool)) or (module is not None and self._is_kept(module)):
+            return "matches Recipe.keep"
+        options = _pool_options(pool, self.modules)
+        if options is None or options["dilation"] not in (1, (1, 1)) or options["return_indices"]:
+            return "dilated or with indices, an average pool has neither"
+        if module is not None and type(module) not in (nn.MaxPool2d, *tracing.timm_classes("MaxPool2dSame")):
+            return f"{type(module).__name__} has a forward of its own"
+        strides: list[int] = []
+        node: fx.Node | None = tracing.sole_input(pool)
+        while node is not None and node.op != "placeholder":
+            if node.op == "call_module":
+                called = self.modules[str(node.target)]
+                if isinstance(called, nn.Conv2d):
+                    strides.append(max(called.stride))
+                elif any(isinstance(m, nn.Conv2d | nn.Linear) for m in called.modules()):
+                    return "behind a block that cannot be traced"
+            node = tracing.sole_input(node)
+        if node is None or not 0 < len(strides) <= MAX_STEM_CONVS:
+            return "not behind the stem's convolutions"
+        if count > 1 and max(strides) < 2:
+            return f"one of {count} max-pools, behind convolutions of stride 1: no separate stem"
+        if (pool.op != "call_module" or len(self.trace.calls[str(pool.target)]) > 1) and not self.rewritable:
+            return "the forward cannot be rewritten"
+        return ""
+
+    def _average_pool(self, name: str, module: nn.Module) -> nn.Module:
+        if not isinstance(module, nn.MaxPool2d):  # the plan looked
+            raise InvalidTypeError("model", type(module).__name__, "a max-pool")
+        options: Any = (module.kernel_size, module.stride, module.padding, module.ceil_mode)
+        if type(module) in tracing.timm_classes("MaxPool2dSame"):
+            new: nn.Module = tracing.timm_classes("AvgPool2dSame")[0](*options)
+        else:
+            new = nn.AvgPool2d(*options)
+        self.add(name, "pool", _describe(module), _describe(new), "stem_pool='average'")
+        return new
+
+    # --- activations ---------------------------------------------------------------------------------------------
+
+    def _functional_activations(self) -> list[fx.Node]:
+        """Calls to take out of the graph: functional ones, and live calls of modules that gates use too."""
+        if self.recipe.activations == "keep" or self.graph is None:
+            return []
+        found = []
+        for node in self.graph.nodes:
+            if node.op == "call_module":
+                if not tracing.is_activation(self.modules[str(node.target)]):
+                    continue
+                if all(n in self.live for n in self.trace.calls[str(node.target)]):
+                    continue
+            elif not tracing.is_activation_call(node):
+                continue
+            text, name = _describe_node(node, self.modules), _node_name(node)
+            if self._kept_by_recipe(name):
+                self.keep_entry(name, "activation", text, "matches Recipe.keep")
+            elif node not in self.live:
+                self.keep_entry(name, "activation", text, "computes a gate only")
+            elif not self.rewritable:
+                self.keep_entry(name, "activation", text, "the forward cannot be rewritten")
+            else:
+                self.add(name, "activation", text, "Identity()", "activations='identity'")
+                found.append(node)
+        return found
+
+    # --- the classifier ------------------------------------------------------------------------------------------
+
+    def _output_layer(self) -> fx.Node | None:
+        """The classifier's call; sets the number of classes, None when there is no classifier."""
+        if self.graph is None:
+            linears = [m for m in self.modules.values() if isinstance(m, nn.Linear)]
+            if linears:
+                self.classes = linears[-1].out_features
+                self.notes.append(f"classes: {self.classes}, the last linear layer's (the model cannot be traced)")
+            return None
+        output = next(n for n in self.graph.nodes if n.op == "output")
+        node = output.args[0]
+        if not isinstance(node, fx.Node):
+            self.notes.append("head: the model does not return one tensor of logits")
+            return None
+        pooled = False
+        start: fx.Node | None = node
+        while start is not None and start.op != "placeholder":
+            module = self.modules[str(start.target)] if start.op == "call_module" else None
+            if isinstance(module, nn.Linear):
+                self.classes = module.out_features
+                return start
+            if isinstance(module, nn.Conv2d):
+                self.classes = module.out_channels if pooled else None
+                return start
+            if _global_average(start, self.modules) is not None:
+                pooled = True
+            elif not (
+                _is_dropout(start, self.modules)
+                or _is_flatten(start, self.modules, None)
+                or (module is not None and (isinstance(module, nn.Identity) or tracing.is_activation(module)))
+                or tracing.is_activation_call(start)
+            ):
+                break
+            start = tracing.sole_input(start)
+        self.notes.append("head: the model has no classifier at its output (num_classes=0?)")
+        return None
+
+    def _plan_head(self, linear: fx.Node | None) -> _Head | None:
+        if self.recipe.head == "after_pool" or linear is None:
+            return None
+        plan = self._head_or_reason(linear)
+        if isinstance(plan, str):
+            module = self.modules[str(linear.target)]
+            self.notes.append(f"head: {linear.target} ({type(module).__name__}) stays where it is: {plan}")
+            return None
+        return plan
+
+    def _head_or_reason(self, linear: fx.Node) -> _Head | str:
+        module = self.modules[str(linear.target)]
+        assert_live = _single_use
+        if isinstance(module, nn.Conv2d):
+            return "a convolution, before the pool already"
+        if not isinstance(module, nn.Linear):
+            return "no linear layer"
+        if not self.rewritable:
+            return "the forward cannot be rewritten"
+        if self._is_kept(module):
+            return "matches Recipe.keep"
+        why = self._why_not_bcos(module)
+        if why:
+            return why
+        if len(self.trace.calls[str(linear.target)]) > 1 or len(self.names[id(module)]) > 1:
+            return "it is used more than once"
+        after: fx.Node = linear
+        while (user := next(iter(after.users))).op != "output":
+            if len(after.users) > 1 or not _is_identity(user, self.modules):
+                return f"{_describe_node(user, self.modules)} follows it"
+            after = user
+        between: list[fx.Node] = []
+        dropouts: list[fx.Node] = []
+        node = tracing.sole_input(linear)
+        while node is not None:
+            if not assert_live(node):
+                return f"the result of {_describe_node(node, self.modules)} is used elsewhere too"
+            flattens = _global_average(node, self.modules)
+            if flattens is not None:
+                features = tracing.sole_input(node)
+                if features is None:
+                    return "the pool has no single input"
+                return _Head(linear, tuple(between), tuple(dropouts), node, features, flattens)
+            if _is_dropout(node, self.modules):
+                dropouts.append(node)
+            elif not (_is_identity(node, self.modules) or _is_flatten(node, self.modules, module.in_features)):
+                return f"{_describe_node(node, self.modules)} stands between it and a global average pool"
+            between.append(node)
+            node = tracing.sole_input(node)
+        return "no global average pool before it"
+
+    # --- rewriting the graph -------------------------------------------------------------------------------------
+
+    def _rewrite(self, head: _Head | None, activations: list[fx.Node], pool: fx.Node | None) -> fx.GraphModule:
+        graph = self.graph
+        if graph is None:
+            raise InvalidArgumentError("model", "no graph", "a traceable model")
+        for node in activations:
+            source = tracing.sole_input(node)
+            if source is None:
+                source = node.all_input_nodes[0]
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+            if head is not None and node is head.features:
+                head = _Head(head.linear, head.between, head.dropouts, head.pool, source, head.pool_flattens)
+        if pool is not None:
+            self._rewrite_pool(graph, pool)
+        if head is not None:
+            self._rewrite_head(graph, head)
+        self._dropout_modules(graph)
+        graph.lint()
+        modes = {name: m.training for name, m in self.modules.items()}
+        result = fx.GraphModule(self.root, graph, type(self.root).__name__)
+        for name, module in result.named_modules(remove_duplicate=False):
+            module.training = modes.get(name, self.root.training)
+        return result
+
+    def _new_name(self, base: str) -> str:
+        name, i = base, 0
+        while hasattr(self.root, name):
+            i += 1
+            name = f"{base}_{i}"
+        return name
+
+    def _rewrite_pool(self, graph: fx.Graph, node: fx.Node) -> None:
+        options = _pool_options(node, self.modules) or {}
+        values = (options["kernel_size"], options["stride"], options["padding"], options["ceil_mode"])
+        same = node.op == "call_module" and type(self.modules[str(node.target)]) in tracing.timm_classes(
+            "MaxPool2dSame"
+        )
+        cls = tracing.timm_classes("AvgPool2dSame")[0] if same else nn.AvgPool2d
+        name = self._new_name("stem_pool")
+        new = cls(*values)
+        new.training = self.root.training
+        self.root.add_module(name, new)
+        self.add(_node_name(node), "pool", _describe_node(node, self.modules), _describe(new), "stem_pool='average'")
+        with graph.inserting_before(node):
+            call = graph.call_module(name, (tracing.sole_input(node),))
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+
+    def _rewrite_head(self, graph: fx.Graph, head: _Head) -> None:
+        with graph.inserting_before(head.pool):
+            value = head.features
+            for dropout in reversed(head.dropouts):
+                if dropout.op == "call_module":
+                    value = graph.call_module(str(dropout.target), (value,))
+                else:
+                    value = graph.call_function(dropout.target, (value, *dropout.args[1:]), dict(dropout.kwargs))  # type: ignore[arg-type]
+            value = graph.call_module(str(head.linear.target), (value,))
+        head.pool.replace_input_with(head.features, value)
+        with graph.inserting_after(head.pool):
+            flat = head.pool if head.pool_flattens else graph.call_function(torch.flatten, (head.pool, 1))
+        head.linear.replace_all_uses_with(flat)
+        graph.erase_node(head.linear)
+        for node in head.between:
+            _erase_with_sizes(graph, node)
+        for user in list(head.pool.users):
+            if tracing.is_shape_query(user) and user is not flat:
+                _erase_with_sizes(graph, user)
+
+    def _dropout_modules(self, graph: fx.Graph) -> None:
+        """Functional dropout has its training flag baked into the graph; a module follows train() and eval()."""
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node.target in tracing.DROPOUTS:
+                source, p = tracing.dropout_arguments(node)
+                name = self._new_name("dropout_call")
+                new = tracing.DROPOUTS[node.target](p)
+                new.training = self.root.training
+                self.root.add_module(name, new)
+                with graph.inserting_before(node):
+                    call = graph.call_module(name, (source,))
+                node.replace_all_uses_with(call)
+                graph.erase_node(node)
+
+
+# --- reading nodes ---------------------------------------------------------------------------------------------------
+
+
+def _describe(module: nn.Module) -> str:
+    if any(module.children()):
+        return type(module).__name__ + "(...)"
+    return repr(module)
+
+
+def _describe_node(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    if node.op == "call_module":
+        return _describe(modules[str(node.target)])
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    # F.max_pool2d and its like are anonymous dispatchers.
+    return (node.name if target == "fn" else str(target)) + "()"
+
+
+def _node_name(node: fx.Node) -> str:
+    """The module's name, or ``owner.node`` for a functional call."""
+    if node.op == "call_module":
+        return str(node.target)
+    owner = tracing.owner_of(node)
+    return f"{owner}.{node.name}" if owner else node.name
+
+
+def _single_use(node: fx.Node) -> bool:
+    """Whether a node's values are used once (asking for its shape does not count)."""
+    return sum(not tracing.is_shape_query(user) for user in node.users) == 1
+
+
+def _erase_with_sizes(graph: fx.Graph, node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase_with_sizes(graph, user)
+    graph.erase_node(node)
+
+
+def _is_identity(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], nn.Identity)
+    return node.op == "call_method" and node.target in ("contiguous", "clone")
+
+
+def _is_dropout(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return type(modules[str(node.target)]) is nn.Dropout
+    return node.op == "call_function" and node.target in (F.dropout, torch.dropout)
+
+
+def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _is_flatten(node: fx.Node, modules: dict[str, nn.Module], features: int | None) -> bool:
+    """Whether a node turns [N, C, 1, 1] (or [N, C]) into [N, C]; ``features`` is C, None accepts any constant."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) in ((1, -1), (1, 3))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target in (torch.flatten, "flatten"):
+        return _argument(node, 1, "start_dim", 0) == 1 and _argument(node, 2, "end_dim", -1) in (-1, 3)
+    if node.target in (torch.squeeze, "squeeze"):
+        dims = _argument(node, 1, "dim", ())
+        return set(dims if isinstance(dims, tuple | list) else (dims,)) <= {-1, -2, 2, 3}
+    if node.target in (torch.reshape, "reshape", "view"):
+        sizes = node.args[1:]
+        if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+            sizes = tuple(sizes[0])
+        if len(sizes) != 2:
+            return False
+        batch, channels = sizes
+        if isinstance(batch, fx.Node):
+            known = channels == -1 or isinstance(channels, fx.Node)
+            return known or (isinstance(channels, int) and features in (None, channels))
+        return batch == -1 and isinstance(channels, int) and features in (None, channels)
+    if node.target is operator.getitem:
+        rest = node.args[1]
+        return isinstance(rest, tuple) and rest in (
+            (slice(None), slice(None), 0, 0),
+            (..., 0, 0),
+        )
+    return False
+
+
+def _global_average(node: fx.Node, modules: dict[str, nn.Module]) -> bool | None:
+    """None when a node is no global average pool of [N, C, H, W]; else whether it returns [N, C]."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            return False if module.output_size in (1, (1, 1), [1, 1]) else None
+        if isinstance(module, tracing.timm_classes("FastAdaptiveAvgPool")):
+            return bool(module.flatten) if tuple(module.dim) == (2, 3) else None  # type: ignore[arg-type]
+        return None
+    if node.target is F.adaptive_avg_pool2d:
+        return False if _argument(node, 1, "output_size", None) in (1, (1, 1), [1, 1]) else None
+    if node.op in ("call_function", "call_method") and node.target in (torch.mean, "mean"):
+        dims = _argument(node, 1, "dim", ())
+        if isinstance(dims, tuple | list) and sorted(d % 4 for d in dims if isinstance(d, int)) == [2, 3]:
+            return not _argument(node, 2, "keepdim", False)
+    return None
+
+
+def _pool_options(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] | None:
+    """A max-pool's options by name; None when one of them is computed."""
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    if node.op == "call_module":
+        return {name: getattr(modules[str(node.target)], name) for name in names}
+    defaults = (None, None, 0, 1, False, False)
+    values = {name: _argument(node, i + 1, name, d) for i, (name, d) in enumerate(zip(names, defaults, strict=True))}
+    if values["kernel_size"] is None or any(isinstance(v, fx.Node) for v in values.values()):
+        return None
+    # torch.max_pool2d takes an empty stride for "as the kernel".
+    values["stride"] = values["stride"] or values["kernel_size"]
+    if isinstance(values["dilation"], list):
+        values["dilation"] = tuple(values["dilation"])
+    return values
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _present(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise InvalidArgumentError("model", "a norm without statistics", "running statistics")
+    return value
+
+
+def _widened(weight: nn.Parameter) -> nn.Parameter:
+    value = weight.detach()
+    return nn.Parameter(torch.cat([value, -value], dim=1) / 2, requires_grad=weight.requires_grad)
+
+
+def _drop_norm_bias(module: nn.Module) -> str:
+    """Take a norm's bias away; where its own forward cannot do without, freeze it at zero. Returns what to report."""
+    bias = module.bias
+    probe = copy.deepcopy(module).eval()
+    channels = bias.numel()  # type: ignore[operator, union-attr]
+    shapes = ((2, channels, 4, 4), (2, 4, 4, channels), (2, 4, channels), (2, channels))
+    working = None
+    for shape in shapes:
+        if _runs(probe, torch.ones(shape, device=bias.device, dtype=bias.dtype)):  # type: ignore[union-attr, arg-type]
+            working = shape
+            break
+    probe.bias = None
+    own_forward = not type(module).__module__.startswith("torch.nn")
+    if own_forward and (
+        working is None or not _runs(probe, torch.ones(working, device=bias.device, dtype=bias.dtype))  # type: ignore[union-attr, arg-type]
+    ):
+        module.bias = nn.Parameter(torch.zeros_like(bias), requires_grad=False)  # type: ignore[arg-type]
+        return ", zero and frozen: the forward needs it"
+    module.bias = None
+    return ""
+
+
+def _runs(module: nn.Module, x: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            module(x)
+    except Exception:
+        return False
+    return True
