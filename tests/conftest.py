@@ -1,0 +1,20 @@
+"""What every test shares: two threads, and where the data beside the repository is."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+__all__ = ["shared_dir"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(2)
+
+
+def shared_dir(*parts: str) -> Path:
+    """A path in the folder ``shared`` beside the repository; skips the test, saying so, where it is missing."""
+    path = Path(__file__).resolve().parents[2].joinpath("shared", *parts)
+    if not path.exists():
+        pytest.skip(f"not here: {path}")
+    return path
