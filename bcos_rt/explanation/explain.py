@@ -49,7 +49,7 @@ def explanation_graph(net: BcosNetwork, image_size: tuple[int, int], multi: bool
 def _equivalent(model: nn.Module) -> BcosNetwork:
     """A conventional model as an equivalent B = 1 network; kept until one of its tensors changes."""
     tensors = [*model.parameters(), *model.buffers()]
-    key = (repr(model), tuple((t.data_ptr(), t._version) for t in tensors))
+    key = (repr(model), tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
     with _LOCK:
         kept = _EQUIVALENTS.get(model)
         if kept is None or kept[0] != key:
