@@ -1,4 +1,4 @@
-"""The one table of tolerances. Each is relative to the largest magnitude of the expected array unless it says otherwise.
+"""The one table of tolerances. Each is relative to the expected array's largest magnitude unless it says otherwise.
 
 Kernels are compared with the plain float64 definition, so their entries are rounding errors of the dtype times the
 length of the sums involved; the others are what the published results are reproduced to.

@@ -102,10 +102,16 @@ def rebuild_source(source: Mapping[str, Any]) -> nn.Module:
         CheckpointError: the source is not one of the named kinds, or lacks an entry.
     """
     kind, name, num_classes = source.get("kind"), source.get("name"), source.get("num_classes")
-    if kind not in _KINDS or not isinstance(name, str) or not isinstance(num_classes, int):
+    if kind not in _KINDS or not isinstance(name, str) or not isinstance(num_classes, int) or num_classes < 1:
         raise CheckpointError(f"cannot rebuild a model from source {dict(source)!r}: expected kind, name, num_classes")
+    try:
+        # Only names that load_model takes: timm alone would also follow names of remote repositories.
+        kind, name = _parse(LITE0 if kind == LITE0 else f"{kind}:{name}")
+    except InvalidArgumentError as error:
+        raise CheckpointError(f"cannot rebuild a model from source {dict(source)!r}: {error}") from error
     with torch.random.fork_rng(devices=[]):
-        return _build(kind, name, num_classes).eval()
+        module = _build(kind, name, num_classes).eval()
+    return module
 
 
 def metadata_of(module: nn.Module) -> tuple[Triple, Triple] | None:
@@ -205,7 +211,9 @@ def _build(kind: str, architecture: str, num_classes: int | None) -> nn.Module:
     module: nn.Module
     if kind == "torchvision":
         if architecture in _AUXILIARY:
-            options.update(aux_logits=False, init_weights=True)
+            # transform_input turns ImageNet's normalisation into 0.5 / 0.5 inside the model, for three channels only;
+            # we normalise by 0.5 / 0.5 ourselves.
+            options.update(aux_logits=False, init_weights=True, transform_input=False)
         module = torchvision.models.get_model(architecture, weights=None, **options)
     else:
         module = _timm().create_model(architecture, pretrained=False, **options)
@@ -253,6 +261,7 @@ def _downloaded(kind: str, architecture: str) -> nn.Module:
         for prefix in _AUXILIARY[architecture]:
             setattr(module, prefix[:-1], None)
         module.aux_logits = False  # type: ignore[assignment]
+        module.transform_input = False  # type: ignore[assignment]
     return module
 
 
@@ -311,16 +320,13 @@ def _classifier(module: nn.Module) -> str | None:
     A head in two parts (distilled transformers) is named by its first part.
     """
     cfg = getattr(module, "pretrained_cfg", None)
-    named = cfg.get("classifier") if isinstance(cfg, Mapping) else None
+    named: Any = cfg.get("classifier") if isinstance(cfg, Mapping) else None
     if isinstance(named, tuple | list) and named:
         named = named[0]
-    name = None
-    for candidate, layer in module.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            if candidate == named:
-                return candidate
-            name = candidate
-    return name
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if isinstance(named, str) and named in layers:
+        return named
+    return layers[-1] if layers else None
 
 
 def _classes_of(module: nn.Module) -> int:
@@ -344,8 +350,6 @@ def _describe(module: nn.Module, kind: str, architecture: str) -> LoadedModel:
         mean, std, size = _triple(transform.mean), _triple(transform.std), int(transform.crop_size[0])
         names = tuple(published.meta["categories"])
         if architecture in _AUXILIARY:
-            # With this switch the model turns ImageNet's normalisation into 0.5 / 0.5 itself, for three channels only.
-            module.transform_input = False  # type: ignore[assignment]
             mean = std = (0.5, 0.5, 0.5)
     elif kind == LITE0:
         mean, std, size, names = lite0.LITE0_MEAN, lite0.LITE0_STD, 224, imagenet_class_names()
