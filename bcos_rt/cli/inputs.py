@@ -1,0 +1,211 @@
+"""What the commands share on the way in: networks by name or checkpoint, classes, photos, output paths."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bcos_rt.errors import InvalidArgumentError, did_you_mean
+
+if TYPE_CHECKING:
+    from bcos_rt.models import LoadedModel
+    from bcos_rt.nn.network import BcosNetwork
+
+__all__ = [
+    "Checkpoint",
+    "Json",
+    "Model",
+    "Network",
+    "NumClasses",
+    "Size",
+    "Weights",
+    "check_output",
+    "check_photos",
+    "check_writable_place",
+    "find_class",
+    "load_network",
+    "load_source",
+]
+
+DEFAULT_SIZE = 224
+# How many candidates an error message lists.
+SHOWN = 5
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="Pretrained model: torchvision:NAME, timm:NAME or efficientnet-lite0.",
+    ),
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option("--checkpoint", "-c", metavar="PATH", help="A saved B-cos network, instead of --model.")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        "-w",
+        metavar="FILE|random",
+        help="Weights of --model: a .safetensors, .pth or .ckpt file, or 'random'. Default: the published weights.",
+    ),
+]
+NumClasses = Annotated[
+    int | None, typer.Option("--num-classes", min=1, help="Number of classes of --model. Default: its weights'.")
+]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        "--size", "-s", min=1, help=f"Side of the image in pixels. Default: the model's own, {DEFAULT_SIZE} if unknown."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network ready to use.
+
+    Attributes:
+        net: in eval mode.
+        converted: whether it was converted just now from a conventional model.
+        input_size: side of the images it was trained for, in pixels.
+        described: JSON-ready, where it came from.
+    """
+
+    net: BcosNetwork
+    converted: bool
+    input_size: int
+    described: dict[str, Any]
+
+
+def load_source(name: str, weights: str | None, num_classes: int | None) -> LoadedModel:
+    """The conventional model behind ``--model``, ``--weights`` and ``--num-classes``."""
+    from bcos_rt.models import load_model
+
+    if weights not in (None, "random", "default") and not Path(str(weights)).is_file():
+        raise InvalidArgumentError(
+            "--weights", repr(weights), "an existing file, or 'random'", did_you_mean(str(weights), ["random"])
+        )
+    return load_model(name, weights=weights, num_classes=num_classes)
+
+
+def load_network(
+    model: str | None, checkpoint: Path | None, weights: str | None, num_classes: int | None = None
+) -> Network:
+    """The network behind ``--model`` or ``--checkpoint``; a conventional model is converted to an equivalent one.
+
+    Raises:
+        InvalidArgumentError: neither or both are given, or options that do not go together.
+        CheckpointError: unreadable or unfitting weights.
+    """
+    if model is not None and checkpoint is None and os.path.exists(model):
+        model, checkpoint = None, Path(model)
+    if (model is None) == (checkpoint is None):
+        got = "neither" if model is None else "both"
+        raise InvalidArgumentError("--model, --checkpoint", got, "one of them")
+    if checkpoint is not None:
+        for option, value in (("--weights", weights), ("--num-classes", num_classes)):
+            if value is not None:
+                raise InvalidArgumentError(option, f"{value!r} with a checkpoint", "no such option: it has its own")
+        from bcos_rt.checkpoint import load
+
+        net = load(checkpoint)
+        return Network(net.eval(), False, DEFAULT_SIZE, {"checkpoint": str(checkpoint), "source": dict(net.source)})
+
+    from bcos_rt.conversion import Recipe, bcosify
+
+    source = load_source(str(model), weights, num_classes)
+    net, _ = bcosify(source, Recipe.equivalent())
+    return Network(net.eval(), True, source.input_size, {"model": model, "weights": weights, "source": source.source})
+
+
+def find_class(wanted: str, names: Sequence[str] | None, classes: int) -> int:
+    """The index of the class a user means: an index, a name, or a part of a name that only one class has.
+
+    Names are compared without regard to case; ImageNet's synonyms (``"tabby, tabby cat"``) count as names each.
+
+    Raises:
+        InvalidArgumentError: no such class, or several.
+    """
+    wanted = wanted.strip()
+    if wanted.lstrip("-").isdecimal():
+        index = int(wanted)
+        if not 0 <= index < classes:
+            raise InvalidArgumentError("--class", index, f"an index from 0 to {classes - 1}, or a name")
+        return index
+    if names is None:
+        raise InvalidArgumentError(
+            "--class", repr(wanted), f"an index from 0 to {classes - 1}: the network has no class names"
+        )
+    key = wanted.casefold()
+    synonyms = [{part.strip() for part in name.casefold().split(",")} | {name.casefold()} for name in names]
+    found = [i for i, known in enumerate(synonyms) if key in known]
+    if not found and key:
+        found = [i for i, name in enumerate(names) if key in name.casefold()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        listed = ", ".join(f"{i} {names[i]!r}" for i in found[:SHOWN])
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise InvalidArgumentError(
+            "--class", f"{wanted!r}, which {len(found)} classes match", f"one class: {listed}{more}"
+        )
+    by_folded = {name.casefold(): name for name in names}
+    hint = did_you_mean(key, by_folded)
+    for folded, name in by_folded.items():
+        hint = hint.replace(repr(folded), repr(name))
+    raise InvalidArgumentError("--class", repr(wanted), "the name or index of one of the network's classes", hint)
+
+
+def check_photos(photos: Sequence[Path]) -> None:
+    """Refuse photos that are not there before any long work starts."""
+    for photo in photos:
+        if not photo.is_file():
+            what = "a directory" if photo.is_dir() else "which does not exist"
+            raise InvalidArgumentError("photo", f"{str(photo)!r}, {what}", "an image file")
+
+
+def check_output(path: Path, suffixes: Sequence[str] = (), option: str = "--output") -> None:
+    """Refuse a path that cannot be written before any long work starts; leaves nothing behind.
+
+    Args:
+        suffixes: the file name endings allowed; empty for any.
+
+    Raises:
+        InvalidArgumentError: a directory, a wrong ending, or a folder that is missing or not writable.
+    """
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise InvalidArgumentError(option, repr(str(path)), "a file name ending in " + ", ".join(suffixes))
+    if path.is_dir():
+        raise InvalidArgumentError(option, f"{str(path)!r}, a directory", "a file name")
+    try:
+        # Asking for permission bits is not enough: a read-only mount has them too.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem[:40]}-"):
+            pass
+    except OSError as error:
+        raise InvalidArgumentError(
+            option, f"{str(path)!r} ({error.strerror})", "a file in a writable folder"
+        ) from error
+
+
+def check_writable_place(path: Path, option: str = "--output") -> None:
+    """Like :func:`check_output` for a path whose parent folders will be made."""
+    place = path.absolute().parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".bcos-rt-"):
+            pass
+    except OSError as error:
+        raise InvalidArgumentError(
+            option, f"{str(path)!r} ({error.strerror})", "a path in a writable folder"
+        ) from error
