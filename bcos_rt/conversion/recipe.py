@@ -28,8 +28,10 @@ class Recipe:
         b: Exponent B of ``y = z * |cos|^(B-1)``; a float >= 1. ``1`` leaves a layer linear.
         input_encoding: ``"six_channel"`` feeds ``[x, 1 - x]`` and gives the first convolution the weights
             ``[w, -w] / 2``; ``"three_channel"`` leaves the input as it is.
-        mean, std: Normalisation the source model was trained with, per RGB channel in [0, 1] units. ``None``
-            takes them from the model's own metadata, and ImageNet's where there is none.
+        mean, std: Normalisation the source model was trained with, per RGB channel in [0, 1] units; the inverted
+            channels get ``1 - mean`` and the same std. Six numbers are those of ``[x, 1 - x]`` channel by channel:
+            six zeros and six ones for B-cos v2, which normalises nothing. ``None`` takes them from the model's own
+            metadata, and ImageNet's where there is none.
         weight_norm: ``"none"`` keeps the weights as they are; ``"unit"`` scales every filter to norm 1
             (B-cos v2, arXiv 2306.10898).
         biases: ``"drop"`` removes every bias, of norms too; ``"keep"`` keeps them.
@@ -83,12 +85,15 @@ class Recipe:
             value = getattr(self, name)
             if value is not None:
                 if isinstance(value, str) or not hasattr(value, "__iter__"):
-                    raise InvalidTypeError(f"Recipe.{name}", repr(value), "three numbers or None")
+                    raise InvalidTypeError(f"Recipe.{name}", repr(value), "three or six numbers, or None")
                 value = tuple(float(v) for v in value)
-                if len(value) != 3 or not all(map(math.isfinite, value)):
-                    raise InvalidArgumentError(f"Recipe.{name}", value, "three finite numbers (R, G, B)")
+                if len(value) not in (3, 6) or not all(map(math.isfinite, value)):
+                    expected = "three finite numbers (R, G, B), or six for the channels [x, 1 - x]"
+                    raise InvalidArgumentError(f"Recipe.{name}", value, expected)
+                if len(value) == 6 and self.input_encoding != "six_channel":
+                    raise InvalidArgumentError(f"Recipe.{name}", value, "three numbers (R, G, B) for three channels")
                 if name == "std" and min(value) <= 0:
-                    raise InvalidArgumentError("Recipe.std", value, "three numbers > 0")
+                    raise InvalidArgumentError("Recipe.std", value, "numbers > 0")
                 object.__setattr__(self, name, value)
         if self.logit_bias is not None and self.logit_bias != "auto":
             _require_number("Recipe.logit_bias", self.logit_bias, "a number, 'auto' or None")

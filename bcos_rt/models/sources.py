@@ -292,7 +292,7 @@ def _from_file(kind: str, architecture: str, path: Path, num_classes: int | None
     for prefix in _AUXILIARY.get(architecture, ()) if kind == "torchvision" else ():
         state = {k: v for k, v in state.items() if not k.startswith(prefix)}
     if num_classes is None:
-        classifier = _classifier(module)
+        classifier = classifier_name(module)
         found = state.get(f"{classifier}.weight") if classifier is not None else None
         if found is not None and found.ndim > 0 and found.shape[0] != _classes_of(module):
             module = _build(kind, architecture, int(found.shape[0]))
@@ -314,7 +314,7 @@ def _old_names(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tens
     return renamed
 
 
-def _classifier(module: nn.Module) -> str | None:
+def classifier_name(module: nn.Module) -> str | None:
     """The name of the layer that gives the logits: timm's metadata says it, else the last linear layer or convolution.
 
     A head in two parts (distilled transformers) is named by its first part.
@@ -330,7 +330,7 @@ def _classifier(module: nn.Module) -> str | None:
 
 
 def _classes_of(module: nn.Module) -> int:
-    name = _classifier(module)
+    name = classifier_name(module)
     if name is None:
         raise InvalidArgumentError("model", type(module).__name__, "a classifier with a linear layer or a convolution")
     return int(module.get_parameter(f"{name}.weight").shape[0])

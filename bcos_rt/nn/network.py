@@ -27,7 +27,7 @@ class InputEncoding(nn.Module):
     the convolution's result is the source model's: ``((x-m) w - ((1-x) - (1-m)) w) / 2s = (x-m) w / s``.
 
     Args:
-        mean, std: three numbers, RGB in [0, 1] units.
+        mean, std: three numbers, RGB in [0, 1] units; six give those of the inverted channels too.
         six_channels: whether to append ``1 - x``.
     """
 
@@ -39,7 +39,8 @@ class InputEncoding(nn.Module):
         self.six_channels = six_channels
         mean_, std_ = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
         if six_channels:
-            mean_, std_ = torch.cat([mean_, 1 - mean_]), torch.cat([std_, std_])
+            mean_ = mean_ if len(mean_) == 6 else torch.cat([mean_, 1 - mean_])
+            std_ = std_ if len(std_) == 6 else torch.cat([std_, std_])
         # float64 until the network is cast: normalisation by float32-rounded constants is what the source does too.
         self.register_buffer("mean", mean_.to(torch.float32)[:, None, None], persistent=False)
         self.register_buffer("std", std_.to(torch.float32)[:, None, None], persistent=False)
@@ -80,7 +81,7 @@ class InputEncoding(nn.Module):
         return (encoded - self.mean.to(encoded.dtype)) / self.std.to(encoded.dtype)
 
     def extra_repr(self) -> str:
-        return f"six_channels={self.six_channels}, mean={self.mean.flatten()[:3].tolist()}"
+        return f"six_channels={self.six_channels}, mean={self.mean.flatten().tolist()}"
 
 
 def check_range(images: Tensor) -> None:
