@@ -1,31 +1,22 @@
-"""Golden cases: the seeding and image rules of the shared golden files, and where the files are."""
+"""Golden cases: the seeding and image rules of the shared golden files."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["golden_dir", "golden_images", "load_golden", "seeded"]
+from tests.conftest import shared_dir
+
+__all__ = ["SEEDS", "golden_images", "load_golden", "seeded", "seeded_values"]
 
 SEEDS = {"resnet18": 11, "densenet121": 12, "simple_vit_ti_patch16_224": 14, "vitc_ti_patch1_14": 15}
 
 
-def golden_dir() -> Path:
-    """The folder of golden files, beside the repository; skips the test where it is missing."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "golden"
-    if not folder.is_dir():
-        pytest.skip(f"the golden files are not here: no folder {folder}")
-    return folder
-
-
 def load_golden(name: str) -> dict[str, np.ndarray]:
-    """The arrays of ``NAME.npz``."""
-    with np.load(golden_dir() / f"{name}.npz") as data:
+    """The arrays of ``NAME.npz``; skips the test where the file is missing."""
+    with np.load(shared_dir("golden", f"{name}.npz")) as data:
         return dict(data)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import operator
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -83,6 +82,8 @@ def bcosify(
     recipe = recipe.replace(mean=mean or IMAGENET_MEAN, std=std or IMAGENET_STD)
     encoding = InputEncoding(recipe.mean or (), recipe.std or (), six_channels=recipe.input_encoding == "six_channel")
     classes = conversion.classes
+    if classes is None:
+        classes = _declared_classes(source, conversion.notes)
     bias = _logit_bias(recipe, classes, conversion.notes)
     conversion.add("", "logit", "", f"LogitLayer(bias={bias}, temperature={recipe.logit_temperature})", "logit_bias")
     names = class_names if class_names is not None else source.class_names
@@ -150,17 +151,16 @@ def _check_module(model: object) -> nn.Module:
         raise InvalidTypeError("model", "a compiled module", expected, " (pass model._orig_mod)")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         raise InvalidArgumentError("model", "uninitialised (lazy) parameters", "a model that has seen an image")
-    for name, m in model.named_modules():
-        if isinstance(m, nn.Conv2d) and m.in_channels == 1 and m.groups == 1:
-            raise InvalidArgumentError(
-                "model",
-                f"a grayscale model (convolution {name!r} takes 1 channel)",
-                "a model of RGB images, 3 channels",
-                " (repeat the weights: w.repeat(1, 3, 1, 1) / 3)",
-            )
-        if isinstance(m, nn.Conv2d):
-            break
     return model
+
+
+def _declared_classes(source: _Source, notes: list[str]) -> int | None:
+    """The number of classes a model says it has, where its graph does not show a classifier."""
+    value = source.origin.get("num_classes", getattr(source.module, "num_classes", None))
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        return None
+    notes.append(f"classes: {value}, as the model says")
+    return value
 
 
 def _logit_bias(recipe: Recipe, classes: int | None, notes: list[str]) -> float | None:
@@ -180,14 +180,13 @@ def _logit_bias(recipe: Recipe, classes: int | None, notes: list[str]) -> float 
 
 @dataclass(frozen=True)
 class _Head:
-    """A classifier that commutes with the global pool before it: pool -> flatten, dropout -> linear."""
+    """A classifier that commutes with the global pool before it: pool -> flatten, dropout -> linear (or 1x1 conv)."""
 
-    linear: fx.Node
+    layer: fx.Node
     between: tuple[fx.Node, ...]
     dropouts: tuple[fx.Node, ...]
     pool: fx.Node
-    features: fx.Node
-    pool_flattens: bool
+    keep_pool_shape: bool
 
 
 class _Conversion:
@@ -200,7 +199,7 @@ class _Conversion:
         self.notes: list[str] = []
         self.folded_bias: dict[str, Tensor] = {}
         self.dropped: set[str] = set()
-        self.backbone_names: set[str] = set()
+        self.rewritten = False
         self.names: dict[int, list[str]] = {}
         for name, module in work.named_modules(remove_duplicate=False):
             self.names.setdefault(id(module), []).append(name)
@@ -210,8 +209,8 @@ class _Conversion:
         self.graph = self.trace.graph
         for name, reason in self.trace.opaque.items():
             self.notes.append(
-                f"{name or 'the model'}: its forward cannot be traced ({reason}); functional activations and pools, gates"
-                f" and classifiers inside it are not recognised"
+                f"{name or 'the model'}: its forward cannot be traced ({reason}); functional activations and pools,"
+                " gates and classifiers inside it are not recognised"
             )
         self.rewritable = self.graph is not None and not self.trace.mode_dependent
         if self.graph is not None and self.trace.mode_dependent:
@@ -228,35 +227,25 @@ class _Conversion:
         self.add(name, kind, text, text, reason)
 
     def run(self) -> nn.Module:
-        recipe = self.recipe
-        head_node = self._output_layer()
-        head = self._plan_head(head_node)
+        head = self._plan_head(self._output_layer())
         pool = self._plan_stem_pool()
         stem = self._stem_convs()
-        activations = self._functional_activations()
+        activations = self._activation_calls()
 
-        # Modules that the graph calls on and off the live path cannot be swapped as a whole: their calls are.
-        replaced: dict[int, nn.Module] = {}
         pool_call = pool is not None and (pool.op != "call_module" or len(self.trace.calls[str(pool.target)]) > 1)
         for name, module in list(self.root.named_modules()):
-            if head is not None and name == head.linear.target:
+            if head is not None and name == head.layer.target and isinstance(module, nn.Linear):
                 new: nn.Module = self._head_conv(name, module)
             elif pool is not None and not pool_call and name == pool.target:
                 new = self._average_pool(name, module)
             else:
                 new = self._convert(name, module, stem)
             if new is not module:
-                replaced[id(module)] = new
                 self._install(module, new)
-        self._unused_stem_check(stem, replaced)
-
+        root = self.root
         if head is not None or activations or pool_call:
             root = self._rewrite(head, activations, pool if pool_call else None)
-        else:
-            root = self.root
-        self.backbone_names = set(dict(root.named_modules(remove_duplicate=False)))
-        if recipe.input_encoding == "six_channel" and not self.entries:
-            raise InvalidArgumentError("model", "a module without layers", "an image classifier")
+            self.rewritten = True
         return root
 
     # --- names, roles --------------------------------------------------------------------------------------------
@@ -296,8 +285,10 @@ class _Conversion:
 
     def _install(self, old: nn.Module, new: nn.Module) -> None:
         new.training = old.training
-        new._forward_hooks.update(old._forward_hooks)
-        new._forward_pre_hooks.update(old._forward_pre_hooks)
+        for kind in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+            getattr(new, kind).update(getattr(old, kind))
+        for kind in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+            getattr(new, kind).update(getattr(old, kind))
         for name in self.names[id(old)]:
             if name == "":
                 self.root = new
@@ -308,11 +299,13 @@ class _Conversion:
 
     def is_dropped(self, name: str) -> bool:
         """Whether the source's parameter or buffer ``name`` was meant to go."""
-        owner = name.rpartition(".")[0]
         if name in self.dropped:
             return True
-        # A rewritten graph holds no modules that the forward never calls.
-        return owner not in self.backbone_names and owner in self.modules and self.trace.calls_of(owner) is None
+        # A rewritten graph holds nothing that the forward never reads (constants it reads may have moved).
+        if self.graph is None or not self.rewritten:
+            return False
+        read = any(node.op == "get_attr" and node.target == name for node in self.graph.nodes)
+        return not read and self.trace.calls_of(name.rpartition(".")[0]) is None
 
     def _drop(self, module: nn.Module, *parameters: str) -> None:
         for name in self.names[id(module)]:
@@ -365,10 +358,12 @@ class _Conversion:
             return "an attention layer's projection"
         if parametrize.is_parametrized(module) or "weight" not in module._parameters:
             return "its weight is computed by a parametrisation"
-        if cls in tracing.timm_classes("Conv2dSame"):
+        # timm's Linear differs in TorchScript only.
+        if cls in tracing.timm_classes("Conv2dSame", "Linear"):
             return ""
         if isinstance(module, nn.Conv2d):
-            own = cls.forward is not nn.Conv2d.forward or cls._conv_forward is not nn.Conv2d._conv_forward
+            conv_forward = type(module)._conv_forward
+            own = cls.forward is not nn.Conv2d.forward or conv_forward is not nn.Conv2d._conv_forward
         else:
             own = cls.forward is not nn.Linear.forward
         return f"{cls.__name__} has a forward of its own" if own else ""
@@ -376,18 +371,19 @@ class _Conversion:
     def _bcos_reason(self) -> str:
         return f"b={self.recipe.b:g}" + (", unit-norm weights" if self.recipe.weight_norm == "unit" else "")
 
-    def _take_bias(self, module: nn.Conv2d | nn.Linear) -> nn.Parameter | None:
-        if module.bias is not None and self.recipe.biases == "drop":
-            self._drop(module, "bias")
-            return None
-        return module.bias
+    def _set_bias(self, new: nn.Module, old: nn.Module) -> None:
+        bias = old._parameters.get("bias")
+        if bias is not None and self.recipe.biases == "drop":
+            self._drop(old, "bias")
+            bias = None
+        new.register_parameter("bias", bias)
 
     def _convert_conv(self, name: str, conv: nn.Conv2d, widen: bool) -> nn.Module:
         before = _describe(conv)
         new = BcosConv2d(
             conv.in_channels * (2 if widen else 1),
             conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
+            conv.kernel_size,
             conv.stride,
             conv.padding,
             conv.dilation,
@@ -400,7 +396,7 @@ class _Conversion:
             tf_same_padding=type(conv) in tracing.timm_classes("Conv2dSame"),
         )
         new.weight = _widened(conv.weight) if widen else conv.weight
-        new.bias = self._take_bias(conv)
+        self._set_bias(new, conv)
         reason = self._bcos_reason() + (", first convolution: weights [w, -w]/2" if widen else "")
         self.add(name, "conv", before, _describe(new), reason)
         return new
@@ -415,13 +411,11 @@ class _Conversion:
             weight_norm=self.recipe.weight_norm,
         )
         new.weight = linear.weight
-        new.bias = self._take_bias(linear)
+        self._set_bias(new, linear)
         self.add(name, "linear", _describe(linear), _describe(new), self._bcos_reason())
         return new
 
-    def _head_conv(self, name: str, linear: nn.Module) -> nn.Module:
-        if not isinstance(linear, nn.Linear):  # the plan looked
-            raise InvalidTypeError("model", type(linear).__name__, "a linear classifier")
+    def _head_conv(self, name: str, linear: nn.Linear) -> nn.Module:
         new = BcosConv2d(
             linear.in_features,
             linear.out_features,
@@ -433,7 +427,7 @@ class _Conversion:
         )
         weight = linear.weight.detach()[:, :, None, None]
         new.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-        new.bias = self._take_bias(linear)
+        self._set_bias(new, linear)
         self.add(name, "head", _describe(linear), _describe(new), f"{self._bcos_reason()}, before the global pool")
         return new
 
@@ -469,11 +463,10 @@ class _Conversion:
             self.add(name, "norm", before, _describe(new), reason)
             return new
         if self.recipe.biases == "drop" and module._parameters.get("bias") is not None:
-            reason = _drop_norm_bias(module)
-            self._drop(module, "bias") if module.bias is None else None
-            self.add(name, "norm", before, _describe(module) + " without bias", f"biases='drop'{reason}")
-            if module.bias is not None:
-                self.notes.append(f"{name}: its forward needs a bias, which is zero and frozen now")
+            gone = _drop_norm_bias(module)
+            self._drop(module, "bias")
+            reason = "biases='drop'" + ("" if gone else "; its forward needs one, which is zero and frozen now")
+            self.add(name, "norm", before, type(module).__name__ + "(without bias)", reason)
             return module
         if isinstance(module, _BatchNorm) and self.recipe.batch_norm != "keep":
             self.keep_entry(name, "norm", before, f"{type(module).__name__} is no 2-D batch norm with known forward")
@@ -530,9 +523,7 @@ class _Conversion:
             return module
         calls = [node for alias in self.names[id(module)] for node in self.trace.calls.get(alias, ())]
         if any(node not in self.live for node in calls):
-            # Shared by gates too; where the graph can be rewritten its live calls go.
-            if not self.rewritable:
-                self.keep_entry(name, "activation", before, "also computes a gate")
+            # Shared with gates: its calls on the live path leave the graph instead (see _activation_calls).
             return module
         self._drop(module, *module._parameters)
         self.add(name, "activation", before, "Identity()", "activations='identity'")
@@ -556,7 +547,7 @@ class _Conversion:
                 continue
             if conv.in_channels != 3:
                 hint = " (a grayscale model)" if conv.in_channels == 1 else ""
-                raise InvalidArgumentError("model", f"{conv.in_channels} in {name!r}{hint}", wanted)
+                raise InvalidArgumentError("model", f"{conv.in_channels} input channels in {name!r}{hint}", wanted)
             if not six:
                 continue
             if conv.groups != 1:
@@ -605,11 +596,6 @@ class _Conversion:
             for name, conv in first[:1] + [c for c in first[1:] if c[1].in_channels == first[0][1].in_channels]:
                 found[id(conv)] = (name, conv)
         return list(found.values())
-
-    def _unused_stem_check(self, stem: set[int], replaced: dict[int, nn.Module]) -> None:
-        for name, module in self.modules.items():
-            if id(module) in stem and id(module) not in replaced and module.in_channels != 6:  # type: ignore[union-attr]
-                raise InvalidArgumentError("model", f"a first convolution {name!r} that was not widened", "a Conv2d")
 
     # --- the stem's pool -----------------------------------------------------------------------------------------
 
@@ -676,7 +662,7 @@ class _Conversion:
 
     # --- activations ---------------------------------------------------------------------------------------------
 
-    def _functional_activations(self) -> list[fx.Node]:
+    def _activation_calls(self) -> list[fx.Node]:
         """Calls to take out of the graph: functional ones, and live calls of modules that gates use too."""
         if self.recipe.activations == "keep" or self.graph is None:
             return []
@@ -685,7 +671,8 @@ class _Conversion:
             if node.op == "call_module":
                 if not tracing.is_activation(self.modules[str(node.target)]):
                     continue
-                if all(n in self.live for n in self.trace.calls[str(node.target)]):
+                # Modules on or off the live path as a whole are swapped or kept; here are those that gates share.
+                if len({n in self.live for n in self.trace.calls[str(node.target)]}) == 1:
                     continue
             elif not tracing.is_activation_call(node):
                 continue
@@ -724,6 +711,7 @@ class _Conversion:
                 self.classes = module.out_features
                 return start
             if isinstance(module, nn.Conv2d):
+                pooled = pooled or self._behind_pool(start)
                 self.classes = module.out_channels if pooled else None
                 return start
             if _global_average(start, self.modules) is not None:
@@ -736,8 +724,14 @@ class _Conversion:
             ):
                 break
             start = tracing.sole_input(start)
-        self.notes.append("head: the model has no classifier at its output (num_classes=0?)")
+        self.notes.append("head: the model's output is not that of one linear layer or 1x1 convolution")
         return None
+
+    def _behind_pool(self, node: fx.Node) -> bool:
+        source = tracing.sole_input(node)
+        while source is not None and (_is_dropout(source, self.modules) or _is_identity(source, self.modules)):
+            source = tracing.sole_input(source)
+        return source is not None and _global_average(source, self.modules) is not None
 
     def _plan_head(self, linear: fx.Node | None) -> _Head | None:
         if self.recipe.head == "after_pool" or linear is None:
@@ -749,12 +743,15 @@ class _Conversion:
             return None
         return plan
 
-    def _head_or_reason(self, linear: fx.Node) -> _Head | str:
-        module = self.modules[str(linear.target)]
-        assert_live = _single_use
+    def _head_or_reason(self, layer: fx.Node) -> _Head | str:
+        module = self.modules[str(layer.target)]
+        is_conv = isinstance(module, nn.Conv2d)
         if isinstance(module, nn.Conv2d):
-            return "a convolution, before the pool already"
-        if not isinstance(module, nn.Linear):
+            if not self._behind_pool(layer):
+                return "a convolution, before the pool already"
+            if (module.kernel_size, module.stride, module.groups) != ((1, 1), (1, 1), 1) or any(module.padding):
+                return "a convolution other than 1x1"
+        elif not isinstance(module, nn.Linear):
             return "no linear layer"
         if not self.rewritable:
             return "the forward cannot be rewritten"
@@ -763,28 +760,29 @@ class _Conversion:
         why = self._why_not_bcos(module)
         if why:
             return why
-        if len(self.trace.calls[str(linear.target)]) > 1 or len(self.names[id(module)]) > 1:
+        if len(self.trace.calls[str(layer.target)]) > 1 or len(self.names[id(module)]) > 1:
             return "it is used more than once"
-        after: fx.Node = linear
+        after: fx.Node = layer
         while (user := next(iter(after.users))).op != "output":
-            if len(after.users) > 1 or not _is_identity(user, self.modules):
+            moves = _is_identity(user, self.modules) or (is_conv and _is_flatten(user, self.modules, None))
+            if len(after.users) > 1 or not moves:
                 return f"{_describe_node(user, self.modules)} follows it"
             after = user
         between: list[fx.Node] = []
         dropouts: list[fx.Node] = []
-        node = tracing.sole_input(linear)
+        features = None if is_conv else module.in_features
+        node = tracing.sole_input(layer)
         while node is not None:
-            if not assert_live(node):
+            if not _single_use(node):
                 return f"the result of {_describe_node(node, self.modules)} is used elsewhere too"
             flattens = _global_average(node, self.modules)
             if flattens is not None:
-                features = tracing.sole_input(node)
-                if features is None:
+                if tracing.sole_input(node) is None:
                     return "the pool has no single input"
-                return _Head(linear, tuple(between), tuple(dropouts), node, features, flattens)
+                return _Head(layer, tuple(between), tuple(dropouts), node, flattens or is_conv)
             if _is_dropout(node, self.modules):
                 dropouts.append(node)
-            elif not (_is_identity(node, self.modules) or _is_flatten(node, self.modules, module.in_features)):
+            elif not (_is_identity(node, self.modules) or _is_flatten(node, self.modules, features)):
                 return f"{_describe_node(node, self.modules)} stands between it and a global average pool"
             between.append(node)
             node = tracing.sole_input(node)
@@ -793,17 +791,16 @@ class _Conversion:
     # --- rewriting the graph -------------------------------------------------------------------------------------
 
     def _rewrite(self, head: _Head | None, activations: list[fx.Node], pool: fx.Node | None) -> fx.GraphModule:
-        graph = self.graph
-        if graph is None:
+        if self.graph is None:
             raise InvalidArgumentError("model", "no graph", "a traceable model")
+        graph = self.graph
+        self._install_constants(graph)
         for node in activations:
             source = tracing.sole_input(node)
             if source is None:
                 source = node.all_input_nodes[0]
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-            if head is not None and node is head.features:
-                head = _Head(head.linear, head.between, head.dropouts, head.pool, source, head.pool_flattens)
         if pool is not None:
             self._rewrite_pool(graph, pool)
         if head is not None:
@@ -815,6 +812,15 @@ class _Conversion:
         for name, module in result.named_modules(remove_duplicate=False):
             module.training = modes.get(name, self.root.training)
         return result
+
+    def _install_constants(self, graph: fx.Graph) -> None:
+        """Tensors the forward made become buffers, so that they follow the network's device."""
+        renamed = {name: self._new_name(name.strip("_")) for name in self.trace.constants}
+        for name, value in self.trace.constants.items():
+            self.root.register_buffer(renamed[name], value, persistent=False)
+        for node in graph.nodes:
+            if node.op == "get_attr" and node.target in renamed:
+                node.target = renamed[node.target]
 
     def _new_name(self, base: str) -> str:
         name, i = base, 0
@@ -842,18 +848,19 @@ class _Conversion:
 
     def _rewrite_head(self, graph: fx.Graph, head: _Head) -> None:
         with graph.inserting_before(head.pool):
-            value = head.features
+            features = head.pool.all_input_nodes[0]
+            value = features
             for dropout in reversed(head.dropouts):
                 if dropout.op == "call_module":
                     value = graph.call_module(str(dropout.target), (value,))
                 else:
                     value = graph.call_function(dropout.target, (value, *dropout.args[1:]), dict(dropout.kwargs))  # type: ignore[arg-type]
-            value = graph.call_module(str(head.linear.target), (value,))
-        head.pool.replace_input_with(head.features, value)
+            value = graph.call_module(str(head.layer.target), (value,))
+        head.pool.replace_input_with(features, value)
         with graph.inserting_after(head.pool):
-            flat = head.pool if head.pool_flattens else graph.call_function(torch.flatten, (head.pool, 1))
-        head.linear.replace_all_uses_with(flat)
-        graph.erase_node(head.linear)
+            flat = head.pool if head.keep_pool_shape else graph.call_function(torch.flatten, (head.pool, 1))
+        head.layer.replace_all_uses_with(flat)
+        graph.erase_node(head.layer)
         for node in head.between:
             _erase_with_sizes(graph, node)
         for user in list(head.pool.users):
@@ -945,11 +952,11 @@ def _is_flatten(node: fx.Node, modules: dict[str, nn.Module], features: int | No
             sizes = tuple(sizes[0])
         if len(sizes) != 2:
             return False
-        batch, channels = sizes
+        batch: Any = sizes[0]
+        channels: Any = sizes[1]
         if isinstance(batch, fx.Node):
-            known = channels == -1 or isinstance(channels, fx.Node)
-            return known or (isinstance(channels, int) and features in (None, channels))
-        return batch == -1 and isinstance(channels, int) and features in (None, channels)
+            return channels == -1 or isinstance(channels, fx.Node) or _is_channels(channels, features)
+        return batch == -1 and _is_channels(channels, features)
     if node.target is operator.getitem:
         rest = node.args[1]
         return isinstance(rest, tuple) and rest in (
@@ -957,6 +964,10 @@ def _is_flatten(node: fx.Node, modules: dict[str, nn.Module], features: int | No
             (..., 0, 0),
         )
     return False
+
+
+def _is_channels(size: object, features: int | None) -> bool:
+    return isinstance(size, int) and (features is None or size == features)
 
 
 def _global_average(node: fx.Node, modules: dict[str, nn.Module]) -> bool | None:
@@ -1002,31 +1013,26 @@ def _present(value: Tensor | None) -> Tensor:
     return value
 
 
-def _widened(weight: nn.Parameter) -> nn.Parameter:
+def _widened(weight: Tensor) -> nn.Parameter:
     value = weight.detach()
     return nn.Parameter(torch.cat([value, -value], dim=1) / 2, requires_grad=weight.requires_grad)
 
 
-def _drop_norm_bias(module: nn.Module) -> str:
-    """Take a norm's bias away; where its own forward cannot do without, freeze it at zero. Returns what to report."""
-    bias = module.bias
-    probe = copy.deepcopy(module).eval()
-    channels = bias.numel()  # type: ignore[operator, union-attr]
-    shapes = ((2, channels, 4, 4), (2, 4, 4, channels), (2, 4, channels), (2, channels))
-    working = None
-    for shape in shapes:
-        if _runs(probe, torch.ones(shape, device=bias.device, dtype=bias.dtype)):  # type: ignore[union-attr, arg-type]
-            working = shape
-            break
-    probe.bias = None
-    own_forward = not type(module).__module__.startswith("torch.nn")
-    if own_forward and (
-        working is None or not _runs(probe, torch.ones(working, device=bias.device, dtype=bias.dtype))  # type: ignore[union-attr, arg-type]
-    ):
-        module.bias = nn.Parameter(torch.zeros_like(bias), requires_grad=False)  # type: ignore[arg-type]
-        return ", zero and frozen: the forward needs it"
-    module.bias = None
-    return ""
+def _drop_norm_bias(module: nn.Module) -> bool:
+    """Take a norm's bias away; where a forward of its own cannot do without, freeze it at zero and return False."""
+    bias = _present(module._parameters["bias"])
+    if not type(module).__module__.startswith("torch.nn"):
+        probe = copy.deepcopy(module).eval()
+        channels = bias.numel()
+        inputs = [bias.new_ones(s) for s in ((2, channels, 4, 4), (2, 4, 4, channels), (2, 4, channels), (2, channels))]
+        fitting = [x for x in inputs if _runs(probe, x)]
+        probe.register_parameter("bias", None)
+        if not fitting or not all(_runs(probe, x) for x in fitting):
+            zeros = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
+            module.register_parameter("bias", zeros)
+            return False
+    module.register_parameter("bias", None)
+    return True
 
 
 def _runs(module: nn.Module, x: Tensor) -> bool:

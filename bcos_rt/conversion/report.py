@@ -179,10 +179,10 @@ def compare_weights(
     unexplained = []
     for name, old in before.items():
         new = after.get(name)
-        if new is None:
-            verdict = "dropped" if dropped(name) else None
+        if dropped(name) and (new is None or not new.any()):
+            verdict: str | None = "dropped"
         else:
-            verdict = _verdict(old, new, folded_bias.get(name))
+            verdict = _verdict(old, new, folded_bias.get(name)) if new is not None else None
         if verdict is None:
             unexplained.append(name)
         else:

@@ -62,14 +62,16 @@ class Trace:
         opaque: Composite modules whose forward could not be followed, with the reason.
         mode_dependent: Whether the forward differs between train and eval mode in more than dropout, so that a
             recorded graph must not replace it.
-        calls: Call nodes of each leaf module by name.
         aliases: Every name of a module -> the name the graph uses (modules may be shared).
+        constants: Tensors made in the forward, by the name the graph uses.
+        calls: Call nodes of each leaf module by name.
     """
 
     graph: fx.Graph | None
     opaque: dict[str, str]
     mode_dependent: bool
     aliases: dict[str, str]
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
     calls: dict[str, list[fx.Node]] = field(default_factory=dict)
 
     def calls_of(self, name: str) -> list[fx.Node] | None:
@@ -124,30 +126,33 @@ def trace_model(model: nn.Module) -> Trace:
     opaque: dict[str, str] = {}
     try:
         model.eval()
-        graph = _trace_with_leaves(model, leaves, opaque)
+        constants: dict[str, torch.Tensor] = {}
+        graph = _trace_with_leaves(model, leaves, opaque, constants)
         mode_dependent = False
         if graph is not None:
             model.train()
-            other = _trace_with_leaves(model, set(leaves), {})
+            other = _trace_with_leaves(model, set(leaves), {}, {})
             mode_dependent = other is None or _signature(other) != _signature(graph)
     finally:
         for module, mode in modes.items():
             module.training = mode
     first: dict[int, str] = {}
     aliases = {name: first.setdefault(id(m), name) for name, m in model.named_modules(remove_duplicate=False)}
-    trace = Trace(graph, opaque, mode_dependent, aliases)
+    trace = Trace(graph, opaque, mode_dependent, aliases, constants)
     for node in graph.nodes if graph is not None else ():
         if node.op == "call_module":
             trace.calls.setdefault(node.target, []).append(node)
     return trace
 
 
-def _trace_with_leaves(model: nn.Module, leaves: set[str], opaque: dict[str, str]) -> fx.Graph | None:
+def _trace_with_leaves(
+    model: nn.Module, leaves: set[str], opaque: dict[str, str], constants: dict[str, torch.Tensor]
+) -> fx.Graph | None:
     """Trace, making the module at which tracing fails a leaf, until it succeeds; None when the model itself fails."""
     while True:
-        tracer = _Tracer(leaves)
+        tracer, wrapper = _Tracer(leaves), _Wrapper(model)
         try:
-            graph = tracer.trace(_Wrapper(model))
+            graph = tracer.trace(wrapper)
         except Exception as error:
             culprit = next((name for name in tracer.failed if name not in leaves), "net")
             opaque[culprit.removeprefix("net").removeprefix(".")] = f"{type(error).__name__}: {error}".split("\n")[0]
@@ -156,8 +161,11 @@ def _trace_with_leaves(model: nn.Module, leaves: set[str], opaque: dict[str, str
             leaves.add(culprit)
             continue
         for node in graph.nodes:
-            if node.op in ("call_module", "get_attr"):
-                node.target = str(node.target).removeprefix("net.")
+            target = str(node.target)
+            if node.op == "get_attr" and not target.startswith("net."):
+                constants[target] = getattr(wrapper, target)
+            elif node.op in ("call_module", "get_attr"):
+                node.target = target.removeprefix("net.")
         return graph
 
 
@@ -209,6 +217,8 @@ QUOTIENTS: set[Any] = {operator.truediv, operator.itruediv, torch.div, torch.tru
 QUOTIENTS |= {"div", "div_", "true_divide", "divide"}
 _MATMULS: set[Any] = {operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm"}
 _SUMS: set[Any] = {operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, "add", "add_", "sub"}
+# Methods that take only the shape or type of their second tensor.
+_AS: set[Any] = {"expand_as", "view_as", "reshape_as", "type_as"}
 _SHAPES: set[Any] = {torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.numel, torch._assert}
 _SHAPES |= {"size", "dim", "numel", "ndimension", "stride", "new_zeros", "new_ones", "new_empty", "new_full"}
 _SQUASHING: set[Any] = {torch.sigmoid, F.sigmoid, F.hardsigmoid, torch.softmax, F.softmax, torch.tanh, F.tanh}
@@ -230,8 +240,10 @@ _ACTIVATION_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.ELU, nn.SELU,
     nn.CELU,
 )  # fmt: skip
-_TIMM_ACTIVATIONS = ("Swish", "SwishMe", "Mish", "MishMe", "HardSwish", "HardSwishMe", "HardMish", "HardMishMe", "GELU")
-_TIMM_ACTIVATIONS += ("GELUTanh", "QuickGELU", "PReLU")
+_TIMM_ACTIVATIONS = (
+    "Swish", "SwishMe", "Mish", "MishMe", "HardSwish", "HardSwishMe", "HardMish", "HardMishMe", "GELU", "GELUTanh",
+    "QuickGELU", "PReLU",
+)  # fmt: skip
 _SQUASHING_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Tanh)
 _TIMM_SQUASHING = ("Sigmoid", "HardSigmoid", "HardSigmoidMe", "Tanh")
 _PASSING_MODULES = (nn.Identity, nn.Dropout, nn.Flatten, nn.Unflatten, nn.Upsample, nn.AdaptiveAvgPool2d)
@@ -260,12 +272,19 @@ def is_shape_query(node: fx.Node) -> bool:
     return node.op == "call_function" and bool(inputs) and all(is_shape_query(n) for n in inputs)
 
 
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """Nodes whose values (not just shapes) a node uses."""
+    if node.op == "call_method" and node.target in _AS:
+        return [n for n in node.args[:1] if isinstance(n, fx.Node)]
+    return node.all_input_nodes
+
+
 def image_dependent(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose values depend on the pixels, not on the image's shape alone."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or (
-            any(n in found for n in node.all_input_nodes) and not is_shape_query(node) and node.op != "output"
+            any(n in found for n in value_inputs(node)) and not is_shape_query(node) and node.op != "output"
         ):
             found.add(node)
     return found
@@ -279,7 +298,7 @@ def _gate_strength(node: fx.Node, modules: dict[str, nn.Module], depends: set[fx
     """2 when the value ends in a sigmoid, softmax or tanh, 1 when it ends in an activation, else 0."""
     squashing = _SQUASHING_MODULES + timm_classes(*_TIMM_SQUASHING)
     while True:
-        inputs = [n for n in node.all_input_nodes if n in depends]
+        inputs = [n for n in value_inputs(node) if n in depends]
         if node.op == "call_module":
             if _is_call_of(node, modules, squashing):
                 return 2
@@ -301,7 +320,7 @@ def _gate_strength(node: fx.Node, modules: dict[str, nn.Module], depends: set[fx
 
 def _linear_inputs(node: fx.Node, modules: dict[str, nn.Module], depends: set[fx.Node]) -> Iterator[fx.Node]:
     """Inputs in which a node is linear (others held constant); every one where that is not known."""
-    inputs = [n for n in node.all_input_nodes if n in depends]
+    inputs = [n for n in value_inputs(node) if n in depends]
     call = node.op in ("call_function", "call_method")
     if call and len(inputs) == 2 and (node.target in PRODUCTS or node.target in _MATMULS):
         strengths = [_gate_strength(n, modules, depends) for n in inputs]
@@ -353,8 +372,8 @@ def _is_odd(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
         return value in (None, 0)
     if node.target in PRODUCTS or node.target in QUOTIENTS:
-        others = [a for a in node.args[1:2] if not isinstance(a, int | float)]
-        return not others
+        numbers = [isinstance(a, int | float) for a in node.args[:2]]
+        return numbers == [False, True] or (numbers == [True, False] and node.target in PRODUCTS)
     return node.op in ("call_function", "call_method") and node.target in _ODD
 
 
