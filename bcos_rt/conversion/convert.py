@@ -783,10 +783,19 @@ class _Conversion:
             if _is_dropout(node, self.modules):
                 dropouts.append(node)
             elif not (_is_identity(node, self.modules) or _is_flatten(node, self.modules, features)):
-                return f"{_describe_node(node, self.modules)} stands between it and a global average pool"
+                return self._what_stands_between(node)
             between.append(node)
             node = tracing.sole_input(node)
         return "no global average pool before it"
+
+    def _what_stands_between(self, node: fx.Node) -> str:
+        before: fx.Node | None = node
+        while before is not None and _global_average(before, self.modules) is None:
+            before = tracing.sole_input(before)
+        text = _describe_node(node, self.modules)
+        if before is None:
+            return f"its input comes from {text}, no global average pool before it"
+        return f"{text} stands between it and the global average pool"
 
     # --- rewriting the graph -------------------------------------------------------------------------------------
 

@@ -121,6 +121,10 @@ class _Tracer(fx.Tracer):
 
 def trace_model(model: nn.Module) -> Trace:
     """Trace a model's forward of one image tensor; train/eval modes are as before afterwards."""
+    first: dict[int, str] = {}
+    aliases = {name: first.setdefault(id(m), name) for name, m in model.named_modules(remove_duplicate=False)}
+    if not any(model.children()) or is_torch_layer(model):
+        return Trace(None, {"": f"{type(model).__name__} is a single layer"}, False, aliases)
     modes = {m: m.training for m in model.modules()}
     leaves: set[str] = set()
     opaque: dict[str, str] = {}
@@ -136,8 +140,6 @@ def trace_model(model: nn.Module) -> Trace:
     finally:
         for module, mode in modes.items():
             module.training = mode
-    first: dict[int, str] = {}
-    aliases = {name: first.setdefault(id(m), name) for name, m in model.named_modules(remove_duplicate=False)}
     trace = Trace(graph, opaque, mode_dependent, aliases, constants)
     for node in graph.nodes if graph is not None else ():
         if node.op == "call_module":
