@@ -68,7 +68,8 @@ def test_the_wheel_is_importable_without_the_sources(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
-        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]; "
+        "import sys; "
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]; "
         f"sys.path.insert(0, {str(tmp_path / 'site')!r}); "
         "import bcos_rt.kernels.ops, bcos_rt.export, bcos_rt.cli; "
         "print(bcos_rt.kernels.ops.__file__, bcos_rt.export.__file__, sep='\\n')"

@@ -166,7 +166,7 @@ def convert(
             "verified_on": None if batch is None else [str(p) for p in photos] or "made-up images",
             "report": report.to_dict(),
         }
-        return Outcome(data, [report, Text(f"saved {saved}", style="bold")])
+        return Outcome(data, lambda: [report, Text(f"saved {saved}", style="bold")])
 
     run(work, as_json)
 

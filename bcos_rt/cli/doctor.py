@@ -54,7 +54,7 @@ def doctor(as_json: Json = False) -> None:
     def work(progress: Progress) -> Outcome:
         with progress.working("looking around"):
             data = examine()
-        return Outcome({"command": "doctor", **data}, _shown(data))
+        return Outcome({"command": "doctor", **data}, lambda: _shown(data))
 
     run(work, as_json)
 
@@ -86,10 +86,14 @@ def _installed(distribution: str) -> str | None:
 
 
 def _versions() -> dict[str, str | None]:
+    import torch
+
     from bcos_rt import __version__
 
     versions: dict[str, str | None] = {"bcos-rt": __version__, "python": platform.python_version()}
-    return {**versions, **{name: _installed(name) for name in (*REQUIRED, "triton")}}
+    found = {name: _installed(name) for name in (*REQUIRED, "triton")}
+    # torch's own word names the build too: 2.14.1+cu130.
+    return {**versions, **found, "torch": str(torch.__version__)}
 
 
 def _machine() -> dict[str, Any]:

@@ -107,7 +107,7 @@ def explain(
             label = explanation.label
             results.append({"photo": str(photos[i]), "output": str(paths[i]), **_numbers(explanation)})
         data = {"command": "explain", "network": network.described, "size": side, "label": label, "images": results}
-        return Outcome(data, [_table(results), *_remarks(network.converted, label)])
+        return Outcome(data, lambda: [_table(results), *_remarks(network.converted, label)])
 
     run(work, as_json)
 
@@ -205,8 +205,8 @@ def _remarks(converted: bool, label: str) -> list[Text]:
     if converted:
         remarks.append(
             Text(
-                f"This is the {label}: of the model as it is, converted to an equivalent B-cos network (B = 1) that was "
-                "not fine-tuned."
+                f"This is the {label}: of the model as it is, converted to an equivalent B-cos network (B = 1) that "
+                "was not fine-tuned."
             )
         )
     elif label != "explanation":

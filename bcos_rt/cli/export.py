@@ -66,6 +66,6 @@ def export(
             "bytes": os.path.getsize(output),
             "size": side,
         }
-        return Outcome(data, [Text(str(report))])
+        return Outcome(data, lambda: [Text(str(report))])
 
     run(work, as_json)

@@ -109,9 +109,8 @@ def load_network(
     """
     if model is not None and checkpoint is None and os.path.exists(model):
         model, checkpoint = None, Path(model)
-    if (model is None) == (checkpoint is None):
-        got = "neither" if model is None else "both"
-        raise InvalidArgumentError("--model, --checkpoint", got, "one of them")
+    if model is not None and checkpoint is not None:
+        raise InvalidArgumentError("--model, --checkpoint", "both", "one of them")
     if checkpoint is not None:
         for option, value in (("--weights", weights), ("--num-classes", num_classes)):
             if value is not None:
@@ -121,9 +120,11 @@ def load_network(
         net = load(checkpoint)
         return Network(net.eval(), False, DEFAULT_SIZE, {"checkpoint": str(checkpoint), "source": dict(net.source)})
 
+    if model is None:
+        raise InvalidArgumentError("--model, --checkpoint", "neither", "one of them")
     from bcos_rt.conversion import Recipe, bcosify
 
-    source = load_source(str(model), weights, num_classes)
+    source = load_source(model, weights, num_classes)
     net, _ = bcosify(source, Recipe.equivalent())
     return Network(net.eval(), True, source.input_size, {"model": model, "weights": weights, "source": source.source})
 

@@ -19,7 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 import typer.core
@@ -40,11 +40,11 @@ class Outcome:
 
     Attributes:
         data: JSON-ready, what ``--json`` prints.
-        shown: what is printed otherwise.
+        shown: makes what is printed otherwise.
     """
 
     data: Mapping[str, Any]
-    shown: Sequence[RenderableType] = field(default=())
+    shown: Callable[[], Sequence[RenderableType]]
 
 
 class Progress:
@@ -90,7 +90,7 @@ def run(work: Callable[[Progress], Outcome], as_json: bool) -> None:
     console = Console(file=stdout, highlight=False)
     if not console.is_terminal:
         console = Console(file=stdout, highlight=False, width=PIPE_WIDTH)
-    for part in outcome.shown:
+    for part in outcome.shown():
         console.print(part)
 
 
@@ -104,18 +104,26 @@ def print_json(data: Mapping[str, Any], stream: TextIO) -> None:
 class CommandGroup(typer.core.TyperGroup):
     """The group of commands; turns every way of failing into a message and an exit code."""
 
-    def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **options: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run a command line and end the process, see the module's table of exit codes.
 
         ``standalone_mode=False`` is for embedding: nothing is caught.
         """
         args = list(sys.argv[1:] if args is None else args)
         if not standalone_mode:
-            return super().main(args, *more, standalone_mode=False, **options)
+            return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         as_json = "--json" in args[: args.index("--")] if "--" in args else "--json" in args
         try:
             # With --json a usage error must come out as JSON too, so typer may not print it.
-            code = super().main(args, *more, standalone_mode=not as_json, **options)
+            code = super().main(args, prog_name, complete_var, not as_json, windows_expand_args, **extra)
         except BcosError as error:
             _report(error, as_json)
             sys.exit(2)
