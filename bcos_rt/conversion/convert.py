@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,10 +21,11 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from bcos_rt.conversion import trace as tracing
+from bcos_rt.conversion import nodes
 from bcos_rt.conversion.equivalence import EquivalenceResult, check_equivalence
 from bcos_rt.conversion.recipe import IMAGENET_MEAN, IMAGENET_STD, Recipe
 from bcos_rt.conversion.report import ConversionReport, Kind, LayerEntry, compare_weights
+from bcos_rt.conversion.trace import is_torch_layer, trace_model
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.nn import BatchNormUncentered2d, BcosConv2d, BcosLinear, BcosNetwork, InputEncoding, LogitLayer
 
@@ -205,7 +205,7 @@ class _Conversion:
             self.names.setdefault(id(module), []).append(name)
         self.modules = dict(work.named_modules(remove_duplicate=False))
         self._check_keep()
-        self.trace = tracing.trace_model(work)
+        self.trace = trace_model(work)
         self.graph = self.trace.graph
         for name, reason in self.trace.opaque.items():
             self.notes.append(
@@ -217,7 +217,7 @@ class _Conversion:
             self.notes.append(
                 "the forward differs between train and eval mode, so its order of operations is left as it is"
             )
-        self.live = tracing.live_nodes(self.graph, self.modules) if self.graph is not None else set()
+        self.live = nodes.live_nodes(self.graph, self.modules) if self.graph is not None else set()
         self.classes: int | None = None
 
     def add(self, name: str, kind: Kind, before: str, after: str, reason: str) -> None:
@@ -279,7 +279,7 @@ class _Conversion:
         parts = name.split(".")
         for end in range(len(parts) - 1, -1, -1):
             parent = self.modules[".".join(parts[:end])]
-            if tracing.is_torch_layer(parent) and not isinstance(parent, _NORMS):
+            if is_torch_layer(parent) and not isinstance(parent, _NORMS):
                 return type(parent).__name__
         return None
 
@@ -318,7 +318,7 @@ class _Conversion:
         is_conv = isinstance(module, nn.Conv2d)
         is_linear = isinstance(module, nn.Linear)
         is_norm = isinstance(module, _NORMS)
-        is_activation = tracing.is_activation(module)
+        is_activation = nodes.is_activation(module)
         own_bias = not any(module.children()) and module._parameters.get("bias") is not None
         if not (is_conv or is_linear or is_norm or is_activation or own_bias or isinstance(module, _OTHER_CONVS)):
             return module
@@ -339,7 +339,7 @@ class _Conversion:
             if id(module) in stem:
                 self._widen_kept(name, module, reason)
             else:
-                self.keep_entry(name, kind, _describe(module), reason)
+                self.keep_entry(name, kind, nodes.describe(module), reason)
             return module
         if isinstance(module, nn.Conv2d):
             return self._convert_conv(name, module, id(module) in stem)
@@ -348,7 +348,7 @@ class _Conversion:
         if is_norm:
             return self._convert_norm(name, module)
         what = "no B-cos counterpart" if isinstance(module, _OTHER_CONVS) else "a layer of its own kind, with a bias"
-        self.keep_entry(name, kind, _describe(module), what)
+        self.keep_entry(name, kind, nodes.describe(module), what)
         return module
 
     def _why_not_bcos(self, module: nn.Module) -> str:
@@ -359,7 +359,7 @@ class _Conversion:
         if parametrize.is_parametrized(module) or "weight" not in module._parameters:
             return "its weight is computed by a parametrisation"
         # timm's Linear differs in TorchScript only.
-        if cls in tracing.timm_classes("Conv2dSame", "Linear"):
+        if cls in nodes.timm_classes("Conv2dSame", "Linear"):
             return ""
         if isinstance(module, nn.Conv2d):
             conv_forward = type(module)._conv_forward
@@ -379,7 +379,7 @@ class _Conversion:
         new.register_parameter("bias", bias)
 
     def _convert_conv(self, name: str, conv: nn.Conv2d, widen: bool) -> nn.Module:
-        before = _describe(conv)
+        before = nodes.describe(conv)
         new = BcosConv2d(
             conv.in_channels * (2 if widen else 1),
             conv.out_channels,
@@ -393,12 +393,12 @@ class _Conversion:
             device="meta",
             b=self.recipe.b,
             weight_norm=self.recipe.weight_norm,
-            tf_same_padding=type(conv) in tracing.timm_classes("Conv2dSame"),
+            tf_same_padding=type(conv) in nodes.timm_classes("Conv2dSame"),
         )
         new.weight = _widened(conv.weight) if widen else conv.weight
         self._set_bias(new, conv)
         reason = self._bcos_reason() + (", first convolution: weights [w, -w]/2" if widen else "")
-        self.add(name, "conv", before, _describe(new), reason)
+        self.add(name, "conv", before, nodes.describe(new), reason)
         return new
 
     def _convert_linear(self, name: str, linear: nn.Linear) -> nn.Module:
@@ -412,7 +412,7 @@ class _Conversion:
         )
         new.weight = linear.weight
         self._set_bias(new, linear)
-        self.add(name, "linear", _describe(linear), _describe(new), self._bcos_reason())
+        self.add(name, "linear", nodes.describe(linear), nodes.describe(new), self._bcos_reason())
         return new
 
     def _head_conv(self, name: str, linear: nn.Linear) -> nn.Module:
@@ -428,7 +428,9 @@ class _Conversion:
         weight = linear.weight.detach()[:, :, None, None]
         new.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
         self._set_bias(new, linear)
-        self.add(name, "head", _describe(linear), _describe(new), f"{self._bcos_reason()}, before the global pool")
+        self.add(
+            name, "head", nodes.describe(linear), nodes.describe(new), f"{self._bcos_reason()}, before the global pool"
+        )
         return new
 
     def _widen_kept(self, name: str, module: nn.Module, reason: str) -> None:
@@ -439,17 +441,19 @@ class _Conversion:
                 "a torch.nn.Conv2d, whose weights can become [w, -w]/2",
                 " (or use Recipe(input_encoding='three_channel'))",
             )
-        before = _describe(module)
+        before = nodes.describe(module)
         module.weight = _widened(module.weight)
         module.in_channels *= 2
-        self.add(name, "conv", before, _describe(module), f"{reason}; weights [w, -w]/2 as the input has six channels")
+        self.add(
+            name, "conv", before, nodes.describe(module), f"{reason}; weights [w, -w]/2 as the input has six channels"
+        )
 
     def _is_plain_conv(self, module: nn.Module) -> bool:
         return type(module) is nn.Conv2d and "weight" in module._parameters
 
     def _convert_norm(self, name: str, module: nn.Module) -> nn.Module:
-        before = _describe(module)
-        act_classes = tracing.timm_classes("BatchNormAct2d")
+        before = nodes.describe(module)
+        act_classes = nodes.timm_classes("BatchNormAct2d")
         exact = type(module) is nn.BatchNorm2d or type(module) is nn.SyncBatchNorm or type(module) in act_classes
         folded = self.recipe.batch_norm == "uncentered_folded"
         if isinstance(module, _BatchNorm) and exact and self.recipe.batch_norm != "keep":
@@ -460,7 +464,7 @@ class _Conversion:
             reason = f"batch_norm={self.recipe.batch_norm!r}"
             if type(module) is nn.SyncBatchNorm:
                 reason += "; statistics are per process now"
-            self.add(name, "norm", before, _describe(new), reason)
+            self.add(name, "norm", before, nodes.describe(new), reason)
             return new
         if self.recipe.biases == "drop" and module._parameters.get("bias") is not None:
             gone = _drop_norm_bias(module)
@@ -514,7 +518,7 @@ class _Conversion:
     def _convert_activation(self, name: str, module: nn.Module) -> nn.Module:
         if self.recipe.activations == "keep":
             return module
-        before = _describe(module)
+        before = nodes.describe(module)
         if self._is_kept(module):
             self.keep_entry(name, "activation", before, "matches Recipe.keep")
             return module
@@ -543,7 +547,7 @@ class _Conversion:
         for name, conv in convs:
             wanted = "a first convolution with 3 input channels (RGB)"
             if conv.in_channels == 6 and six:
-                self.keep_entry(name, "input", _describe(conv), "takes six channels already")
+                self.keep_entry(name, "input", nodes.describe(conv), "takes six channels already")
                 continue
             if conv.in_channels != 3:
                 hint = " (a grayscale model)" if conv.in_channels == 1 else ""
@@ -564,7 +568,7 @@ class _Conversion:
         six = self.recipe.input_encoding == "six_channel"
         roots: list[tuple[str, nn.Module]] = [("", self.root)]
         if self.graph is not None:
-            consumers = tracing.image_consumers(self.graph, self.modules)
+            consumers = nodes.image_consumers(self.graph, self.modules)
             roots = []
             for node in consumers:
                 module = self.modules[str(node.target)] if node.op == "call_module" else None
@@ -574,7 +578,7 @@ class _Conversion:
                 elif six:
                     raise InvalidArgumentError(
                         "model",
-                        f"{_describe_node(node, self.modules)} on the image before the first convolution",
+                        f"{nodes.describe_node(node, self.modules)} on the image before the first convolution",
                         "a model whose convolutions take the normalised image itself, so that their weights can be "
                         "[w, -w]/2",
                         " (normalisation belongs into Recipe(mean=, std=); or use input_encoding='three_channel')",
@@ -613,7 +617,10 @@ class _Conversion:
         reason = self._why_not_stem_pool(node, len(pools))
         for pool in pools[1:] if not reason else pools:
             self.keep_entry(
-                _node_name(pool), "pool", _describe_node(pool, self.modules), reason or "not the stem's max-pool"
+                nodes.node_name(pool),
+                "pool",
+                nodes.describe_node(pool, self.modules),
+                reason or "not the stem's max-pool",
             )
         return None if reason else node
 
@@ -624,15 +631,15 @@ class _Conversion:
 
     def _why_not_stem_pool(self, pool: fx.Node, count: int) -> str:
         module = self.modules[str(pool.target)] if pool.op == "call_module" else None
-        if self._kept_by_recipe(_node_name(pool)) or (module is not None and self._is_kept(module)):
+        if self._kept_by_recipe(nodes.node_name(pool)) or (module is not None and self._is_kept(module)):
             return "matches Recipe.keep"
-        options = _pool_options(pool, self.modules)
+        options = nodes.max_pool_options(pool, self.modules)
         if options is None or options["dilation"] not in (1, (1, 1)) or options["return_indices"]:
             return "dilated or with indices, an average pool has neither"
-        if module is not None and type(module) not in (nn.MaxPool2d, *tracing.timm_classes("MaxPool2dSame")):
+        if module is not None and type(module) not in (nn.MaxPool2d, *nodes.timm_classes("MaxPool2dSame")):
             return f"{type(module).__name__} has a forward of its own"
         strides: list[int] = []
-        node: fx.Node | None = tracing.sole_input(pool)
+        node: fx.Node | None = nodes.sole_input(pool)
         while node is not None and node.op != "placeholder":
             if node.op == "call_module":
                 called = self.modules[str(node.target)]
@@ -640,7 +647,7 @@ class _Conversion:
                     strides.append(max(called.stride))
                 elif any(isinstance(m, nn.Conv2d | nn.Linear) for m in called.modules()):
                     return "behind a block that cannot be traced"
-            node = tracing.sole_input(node)
+            node = nodes.sole_input(node)
         if node is None or not 0 < len(strides) <= MAX_STEM_CONVS:
             return "not behind the stem's convolutions"
         if count > 1 and max(strides) < 2:
@@ -653,11 +660,11 @@ class _Conversion:
         if not isinstance(module, nn.MaxPool2d):  # the plan looked
             raise InvalidTypeError("model", type(module).__name__, "a max-pool")
         options: Any = (module.kernel_size, module.stride, module.padding, module.ceil_mode)
-        if type(module) in tracing.timm_classes("MaxPool2dSame"):
-            new: nn.Module = tracing.timm_classes("AvgPool2dSame")[0](*options)
+        if type(module) in nodes.timm_classes("MaxPool2dSame"):
+            new: nn.Module = nodes.timm_classes("AvgPool2dSame")[0](*options)
         else:
             new = nn.AvgPool2d(*options)
-        self.add(name, "pool", _describe(module), _describe(new), "stem_pool='average'")
+        self.add(name, "pool", nodes.describe(module), nodes.describe(new), "stem_pool='average'")
         return new
 
     # --- activations ---------------------------------------------------------------------------------------------
@@ -669,14 +676,14 @@ class _Conversion:
         found = []
         for node in self.graph.nodes:
             if node.op == "call_module":
-                if not tracing.is_activation(self.modules[str(node.target)]):
+                if not nodes.is_activation(self.modules[str(node.target)]):
                     continue
                 # Modules on or off the live path as a whole are swapped or kept; here are those that gates share.
                 if len({n in self.live for n in self.trace.calls[str(node.target)]}) == 1:
                     continue
-            elif not tracing.is_activation_call(node):
+            elif not nodes.is_activation_call(node):
                 continue
-            text, name = _describe_node(node, self.modules), _node_name(node)
+            text, name = nodes.describe_node(node, self.modules), nodes.node_name(node)
             if self._kept_by_recipe(name):
                 self.keep_entry(name, "activation", text, "matches Recipe.keep")
             elif node not in self.live:
@@ -714,24 +721,26 @@ class _Conversion:
                 pooled = pooled or self._behind_pool(start)
                 self.classes = module.out_channels if pooled else None
                 return start
-            if _global_average(start, self.modules) is not None:
+            if nodes.global_average(start, self.modules) is not None:
                 pooled = True
             elif not (
-                _is_dropout(start, self.modules)
-                or _is_flatten(start, self.modules, None)
-                or (module is not None and (isinstance(module, nn.Identity) or tracing.is_activation(module)))
-                or tracing.is_activation_call(start)
+                nodes.is_dropout(start, self.modules)
+                or nodes.is_flatten(start, self.modules, None)
+                or (module is not None and (isinstance(module, nn.Identity) or nodes.is_activation(module)))
+                or nodes.is_activation_call(start)
             ):
                 break
-            start = tracing.sole_input(start)
+            start = nodes.sole_input(start)
         self.notes.append("head: the model's output is not that of one linear layer or 1x1 convolution")
         return None
 
     def _behind_pool(self, node: fx.Node) -> bool:
-        source = tracing.sole_input(node)
-        while source is not None and (_is_dropout(source, self.modules) or _is_identity(source, self.modules)):
-            source = tracing.sole_input(source)
-        return source is not None and _global_average(source, self.modules) is not None
+        source = nodes.sole_input(node)
+        while source is not None and (
+            nodes.is_dropout(source, self.modules) or nodes.is_identity(source, self.modules)
+        ):
+            source = nodes.sole_input(source)
+        return source is not None and nodes.global_average(source, self.modules) is not None
 
     def _plan_head(self, linear: fx.Node | None) -> _Head | None:
         if self.recipe.head == "after_pool" or linear is None:
@@ -764,35 +773,35 @@ class _Conversion:
             return "it is used more than once"
         after: fx.Node = layer
         while (user := next(iter(after.users))).op != "output":
-            moves = _is_identity(user, self.modules) or (is_conv and _is_flatten(user, self.modules, None))
+            moves = nodes.is_identity(user, self.modules) or (is_conv and nodes.is_flatten(user, self.modules, None))
             if len(after.users) > 1 or not moves:
-                return f"{_describe_node(user, self.modules)} follows it"
+                return f"{nodes.describe_node(user, self.modules)} follows it"
             after = user
         between: list[fx.Node] = []
         dropouts: list[fx.Node] = []
         features = None if is_conv else module.in_features
-        node = tracing.sole_input(layer)
+        node = nodes.sole_input(layer)
         while node is not None:
-            if not _single_use(node):
-                return f"the result of {_describe_node(node, self.modules)} is used elsewhere too"
-            flattens = _global_average(node, self.modules)
+            if not nodes.single_use(node):
+                return f"the result of {nodes.describe_node(node, self.modules)} is used elsewhere too"
+            flattens = nodes.global_average(node, self.modules)
             if flattens is not None:
-                if tracing.sole_input(node) is None:
+                if nodes.sole_input(node) is None:
                     return "the pool has no single input"
                 return _Head(layer, tuple(between), tuple(dropouts), node, flattens or is_conv)
-            if _is_dropout(node, self.modules):
+            if nodes.is_dropout(node, self.modules):
                 dropouts.append(node)
-            elif not (_is_identity(node, self.modules) or _is_flatten(node, self.modules, features)):
+            elif not (nodes.is_identity(node, self.modules) or nodes.is_flatten(node, self.modules, features)):
                 return self._what_stands_between(node)
             between.append(node)
-            node = tracing.sole_input(node)
+            node = nodes.sole_input(node)
         return "no global average pool before it"
 
     def _what_stands_between(self, node: fx.Node) -> str:
         before: fx.Node | None = node
-        while before is not None and _global_average(before, self.modules) is None:
-            before = tracing.sole_input(before)
-        text = _describe_node(node, self.modules)
+        while before is not None and nodes.global_average(before, self.modules) is None:
+            before = nodes.sole_input(before)
+        text = nodes.describe_node(node, self.modules)
         if before is None:
             return f"its input comes from {text}, no global average pool before it"
         return f"{text} stands between it and the global average pool"
@@ -805,7 +814,7 @@ class _Conversion:
         graph = self.graph
         self._install_constants(graph)
         for node in activations:
-            source = tracing.sole_input(node)
+            source = nodes.sole_input(node)
             if source is None:
                 source = node.all_input_nodes[0]
             node.replace_all_uses_with(source)
@@ -839,19 +848,23 @@ class _Conversion:
         return name
 
     def _rewrite_pool(self, graph: fx.Graph, node: fx.Node) -> None:
-        options = _pool_options(node, self.modules) or {}
+        options = nodes.max_pool_options(node, self.modules) or {}
         values = (options["kernel_size"], options["stride"], options["padding"], options["ceil_mode"])
-        same = node.op == "call_module" and type(self.modules[str(node.target)]) in tracing.timm_classes(
-            "MaxPool2dSame"
-        )
-        cls = tracing.timm_classes("AvgPool2dSame")[0] if same else nn.AvgPool2d
+        same = node.op == "call_module" and type(self.modules[str(node.target)]) in nodes.timm_classes("MaxPool2dSame")
+        cls = nodes.timm_classes("AvgPool2dSame")[0] if same else nn.AvgPool2d
         name = self._new_name("stem_pool")
         new = cls(*values)
         new.training = self.root.training
         self.root.add_module(name, new)
-        self.add(_node_name(node), "pool", _describe_node(node, self.modules), _describe(new), "stem_pool='average'")
+        self.add(
+            nodes.node_name(node),
+            "pool",
+            nodes.describe_node(node, self.modules),
+            nodes.describe(new),
+            "stem_pool='average'",
+        )
         with graph.inserting_before(node):
-            call = graph.call_module(name, (tracing.sole_input(node),))
+            call = graph.call_module(name, (nodes.sole_input(node),))
         node.replace_all_uses_with(call)
         graph.erase_node(node)
 
@@ -871,146 +884,24 @@ class _Conversion:
         head.layer.replace_all_uses_with(flat)
         graph.erase_node(head.layer)
         for node in head.between:
-            _erase_with_sizes(graph, node)
+            nodes.erase_with_sizes(graph, node)
         for user in list(head.pool.users):
-            if tracing.is_shape_query(user) and user is not flat:
-                _erase_with_sizes(graph, user)
+            if nodes.is_shape_query(user) and user is not flat:
+                nodes.erase_with_sizes(graph, user)
 
     def _dropout_modules(self, graph: fx.Graph) -> None:
         """Functional dropout has its training flag baked into the graph; a module follows train() and eval()."""
         for node in list(graph.nodes):
-            if node.op == "call_function" and node.target in tracing.DROPOUTS:
-                source, p = tracing.dropout_arguments(node)
+            if node.op == "call_function" and node.target in nodes.DROPOUTS:
+                source, p = nodes.dropout_arguments(node)
                 name = self._new_name("dropout_call")
-                new = tracing.DROPOUTS[node.target](p)
+                new = nodes.DROPOUTS[node.target](p)
                 new.training = self.root.training
                 self.root.add_module(name, new)
                 with graph.inserting_before(node):
                     call = graph.call_module(name, (source,))
                 node.replace_all_uses_with(call)
                 graph.erase_node(node)
-
-
-# --- reading nodes ---------------------------------------------------------------------------------------------------
-
-
-def _describe(module: nn.Module) -> str:
-    if any(module.children()):
-        return type(module).__name__ + "(...)"
-    return repr(module)
-
-
-def _describe_node(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    if node.op == "call_module":
-        return _describe(modules[str(node.target)])
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    # F.max_pool2d and its like are anonymous dispatchers.
-    return (node.name if target == "fn" else str(target)) + "()"
-
-
-def _node_name(node: fx.Node) -> str:
-    """The module's name, or ``owner.node`` for a functional call."""
-    if node.op == "call_module":
-        return str(node.target)
-    owner = tracing.owner_of(node)
-    return f"{owner}.{node.name}" if owner else node.name
-
-
-def _single_use(node: fx.Node) -> bool:
-    """Whether a node's values are used once (asking for its shape does not count)."""
-    return sum(not tracing.is_shape_query(user) for user in node.users) == 1
-
-
-def _erase_with_sizes(graph: fx.Graph, node: fx.Node) -> None:
-    for user in list(node.users):
-        _erase_with_sizes(graph, user)
-    graph.erase_node(node)
-
-
-def _is_identity(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return isinstance(modules[str(node.target)], nn.Identity)
-    return node.op == "call_method" and node.target in ("contiguous", "clone")
-
-
-def _is_dropout(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return type(modules[str(node.target)]) is nn.Dropout
-    return node.op == "call_function" and node.target in (F.dropout, torch.dropout)
-
-
-def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
-def _is_flatten(node: fx.Node, modules: dict[str, nn.Module], features: int | None) -> bool:
-    """Whether a node turns [N, C, 1, 1] (or [N, C]) into [N, C]; ``features`` is C, None accepts any constant."""
-    if node.op == "call_module":
-        module = modules[str(node.target)]
-        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) in ((1, -1), (1, 3))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if node.target in (torch.flatten, "flatten"):
-        return _argument(node, 1, "start_dim", 0) == 1 and _argument(node, 2, "end_dim", -1) in (-1, 3)
-    if node.target in (torch.squeeze, "squeeze"):
-        dims = _argument(node, 1, "dim", ())
-        return set(dims if isinstance(dims, tuple | list) else (dims,)) <= {-1, -2, 2, 3}
-    if node.target in (torch.reshape, "reshape", "view"):
-        sizes = node.args[1:]
-        if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
-            sizes = tuple(sizes[0])
-        if len(sizes) != 2:
-            return False
-        batch: Any = sizes[0]
-        channels: Any = sizes[1]
-        if isinstance(batch, fx.Node):
-            return channels == -1 or isinstance(channels, fx.Node) or _is_channels(channels, features)
-        return batch == -1 and _is_channels(channels, features)
-    if node.target is operator.getitem:
-        rest = node.args[1]
-        return isinstance(rest, tuple) and rest in (
-            (slice(None), slice(None), 0, 0),
-            (..., 0, 0),
-        )
-    return False
-
-
-def _is_channels(size: object, features: int | None) -> bool:
-    return isinstance(size, int) and (features is None or size == features)
-
-
-def _global_average(node: fx.Node, modules: dict[str, nn.Module]) -> bool | None:
-    """None when a node is no global average pool of [N, C, H, W]; else whether it returns [N, C]."""
-    if node.op == "call_module":
-        module = modules[str(node.target)]
-        if isinstance(module, nn.AdaptiveAvgPool2d):
-            return False if module.output_size in (1, (1, 1), [1, 1]) else None
-        if isinstance(module, tracing.timm_classes("FastAdaptiveAvgPool")):
-            return bool(module.flatten) if tuple(module.dim) == (2, 3) else None  # type: ignore[arg-type]
-        return None
-    if node.target is F.adaptive_avg_pool2d:
-        return False if _argument(node, 1, "output_size", None) in (1, (1, 1), [1, 1]) else None
-    if node.op in ("call_function", "call_method") and node.target in (torch.mean, "mean"):
-        dims = _argument(node, 1, "dim", ())
-        if isinstance(dims, tuple | list) and sorted(d % 4 for d in dims if isinstance(d, int)) == [2, 3]:
-            return not _argument(node, 2, "keepdim", False)
-    return None
-
-
-def _pool_options(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] | None:
-    """A max-pool's options by name; None when one of them is computed."""
-    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-    if node.op == "call_module":
-        return {name: getattr(modules[str(node.target)], name) for name in names}
-    defaults = (None, None, 0, 1, False, False)
-    values = {name: _argument(node, i + 1, name, d) for i, (name, d) in enumerate(zip(names, defaults, strict=True))}
-    if values["kernel_size"] is None or any(isinstance(v, fx.Node) for v in values.values()):
-        return None
-    # torch.max_pool2d takes an empty stride for "as the kernel".
-    values["stride"] = values["stride"] or values["kernel_size"]
-    if isinstance(values["dilation"], list):
-        values["dilation"] = tuple(values["dilation"])
-    return values
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------

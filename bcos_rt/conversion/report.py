@@ -217,8 +217,7 @@ def _verdict(old: Tensor, new: Tensor, folded: Tensor | None) -> str | None:
 def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    equal = a == b
-    if a.is_floating_point():
-        # A broken checkpoint's NaN is copied too.
-        equal = equal | (a.isnan() & b.isnan())
-    return bool(equal.all())
+    if torch.equal(a, b):
+        return True
+    # A broken checkpoint's NaN is copied too.
+    return a.is_floating_point() and bool(((a == b) | (a.isnan() & b.isnan())).all())

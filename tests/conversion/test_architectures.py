@@ -91,10 +91,10 @@ def test_functional_activations_are_removed(name):
     expected += 1 if "densenet" in name else 0  # the functional one before the pool
     assert len(removed) == expected
     # Without activations and at B=1 the network is affine.
-    a, b = images(MODELS[name]).chunk(2)
+    a, b = images(MODELS[name]).double().chunk(2)
     net = net.double()
     with torch.no_grad():
-        middle, mean = net((a + b).double() / 2), (net(a.double()) + net(b.double())) / 2
+        middle, mean = net((a + b) / 2), (net(a) + net(b)) / 2
     torch.testing.assert_close(middle, mean, rtol=1e-9, atol=1e-9)
 
 
