@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from bcos_rt.cli.inputs import Json, NumClasses, Size, Weights, check_photos, check_writable_place, load_source
+from bcos_rt.cli.inputs import (
+    Json,
+    NumClasses,
+    Size,
+    Weights,
+    check_photos,
+    check_writable_place,
+    convert_source,
+    load_source,
+)
 from bcos_rt.cli.output import Outcome, Progress, run
 from bcos_rt.errors import BcosError, InvalidArgumentError, did_you_mean
 
@@ -141,7 +150,6 @@ def convert(
         with progress.working("loading PyTorch"):
             chosen = _recipe(recipe).replace(**changes)
             from bcos_rt.checkpoint import save
-            from bcos_rt.conversion import bcosify
         with progress.working(f"loading {model}"):
             source = load_source(model, weights, num_classes)
         promised = _promises_equivalence(chosen)
@@ -149,7 +157,7 @@ def convert(
         side = size or source.input_size
         batch = _verification_images(photos, side) if check else None
         with progress.working("converting" + (" and verifying" if check else "")):
-            net, report = bcosify(source, chosen, verify_images=batch)
+            net, report = convert_source(source, chosen, batch)
         if promised and report.equivalence is not None and not report.equivalence.within(EQUIVALENCE_TOLERANCE):
             raise BcosError(
                 f"the converted network is not equivalent to its source, nothing was saved; {report.equivalence}. "

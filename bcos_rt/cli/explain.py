@@ -107,7 +107,7 @@ def explain(
             label = explanation.label
             results.append({"photo": str(photos[i]), "output": str(paths[i]), **_numbers(explanation)})
         data = {"command": "explain", "network": network.described, "size": side, "label": label, "images": results}
-        return Outcome(data, lambda: [_table(results), *_remarks(network.converted, label)])
+        return Outcome(data, lambda: [_table(results), *_remarks(network.converted, label, paths)])
 
     run(work, as_json)
 
@@ -175,23 +175,22 @@ def _numbers(explanation: Explanation) -> dict[str, Any]:
 
 
 def _table(results: Sequence[dict[str, Any]]) -> Table:
+    """Narrow enough for 80 columns, so without folders and outputs; those are listed below it."""
     table = Table()
-    for column in ("photo", "predicted", "explained class"):
+    for column in ("photo", "predicted", "explained"):
         table.add_column(column, overflow="fold")
-    for column in ("probability", "logit", "completeness error"):
-        table.add_column(column, justify="right")
-    table.add_column("picture", overflow="fold")
+    for column in ("probability", "logit", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         for i, entry in enumerate(result["classes"]):
             first = i == 0
             table.add_row(
-                Text(result["photo"] if first else ""),
+                Text(Path(result["photo"]).name if first else ""),
                 Text(_title(result["predicted"]) if first else ""),
                 Text(_title(entry)),
                 f"{entry['probability']:.1%}",
                 f"{entry['logit']:.4f}",
                 f"{entry['completeness_error']:.1e}",
-                Text(result["output"] if first else ""),
             )
     return table
 
@@ -200,15 +199,15 @@ def _title(entry: dict[str, Any]) -> str:
     return f"{entry['name']} ({entry['index']})" if entry["name"] is not None else f"class {entry['index']}"
 
 
-def _remarks(converted: bool, label: str) -> list[Text]:
-    remarks = [Text("completeness error: |sum(contributions) + residual - logit|; probability: softmax of the logits")]
+def _remarks(converted: bool, label: str, paths: Sequence[Path]) -> list[Text]:
+    remarks = [
+        "probability: softmax of the logits; error: |sum(contributions) + residual - logit|, the completeness error"
+    ]
     if converted:
         remarks.append(
-            Text(
-                f"This is the {label}: of the model as it is, converted to an equivalent B-cos network (B = 1) that "
-                "was not fine-tuned."
-            )
+            f"This is the {label}: of the model as it is, converted to an equivalent B-cos network (B = 1) that was "
+            "not fine-tuned."
         )
     elif label != "explanation":
-        remarks.append(Text(f"This is the {label}: the network has B = 1."))
-    return remarks
+        remarks.append(f"This is the {label}: the network has B = 1.")
+    return [Text(remark) for remark in (*remarks, *(f"wrote {path}" for path in paths))]

@@ -14,6 +14,9 @@ import typer
 from bcos_rt.errors import InvalidArgumentError, did_you_mean
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bcos_rt.conversion import ConversionReport, Recipe
     from bcos_rt.models import LoadedModel
     from bcos_rt.nn.network import BcosNetwork
 
@@ -28,6 +31,7 @@ __all__ = [
     "check_output",
     "check_photos",
     "check_writable_place",
+    "convert_source",
     "find_class",
     "load_network",
     "load_source",
@@ -91,11 +95,22 @@ def load_source(name: str, weights: str | None, num_classes: int | None) -> Load
     """The conventional model behind ``--model``, ``--weights`` and ``--num-classes``."""
     from bcos_rt.models import load_model
 
-    if weights not in (None, "random", "default") and not Path(str(weights)).is_file():
+    if weights is not None and weights not in ("random", "default") and not Path(weights).is_file():
         raise InvalidArgumentError(
-            "--weights", repr(weights), "an existing file, or 'random'", did_you_mean(str(weights), ["random"])
+            "--weights", repr(weights), "an existing file, or 'random'", did_you_mean(weights, ["random"])
         )
     return load_model(name, weights=weights, num_classes=num_classes)
+
+
+def convert_source(
+    source: LoadedModel, recipe: Recipe, verify_images: Tensor | None = None
+) -> tuple[BcosNetwork, ConversionReport]:
+    """:func:`bcos_rt.bcosify` of a loaded model; its normalisation and class names go with it."""
+    from bcos_rt.conversion import bcosify
+
+    # bcosify takes a LoadedModel as it takes a name, which its signature does not say.
+    model: Any = source
+    return bcosify(model, recipe, verify_images=verify_images)
 
 
 def load_network(
@@ -108,7 +123,7 @@ def load_network(
         CheckpointError: unreadable or unfitting weights.
     """
     if model is not None and checkpoint is None and os.path.exists(model):
-        model, checkpoint = None, Path(model)
+        checkpoint, model = Path(model), None
     if model is not None and checkpoint is not None:
         raise InvalidArgumentError("--model, --checkpoint", "both", "one of them")
     if checkpoint is not None:
@@ -122,10 +137,10 @@ def load_network(
 
     if model is None:
         raise InvalidArgumentError("--model, --checkpoint", "neither", "one of them")
-    from bcos_rt.conversion import Recipe, bcosify
+    from bcos_rt.conversion import Recipe
 
     source = load_source(model, weights, num_classes)
-    net, _ = bcosify(source, Recipe.equivalent())
+    net, _ = convert_source(source, Recipe.equivalent())
     return Network(net.eval(), True, source.input_size, {"model": model, "weights": weights, "source": source.source})
 
 
