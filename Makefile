@@ -16,8 +16,8 @@ PIP_ARGS ?=
 TESTS ?=
 PYTEST_ARGS ?=
 
-# The test processes; each computes on one thread, so that two of them do not fight over two cores.
-WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+# The test processes, at most four (each may take 2 GB); each computes on one thread, so that they do not fight over cores.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 
 venv_python := .venv/bin/python
 pip_install := $(venv_python) -m pip install --no-input --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
