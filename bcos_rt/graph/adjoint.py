@@ -226,7 +226,7 @@ class Adjoint:
         """Sum of adjoints that meet at one value."""
         result = nodes[0]
         for node in nodes[1:]:
-            result = self.call(aten.add.Tensor, result, node)
+            result = self.builder.call_like(result, aten.add.Tensor, result, node)
         return result
 
     def run(self, rules: dict[Any, Callable[[Adjoint, Node, Node], None]], seed: Node, forward: list[Node]) -> Node:

@@ -255,7 +255,7 @@ def div(adjoint: Adjoint, node: Node, grad: Node) -> None:
 
 
 def _send_gated(adjoint: Adjoint, x: Any, grad: Node, gate: Node) -> None:
-    adjoint.send(x, adjoint.call(aten.mul.Tensor, grad, adjoint.saved(gate)))
+    adjoint.send(x, adjoint.builder.call_like(grad, aten.mul.Tensor, grad, adjoint.saved(gate)))
 
 
 def _as_number(adjoint: Adjoint, mask: Node, like: Node) -> Node:

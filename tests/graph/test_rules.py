@@ -196,3 +196,37 @@ def test_batches_other_than_the_captured_one():
     for i in range(7):
         alone = graph(net, encoded[i : i + 1], torch.tensor([-1]))
         torch.testing.assert_close(together["weights"][i : i + 1], alone["weights"], rtol=1e-10, atol=1e-12)
+
+
+class InPlace(nn.Module):
+    """In-place ops on values that are read again, once through a view."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.view = view
+        self.conv = nn.Conv2d(6, 4, 3, padding=1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.conv(x)
+        y = x.flatten(2) if self.view else 2 * x
+        x += 1
+        F.relu_(x)
+        z = x * 3
+        z.mul_(0.5)
+        return self.head((z + x).mean((2, 3)) + (y.mean(2) if self.view else y.mean((2, 3))))
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_in_place_ops(view):
+    """With a view of a mutated value the capture falls back on PyTorch's functionalisation; both are right."""
+    torch.manual_seed(0)
+    encoding = InputEncoding((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    net = BcosNetwork(InPlace(view), encoding, LogitLayer(), Recipe(), {}).double().eval()
+    encoded = net.encode(torch.rand(2, 3, *SIZE, dtype=torch.float64))
+    targets = torch.tensor([1, 4])
+    result = build_explanation_graph(net, SIZE)(net, encoded, targets)
+    logits = net.forward_encoded(encoded).detach()
+    torch.testing.assert_close(result["logits"], logits, rtol=1e-12, atol=1e-12)
+    total = result["contributions"].sum((1, 2)) + result["residual"]
+    torch.testing.assert_close(total, logits.gather(1, targets[:, None])[:, 0], rtol=1e-9, atol=1e-9)
