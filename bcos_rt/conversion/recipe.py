@@ -117,14 +117,14 @@ class Recipe:
 
         Biases, activations, pooling and head order are kept and BatchNorm's mean is folded into its bias.
         """
-        defaults: dict[str, Any] = dict(
-            b=1.0,
-            biases="keep",
-            batch_norm="uncentered_folded",
-            stem_pool="keep",
-            head="after_pool",
-            logit_bias=None,
-        )
+        defaults: dict[str, Any] = {
+            "b": 1.0,
+            "biases": "keep",
+            "batch_norm": "uncentered_folded",
+            "stem_pool": "keep",
+            "head": "after_pool",
+            "logit_bias": None,
+        }
         return cls(**{**defaults, **changes})
 
     def replace(self, **changes: Any) -> Recipe:

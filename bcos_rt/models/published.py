@@ -115,12 +115,13 @@ def import_published(
     else:
         raise InvalidTypeError("checkpoint", type(checkpoint).__name__, "a file or a state dict")
     full_name = name if ":" in name else f"torchvision:{name}"
+    _refuse_other_architectures(flavor, full_name, what)
 
     with torch.random.fork_rng(devices=[]):
         source = load_model(full_name, weights="random")
         bare, ignored, wrappers = _unwrapped(state, ema, what)
         kind = flavor if flavor is not None else _detect(bare, wrappers, source.module, what)
-        _refuse_other_architectures(kind, source, what)
+        _refuse_other_architectures(kind, full_name, what)
         places = {key: _locate(source.module, key) for key in bare}
         source = _with_classes(source, full_name, bare, places)
         # Here and not above: conversion imports bcos_rt.models for names.
@@ -141,7 +142,8 @@ def import_published(
     for key, (original, tensor) in bare.items():
         place = places[key]
         if place is None or place in loaded or place not in target:
-            astray[original] = tuple(tensor.shape)
+            # A second key for the same place may have the place's own name.
+            astray[f"{original} (again)" if original in target else original] = tuple(tensor.shape)
             continue
         if tensor.shape != target[place].shape and _core(tensor.shape) == _core(target[place].shape):
             tensor = tensor.reshape(target[place].shape)
@@ -221,11 +223,11 @@ def _inside_named_sequential(module: nn.Module, tokens: Sequence[str]) -> bool:
     return False
 
 
-def _refuse_other_architectures(flavor: Flavor, source: LoadedModel, what: str) -> None:
+def _refuse_other_architectures(flavor: Flavor | None, name: str, what: str) -> None:
     if flavor != "bcos_v2":
         return
     for family, reason in _OTHER_ARCHITECTURES.items():
-        if str(source.source["name"]).startswith(family):
+        if name.partition(":")[2].startswith(family):
             raise CheckpointError(f"{what}: B-cos v2's {family} is not torchvision's ({reason}); it cannot be imported")
 
 
