@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from bcos_rt.conversion import Recipe, bcosify
 from bcos_rt.errors import BcosError, CheckpointError, InvalidArgumentError, InvalidTypeError
-from bcos_rt.models import LoadedModel, load_model, rebuild_source
+from bcos_rt.models import rebuild_source
 from bcos_rt.models.weights import load_strict
 from bcos_rt.nn.network import BcosNetwork
 
-__all__ = ["is_checkpoint", "load", "load_network_or_model", "save"]
+__all__ = ["is_checkpoint", "load", "save"]
 
 FORMAT = "bcos-rt"
 FORMAT_VERSION = 1
@@ -112,27 +112,6 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> BcosNe
     _match_dtypes(net, checkpoint.state)
     load_strict(net, checkpoint.state, f"{path} (made from {_name_of(source)})")
     return net.eval()
-
-
-def load_network_or_model(
-    name: str, *, weights: str | os.PathLike[str] | None = None, num_classes: int | None = None
-) -> BcosNetwork | LoadedModel:
-    """A saved B-cos network where ``name`` is the path of one, else the conventional model of that name.
-
-    Args:
-        name: a checkpoint's path, or a name :func:`bcos_rt.models.load_model` knows.
-        weights, num_classes: for a conventional model, see there.
-
-    Raises:
-        InvalidArgumentError: ``weights`` or ``num_classes`` given together with a checkpoint.
-        BcosError: as :func:`load` and :func:`bcos_rt.models.load_model`.
-    """
-    if is_checkpoint(name):
-        for argument, value in (("weights", weights), ("num_classes", num_classes)):
-            if value is not None:
-                raise InvalidArgumentError(argument, value, "nothing: a saved B-cos network has its own")
-        return load(name)
-    return load_model(name, weights=weights, num_classes=num_classes)
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
