@@ -4,12 +4,14 @@ Weights are seeded, not pretrained (no downloads); statistics of the norms are r
 centred or scaled by one.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from bcos_rt import Recipe, bcosify, explain
+from bcos_rt import Recipe, bcosify, explain, recalibrate
 from bcos_rt.models import load_model
 from tests.oracle import oracle
 from tests.tolerances import TOLERANCES
@@ -60,28 +62,33 @@ def images(size, n=3):
     return 0.7 * nn.functional.interpolate(coarse, size, mode="bilinear") + 0.3 * fine
 
 
-def test_the_table_covers_what_is_promised():
-    assert len(MODELS) == 16
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_equivalent_at_b1(name):
+@pytest.fixture(scope="module", params=MODELS)
+def zoo(request):
+    """(image size, source, B = 1 network, B = 2 network with its norms' statistics recomputed)."""
+    name = request.param
     size = MODELS[name]
-    net, report = bcosify(source(name), Recipe.equivalent(), verify_images=images(size))
+    model = source(name)
+    equivalent, report = bcosify(model, Recipe.equivalent(), verify_images=images(size))
+    net, _ = bcosify(model, Recipe())
+    # With the source's statistics a deep B = 2 network's signal dies out, so W would be 0 and the tests empty.
+    recalibrate(net, [images(size)])
+    return size, report, equivalent.eval(), net.eval()
+
+
+def test_equivalent_at_b1(zoo):
+    size, report, net, _ = zoo
     assert report.equivalence is not None
     assert report.equivalence.max_relative_error < TOLERANCES["equivalence"]
     assert report.equivalence.top1_agreement == 1.0
     result = explain(net, images(size))
-    scale = float(result.logits.abs().max())
-    assert float(result.completeness_error().max()) < TOLERANCES["completeness"] * max(1.0, scale)
+    scale = max(1.0, float(result.logits.abs().max()))
+    assert float(result.completeness_error().max()) < TOLERANCES["completeness"] * scale
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_explained_at_b2(name):
-    """In float64 against autograd with detached factors, several classes, and completeness."""
-    size = MODELS[name]
-    net, _ = bcosify(source(name), Recipe())
-    net = net.double().eval()
+def test_explained_at_b2(zoo):
+    """In float64 against autograd with detached factors, and completeness; different images, different maps."""
+    size, _, _, single = zoo
+    net = copy.deepcopy(single).double()
     x = images(size).double()
     targets = torch.tensor([3, 0, 7])
     result = explain(net, x, targets)
@@ -89,21 +96,20 @@ def test_explained_at_b2(name):
     tolerance = TOLERANCES["oracle64"]
     torch.testing.assert_close(result.logits, logits, rtol=tolerance, atol=tolerance)
     assert float((result.weights - weights).abs().max()) <= tolerance * float(weights.abs().max())
-    assert float(weights.abs().max()) > 0
+    assert float(weights.abs().max()) > 1e-12
     assert float(result.completeness_error().max()) < 1e-9
     a, b = result.contributions[:2]
     assert float((a - b).norm()) > 1e-3 * float(a.norm())
 
 
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("b", [1, 2])
-def test_onnx_equals_pytorch(name, b, tmp_path):
+def test_onnx_equals_pytorch(zoo, b, tmp_path):
+    """Batch 3 with mixed class ids, one of them -1, on a file made for any batch."""
     onnxruntime = pytest.importorskip("onnxruntime")
     from bcos_rt.export import to_onnx
 
-    size = MODELS[name]
-    net, _ = bcosify(source(name), Recipe() if b == 2 else Recipe.equivalent())
-    net.eval()
+    size, _, equivalent, converted = zoo
+    net = equivalent if b == 1 else converted
     x, ids = images(size), torch.tensor([2, -1, 5])
     path = tmp_path / "net.onnx"
     to_onnx(net, path, image_size=size, verify=False)
@@ -114,20 +120,20 @@ def test_onnx_equals_pytorch(name, b, tmp_path):
     expected = explain(net, x, ids)
     assert given["class_used"].tolist() == expected.target.tolist()
     assert relative(given["logits"], expected.logits) < TOLERANCES["onnx_logits"]
-    assert relative(given["residual"], expected.residual) < TOLERANCES["onnx_logits"] * 10
+    scale = float(expected.logits.abs().max())
+    assert np.abs(given["residual"] - expected.residual.numpy()).max() < 1e-3 * scale
     for key in ("weights", "contributions"):
-        ours, theirs = given[key], getattr(expected, key).numpy()
+        ours, theirs = given[key], getattr(expected, key)
         if b == 2:
-            assert relative(ours, torch.from_numpy(theirs)) < TOLERANCES["weights_b2"], key
-        else:
-            rows = zip(ours.reshape(3, -1), theirs.reshape(3, -1), strict=True)
-            for mine, true in rows:
-                assert np.linalg.norm(mine - true) < TOLERANCES["weights_b1_l2"] * np.linalg.norm(true), key
-                cosine = float(mine @ true / np.linalg.norm(mine) / np.linalg.norm(true))
-                assert cosine > TOLERANCES["weights_b1_cosine"], key
+            assert relative(ours, theirs) < TOLERANCES["weights_b2"], key
+            continue
+        for mine, true in zip(ours.reshape(3, -1), theirs.numpy().reshape(3, -1), strict=True):
+            assert np.linalg.norm(mine - true) < TOLERANCES["weights_b1_l2"] * np.linalg.norm(true), key
+            cosine = float(mine @ true / np.linalg.norm(mine) / np.linalg.norm(true))
+            assert cosine > TOLERANCES["weights_b1_cosine"], key
     if b == 2:
         difference = np.abs(given["picture"] - expected.picture().numpy())
-        assert float((difference > 2e-2).mean()) < 1e-2
+        assert float((difference > TOLERANCES["rgba"]).mean()) < 1e-2
 
 
 def relative(given, expected):

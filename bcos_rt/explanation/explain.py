@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,36 +13,14 @@ from torch import Tensor, nn
 from bcos_rt.conversion import Recipe, bcosify
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.explanation.explanation import Explanation
-from bcos_rt.graph import ExplanationGraph, build_explanation_graph
+from bcos_rt.graph import explanation_graph
 from bcos_rt.nn.network import BcosNetwork, check_range
 
-__all__ = ["explain", "explanation_graph"]
+__all__ = ["explain"]
 
-# Graphs are kept per network while the network lives: capturing costs seconds, running milliseconds. Nothing is stored
-# in the network itself. Each entry: key -> graph, the least recently used of more than GRAPHS_PER_NETWORK goes.
-GRAPHS_PER_NETWORK = 8
-_GRAPHS: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Any, ExplanationGraph]] = weakref.WeakKeyDictionary()
+# Equivalent conversions of conventional models are kept while the model lives; nothing is stored in the model itself.
 _EQUIVALENTS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, BcosNetwork]] = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()
-
-
-def _structure(net: nn.Module) -> Any:
-    """Changes when the network's graph could: layers, their options, parameter shapes, dtypes, devices."""
-    tensors = [*net.named_parameters(), *net.named_buffers()]
-    return repr(net), tuple((n, t.shape, t.dtype, t.device) for n, t in tensors)
-
-
-def explanation_graph(net: BcosNetwork, image_size: tuple[int, int], multi: bool = False) -> ExplanationGraph:
-    """The (kept) explanation graph of a network for one image size; see :func:`build_explanation_graph`."""
-    key = (image_size, multi, _structure(net))
-    with _LOCK:
-        graphs = _GRAPHS.setdefault(net, OrderedDict())
-        if key not in graphs:
-            graphs[key] = build_explanation_graph(net, image_size, multi=multi)
-            while len(graphs) > GRAPHS_PER_NETWORK:
-                graphs.popitem(last=False)
-        graphs.move_to_end(key)
-        return graphs[key]
 
 
 def _equivalent(model: nn.Module) -> BcosNetwork:
@@ -125,9 +102,8 @@ def explain(
     if height == 0 or width == 0:
         raise InvalidArgumentError("images", f"shape {tuple(images.shape)}", "at least one pixel")
     multi = _is_multi(targets)
-    graph = explanation_graph(net, (height, width), multi)
-    output = next(node for node in graph.module.graph.nodes if node.op == "output")
-    classes = int(output.args[0]["logits"].meta["val"].shape[1])
+    graph = explanation_graph(net, (height, width), multi=multi)
+    classes = graph.classes
     class_ids = _class_ids(targets, n, classes, like.device)
     names = tuple(net.class_names) if net.class_names is not None and len(net.class_names) == classes else None
     if n == 0:

@@ -41,6 +41,7 @@ class ExplanationGraph:
             ``encoded`` [N, C, H, W] and ``class_ids`` int64 [N], or [N, K] where :attr:`multi`; -1 is the top class.
         constants: lifted tensors that are neither parameter nor buffer.
         multi: whether each image has K classes: outputs then are [N, K, ...].
+        classes: number of logits.
 
     The module returns a dict with ``logits`` [N, classes], ``class_used`` [N(, K)], ``weights`` [N(, K), C, H, W],
     ``contributions`` [N(, K), H, W] and ``residual`` [N(, K)].
@@ -51,6 +52,7 @@ class ExplanationGraph:
     constants: dict[str, Tensor]
     image_size: tuple[int, int]
     multi: bool
+    classes: int
 
     def parameters(self, net: BcosNetwork) -> list[Tensor]:
         """The network's present values for the parameter placeholders, in order."""
@@ -328,4 +330,5 @@ def build_explanation_graph(
         {**captured.constants, **adjoint.constants},
         image_size,
         multi,
+        int(value.shape[1]),
     )

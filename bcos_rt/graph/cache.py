@@ -1,0 +1,42 @@
+"""Explanation graphs kept while their network lives: capturing costs seconds, running milliseconds."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+from torch import nn
+
+from bcos_rt.graph.adjoint import ExplanationGraph, build_explanation_graph
+from bcos_rt.nn.network import BcosNetwork
+
+__all__ = ["explanation_graph"]
+
+# Beside the networks, not in them; the least recently used of more than this many graphs of one network goes.
+GRAPHS_PER_NETWORK = 8
+_GRAPHS: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Any, ExplanationGraph]] = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()
+
+
+def _structure(net: nn.Module) -> Any:
+    """Changes when the network's graph could: layers, their options, parameter shapes, dtypes, devices."""
+    tensors = [*net.named_parameters(), *net.named_buffers()]
+    return repr(net), tuple((n, t.shape, t.dtype, t.device) for n, t in tensors)
+
+
+def explanation_graph(net: BcosNetwork, image_size: tuple[int, int], *, multi: bool = False) -> ExplanationGraph:
+    """The kept explanation graph of a network for one image size; see :func:`build_explanation_graph`.
+
+    The graph reads the network's parameters when it runs; changed weights need no new graph, changed layers get one.
+    """
+    key = (image_size, multi, _structure(net))
+    with _LOCK:
+        graphs = _GRAPHS.setdefault(net, OrderedDict())
+        if key not in graphs:
+            graphs[key] = build_explanation_graph(net, image_size, multi=multi)
+            while len(graphs) > GRAPHS_PER_NETWORK:
+                graphs.popitem(last=False)
+        graphs.move_to_end(key)
+        return graphs[key]
