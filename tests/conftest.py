@@ -1,5 +1,6 @@
-"""What every test shares: two threads, and where the data beside the repository is."""
+"""What every test shares: the number of threads, and where the data beside the repository is."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ __all__ = ["shared_dir"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def shared_dir(*parts: str) -> Path:

@@ -73,6 +73,3 @@ class BatchNormUncentered2d(nn.BatchNorm2d):
         momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + f", bias={self.bias is not None}"
