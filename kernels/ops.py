@@ -51,13 +51,16 @@ def _(
 
 
 def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, *ctx.options = inputs
+    x, weight, bias, *options = inputs
+    ctx.options = options
     ctx.save_for_backward(x, weight, bias, output)
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, y = ctx.saved_tensors
-    grads = reference.conv2d_backward(grad, x, weight, bias, y, *ctx.options, ctx.needs_input_grad[:3])
+    stride, padding, dilation, groups, b, eps = ctx.options
+    needs = ctx.needs_input_grad[:3]
+    grads = reference.conv2d_backward(grad, x, weight, bias, y, stride, padding, dilation, groups, b, eps, needs)
     return (*grads, None, None, None, None, None, None)
 
 
@@ -75,13 +78,15 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, b: float, eps: float) -> T
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, *ctx.options = inputs
+    x, weight, bias, *options = inputs
+    ctx.options = options
     ctx.save_for_backward(x, weight, bias, output)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, y = ctx.saved_tensors
-    return (*reference.linear_backward(grad, x, weight, bias, y, *ctx.options, ctx.needs_input_grad[:3]), None, None)
+    b, eps = ctx.options
+    return (*reference.linear_backward(grad, x, weight, bias, y, b, eps, ctx.needs_input_grad[:3]), None, None)
 
 
 _linear.register_autograd(_linear_backward, setup_context=_linear_setup)

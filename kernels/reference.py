@@ -49,7 +49,7 @@ def _patch_square_sum(
         area = kernel_size[0] * kernel_size[1]
         if area == 1 and all(s == 1 for s in stride) and not any(padding):
             return squares
-        return F.avg_pool2d(squares, kernel_size, stride, padding) * area
+        return F.avg_pool2d(squares, tuple(kernel_size), tuple(stride), tuple(padding)) * area
     ones = squares.new_ones(squares.shape[1], 1, *kernel_size)
     return F.conv2d(squares, ones, None, stride, padding, dilation, squares.shape[1])
 
@@ -76,13 +76,14 @@ def patch_norm(
     if groups == 1:
         squares = squares.sum(1, keepdim=True)
     elif groups != x.shape[1]:
-        squares = squares.unflatten(1, (groups, -1)).sum(2)
+        squares = squares.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]).sum(2)
     return (_patch_square_sum(squares, kernel_size, stride, padding, dilation) + eps).sqrt()
 
 
 def row_norm(x: Tensor, eps: float = LINEAR_EPS) -> Tensor:
     """Norm of the last dimension, ``||x|| + eps``: [..., C] -> [..., 1] in float32 (float64 for float64 input)."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_norm_dtype(x)) + eps
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_norm_dtype(x))
+    return norm + eps
 
 
 def _align(n: Tensor, z: Tensor, channel_dim: int) -> Tensor:
@@ -158,7 +159,9 @@ def _grad_z_and_n(grad: Tensor, z: Tensor, n: Tensor, b: float, channel_dim: int
     grad_n = -(b - 1) * grad.to(n.dtype) * z.to(n.dtype) * m * slope / wide
     groups = n.shape[channel_dim]
     if groups != z.shape[channel_dim]:
-        grad_n = grad_n.unflatten(channel_dim, (groups, -1)).sum(channel_dim + 1 if channel_dim >= 0 else channel_dim)
+        dim = channel_dim % grad_n.ndim
+        shape = grad_n.shape
+        grad_n = grad_n.reshape(*shape[:dim], groups, shape[dim] // groups, *shape[dim + 1 :]).sum(dim + 1)
     return grad_z.to(z.dtype), grad_n
 
 

@@ -148,7 +148,8 @@ class Recipe:
         for name in values:
             if name not in known:
                 raise InvalidArgumentError("Recipe", f"field {name!r}", "a known field", did_you_mean(name, known))
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**given)
 
 
 def _require_number(argument: str, value: object, expected: str = "a number") -> None:

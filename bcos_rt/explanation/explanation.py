@@ -70,7 +70,7 @@ class Explanation:
             return colour_picture(self.images, self.weights, smooth, alpha_percentile)
         n, k = self.weights.shape[:2]
         rgba = colour_picture(self.images.repeat_interleave(k, 0), self.weights.flatten(0, 1), smooth, alpha_percentile)
-        return rgba.unflatten(0, (n, k))
+        return rgba.reshape(n, k, *rgba.shape[1:])
 
     def class_name(self, index: int) -> str:
         """The class's name, or ``class 7`` where there are no names."""

@@ -96,7 +96,7 @@ class Adjoint:
         with fake:
             if self.multi:
                 dynamic = torch.fx.experimental.symbolic_shapes.DimDynamic.DYNAMIC
-                context = torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext(dynamic_sizes=[dynamic])
+                context: Any = torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext(dynamic_sizes=[dynamic])
                 k = fake.from_tensor(torch.zeros(3), symbolic_context=context).shape[0]
                 value = torch.empty((n, k), dtype=torch.int64, device=self.captured.encoded.meta["val"].device)
             else:
@@ -238,7 +238,8 @@ class Adjoint:
             if node is self.captured.encoded:
                 continue
             if node.target is operator.getitem and node in self.grads:
-                producer, index = node.args
+                producer: Any = node.args[0]
+                index: Any = node.args[1]
                 self.output_grads.setdefault(producer, {})[index] = self.total(self.grads.pop(node))
                 continue
             if node in self.grads:

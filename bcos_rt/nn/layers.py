@@ -70,9 +70,9 @@ class BcosConv2d(nn.Conv2d):
         return ops.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups, self.b)
 
     def extra_repr(self) -> str:
-        extra = f", b={self.b:g}"
-        extra += ", weight_norm='unit'" if self.weight_norm == "unit" else ""
-        return super().extra_repr() + extra + (", tf_same_padding=True" if self.tf_same_padding else "")
+        base: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        unit = ", weight_norm='unit'" if self.weight_norm == "unit" else ""
+        return f"{base}, b={self.b:g}{unit}" + (", tf_same_padding=True" if self.tf_same_padding else "")
 
 
 class BcosLinear(nn.Linear):
