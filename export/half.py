@@ -1,0 +1,82 @@
+"""Half precision: which nodes stay in fp32, and how far the adjoint's seed is scaled up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from bcos_rt.export import fused
+from bcos_rt.export.program import Program
+
+__all__ = ["scale_seed", "wide_nodes"]
+
+HEADROOM = 16.0  # how far the largest adjoint of the calibration images stays below fp16's largest number
+LARGEST_FACTOR = 2.0**14
+
+
+def _ancestors(nodes: Sequence[Node]) -> set[Node]:
+    seen: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return seen
+
+
+def wide_nodes(program: Program) -> set[Node]:
+    """Nodes in fp32: the image's encoding, the residual's terms, W once it is unscaled and all that comes from it."""
+    ends = [program.outputs["logits"]] if "logits" in program.outputs else []
+    if program.class_ids is not None and program.adjoint is not None:
+        ends.append(program.adjoint)
+    # Adjoints that only the residual needs (no W asked for) are as large as the others: they stay in fp16 too.
+    half = _ancestors(ends)
+    if program.adjoint is None:
+        half = {n for n in program.graph.nodes if "val" in n.meta and getattr(n.meta["val"], "ndim", 0) > 2}
+    encoding = {n for n in program.graph.nodes if n is program.image or n.target is fused.encode_image}
+    return {n for n in program.graph.nodes if n not in half} | encoding
+
+
+def scale_seed(program: Program, images: Tensor, multi: bool) -> float:
+    """Scale the seed by a power of two and unscale W and residual, in fp32; returns the factor.
+
+    Half of all |W| lie below fp16's smallest normal number, 6e-5. The largest adjoint on the given images decides the
+    factor: that one stays :data:`HEADROOM` below fp16's largest number.
+    """
+    if program.seed is None:
+        return 1.0
+    largest = 0.0
+
+    def watch(node: Node, value: Any) -> None:
+        nonlocal largest
+        if node.meta.get("side") == "adjoint" and isinstance(value, Tensor) and value.is_floating_point():
+            if node in half and value.numel():
+                largest = max(largest, float(value.abs().max()))
+
+    half = set(program.graph.nodes) - wide_nodes(program)
+    ids = torch.full((len(images), 1) if multi else (len(images),), -1, dtype=torch.int64)
+    program.run(images, ids, watch)
+    limit = torch.finfo(torch.float16).max / HEADROOM
+    factor = 1.0
+    while largest > 0 and 2 * factor * largest <= limit and factor < LARGEST_FACTOR:
+        factor *= 2
+    if factor != 1.0:
+        _insert(program, program.seed, factor)
+        if program.adjoint is not None:
+            _insert(program, program.adjoint, 1 / factor)
+        if "residual" in program.outputs:
+            _insert(program, program.outputs["residual"], 1 / factor)
+        program.outputs = dict(next(n for n in program.graph.nodes if n.op == "output").args[0])
+    return factor
+
+
+def _insert(program: Program, node: Node, factor: float) -> None:
+    with program.graph.inserting_after(node):
+        scaled = program.graph.call_function(fused.scale, (node, factor))
+    scaled.meta = dict(node.meta)
+    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
