@@ -17,6 +17,7 @@ from bcos_rt.cli.inputs import (
     check_photos,
     check_writable_place,
     convert_source,
+    load_photos,
     load_source,
 )
 from bcos_rt.cli.output import Outcome, Progress, run
@@ -222,10 +223,8 @@ def _verification_images(photos: list[Path], size: int) -> Tensor:
     import torch
     import torch.nn.functional as F
 
-    from bcos_rt.images import load_image
-
     if photos:
-        return torch.stack([load_image(photo, size) for photo in photos])
+        return load_photos(photos, size)
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(4, 3, 8, 8, generator=generator)
     noise = torch.rand(4, 3, size, size, generator=generator)

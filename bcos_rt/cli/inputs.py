@@ -34,6 +34,7 @@ __all__ = [
     "convert_source",
     "find_class",
     "load_network",
+    "load_photos",
     "load_source",
 ]
 
@@ -188,6 +189,15 @@ def check_photos(photos: Sequence[Path]) -> None:
         if not photo.is_file():
             what = "a directory" if photo.is_dir() else "which does not exist"
             raise InvalidArgumentError("photo", f"{str(photo)!r}, {what}", "an image file")
+
+
+def load_photos(photos: Sequence[Path], size: int) -> Tensor:
+    """The photos as one batch, [N, 3, size, size] in [0, 1]."""
+    import torch
+
+    from bcos_rt.images import load_image
+
+    return torch.stack([load_image(photo, size) for photo in photos])
 
 
 def check_output(path: Path, suffixes: Sequence[str] = (), option: str = "--output") -> None:
