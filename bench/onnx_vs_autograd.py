@@ -142,9 +142,8 @@ def main() -> None:
     result = measure(arguments.threads, arguments.runs)
     for name, value in result["median ms"].items():
         print(f"{value:8.1f} ms  {name}")
-    print(
-        f"largest difference of W between onnxruntime and autograd: {result['largest difference of W, relative']:.1e} of the largest |W|"
-    )
+    difference = result["largest difference of W, relative"]
+    print(f"largest difference of W between onnxruntime and autograd: {difference:.1e} of the largest |W|")
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         temporary = arguments.output.with_suffix(".tmp")
