@@ -42,6 +42,14 @@ class _Detached(TorchFunctionMode):
             return x * (0.5 * (1 + torch.erf(x / math.sqrt(2)))).detach()
         if func in (F.sigmoid, torch.sigmoid, torch.Tensor.sigmoid, torch.Tensor.sigmoid_, F.hardsigmoid, torch.tanh):
             return func(*args).detach()
+        if func in (F.elu, F.selu, F.celu, F.rrelu, torch.Tensor.tanh):
+            return x * _ratio(func(*args, **kwargs), x, 1.0)
+        if func is F.glu:
+            left, right = x.chunk(2, args[1] if len(args) > 1 else kwargs["dim"])
+            return left * torch.sigmoid(right).detach()
+        if func is F.instance_norm and kwargs["use_input_stats"]:
+            scale, shift = kwargs["weight"][:, None, None], kwargs["bias"][:, None, None]
+            return _centred(x, (2, 3), kwargs["eps"]) * scale + shift
         if func is F.layer_norm:
             shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
             weight = args[2] if len(args) > 2 else kwargs.get("weight")

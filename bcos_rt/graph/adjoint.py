@@ -61,8 +61,8 @@ class ExplanationGraph:
         return [self.constants[n] if n in self.constants else values[n].detach() for n in self.parameter_names]
 
     def __call__(self, net: BcosNetwork, encoded: Tensor, class_ids: Tensor) -> dict[str, Tensor]:
-        """Run the graph with the network's present parameters, without autograd."""
-        with torch.no_grad():
+        """Run the graph with the network's present parameters, without autograd and in the network's own dtype."""
+        with torch.no_grad(), torch.autocast(encoded.device.type, enabled=False):
             result: dict[str, Tensor] = self.module(*self.parameters(net), encoded, class_ids)
         return result
 

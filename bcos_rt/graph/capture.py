@@ -164,6 +164,11 @@ LOWERINGS: dict[Any, Callable[[GraphBuilder, Mapping[str, Any]], Node]] = {
 }
 
 
+# Ops that take only the shape of their tensor: constants.
+_SHAPE_ONLY = {
+    aten.sym_size.int, aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.new_zeros.default,
+    aten.new_ones.default, aten.new_full.default,
+}  # fmt: skip
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 
 
@@ -228,7 +233,8 @@ def capture(net: BcosNetwork, image_size: tuple[int, int]) -> Captured:
     example = torch.rand(2, net.encoding.channels, *image_size, dtype=like.dtype, device=like.device)
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     try:
-        with eval_mode(net):
+        # Autocast around the call would be captured as casts; the graph is made for the network's own dtype.
+        with eval_mode(net), torch.autocast(like.device.type, enabled=False):
             program = torch.export.export(_Encoded(net).eval(), (example,), dynamic_shapes=({0: batch},), strict=False)
             if not _functionalize(program.graph):
                 program = program.run_decompositions({})
@@ -288,7 +294,7 @@ def capture(net: BcosNetwork, image_size: tuple[int, int]) -> Captured:
 
     depends: set[Node] = {encoded}
     for node in builder.graph.nodes:
-        if node.target is aten.sym_size.int:
+        if node.target in _SHAPE_ONLY:
             continue
         if any(n in depends for n in node.all_input_nodes):
             depends.add(node)

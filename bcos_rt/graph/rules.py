@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bcos_rt.graph.adjoint import Adjoint
 from bcos_rt.graph.capture import bound_arguments
@@ -91,6 +92,22 @@ def conv2d(adjoint: Adjoint, node: Node, grad: Node) -> None:
     extra = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) % stride[i] for i in range(2)]
     back = adjoint.call(aten.conv_transpose2d.input, grad, weight, None, stride, padding, extra, a["groups"], dilation)
     adjoint.send(x, back)
+    if a["bias"] is not None:
+        _channel_residual(adjoint, grad, a["bias"])
+
+
+@rule(aten.conv_transpose2d.input)
+def conv_transpose2d(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """The transposed convolution's transpose is the convolution; ``<grad, b>`` to the residual."""
+    a = bound_arguments(node)
+    if adjoint.depends(a["weight"]):
+        raise adjoint.fail(node, "its weights depend on the image")
+    geometry = (_pair(a["stride"]), _pair(a["padding"]), _pair(a["dilation"]))
+    back = adjoint.call(aten.conv2d.default, grad, a["weight"], None, *geometry, a["groups"])
+    # An output padding as wide as the stride (allowed with a dilation) makes positions that nothing came from.
+    for dim in (2, 3):
+        back = adjoint.call(aten.slice.Tensor, back, dim, 0, a["input"].meta["val"].shape[dim])
+    adjoint.send(a["input"], back)
     if a["bias"] is not None:
         _channel_residual(adjoint, grad, a["bias"])
 
@@ -288,11 +305,11 @@ def clamp(adjoint: Adjoint, node: Node, grad: Node) -> None:
     _send_gated(adjoint, node.args[0], grad, _ratio(adjoint, node, 0.0 if low == 0 else 1.0))
 
 
-@rule(aten.elu.default)
+@rule(aten.elu.default, aten.celu.default, aten.selu.default, aten.tanh.default)
 def elu(adjoint: Adjoint, node: Node, grad: Node) -> None:
-    """``elu(x) / x``, at 0 its slope."""
-    a = bound_arguments(node)
-    _send_gated(adjoint, node.args[0], grad, _ratio(adjoint, node, float(a["scale"])))
+    """``f(x) / x``, at 0 its slope there."""
+    slope = 1.0507009873554805 if node.target is aten.selu.default else bound_arguments(node).get("scale", 1.0)
+    _send_gated(adjoint, node.args[0], grad, _ratio(adjoint, node, float(slope)))
 
 
 @rule(aten.leaky_relu.default)
@@ -303,6 +320,60 @@ def leaky_relu(adjoint: Adjoint, node: Node, grad: Node) -> None:
     mask = _as_number(adjoint, adjoint.call(aten.gt.Scalar, a["self"], 0), node)
     gate = adjoint.call(aten.add.Scalar, adjoint.call(aten.mul.Scalar, mask, 1 - slope), slope)
     _send_gated(adjoint, a["self"], grad, gate)
+
+
+@rule(aten.rrelu.default)
+def rrelu(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """In evaluation mode a LeakyReLU with the mean of the two slopes."""
+    a = bound_arguments(node)
+    if a["training"]:
+        raise adjoint.fail(node, "its slopes are random; explain in evaluation mode")
+    _send_gated(adjoint, a["self"], grad, _ratio(adjoint, node, (float(a["lower"]) + float(a["upper"])) / 2))
+
+
+@rule(aten.glu.default)
+def glu(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``a sigmoid(b)`` of the two halves: linear in ``a``, the sigmoid is the gate."""
+    a = bound_arguments(node)
+    x = a["self"]
+    ndim = x.meta["val"].ndim
+    dim = a["dim"] % ndim
+    half = x.meta["val"].shape[dim] // 2
+    gate = adjoint.call(aten.sigmoid.default, adjoint.call(aten.slice.Tensor, x, dim, half, 2 * half))
+    linear_half = adjoint.call(aten.mul.Tensor, grad, adjoint.saved(gate))
+    adjoint.send(x, _pad_back(adjoint, linear_half, ndim, dim, 0, half))
+
+
+@rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
+def where(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Each operand where it was picked; the condition is held constant."""
+    condition, left, right = node.args
+    mask = adjoint.saved(_as_number(adjoint, condition, node))  # type: ignore[arg-type]
+    other = adjoint.call(aten.rsub.Scalar, mask, 1.0)
+    for operand, picked in ((left, mask), (right, other)):
+        adjoint.send_broadcast(operand, adjoint.call(aten.mul.Tensor, grad, picked))
+
+
+@rule(aten.masked_fill.Scalar)
+def masked_fill(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """What is not filled passes; the filling goes to the residual."""
+    x, condition, value = node.args
+    mask = adjoint.saved(_as_number(adjoint, condition, node))  # type: ignore[arg-type]
+    filled = adjoint.call(aten.mul.Tensor, grad, mask)
+    adjoint.add_residual(filled, value)
+    adjoint.send_broadcast(x, adjoint.call(aten.sub.Tensor, grad, filled))
+
+
+@rule(aten.maximum.default, aten.max.other, aten.minimum.default, aten.min.other)
+def maximum(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Linear in the operand that was picked; of two equal ones in half of each."""
+    left, right = _operands(node)
+    picked = [adjoint.call(aten.eq.Tensor, node, operand) for operand in (left, right)]
+    masks = [_as_number(adjoint, mask, node) for mask in picked]
+    count = adjoint.call(aten.add.Tensor, *masks)
+    for operand, mask in zip((left, right), masks, strict=True):
+        share = adjoint.saved(adjoint.call(aten.div.Tensor, mask, count))
+        adjoint.send_broadcast(operand, adjoint.call(aten.mul.Tensor, grad, share))
 
 
 @rule(aten.gelu.default)
@@ -401,7 +472,21 @@ def layer_norm(adjoint: Adjoint, node: Node, grad: Node) -> None:
 def group_norm(adjoint: Adjoint, node: Node, grad: Node) -> None:
     """GroupNorm with its variance constant."""
     a = bound_arguments(node)
-    x, groups = a["input"], a["num_groups"]
+    _grouped_norm(adjoint, a, grad, a["num_groups"])
+
+
+@rule(aten.instance_norm.default)
+def instance_norm(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """InstanceNorm: GroupNorm with a channel a group; with running statistics BatchNorm."""
+    a = bound_arguments(node)
+    if a["use_input_stats"]:
+        _grouped_norm(adjoint, a, grad, int(a["input"].meta["val"].shape[1]))
+    else:
+        batch_norm(adjoint, node, grad)
+
+
+def _grouped_norm(adjoint: Adjoint, a: dict[str, Any], grad: Node, groups: int) -> None:
+    x = a["input"]
     if a["bias"] is not None:
         _channel_residual(adjoint, grad, a["bias"])
     if a["weight"] is not None:
@@ -499,6 +584,41 @@ def max_pool2d(adjoint: Adjoint, node: Node, grad: Node) -> None:
     adjoint.send(x, back)
 
 
+@rule(aten.adaptive_max_pool2d.default)
+def adaptive_max_pool2d(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Linear in the element that was picked."""
+    x: Any = node.args[0]
+    indices = adjoint.saved(adjoint.call(operator.getitem, node, 1))
+    adjoint.send(x, adjoint.call(aten.adaptive_max_pool2d_backward.default, grad, adjoint.saved(x), indices))
+
+
+@rule(
+    aten.upsample_nearest2d.vec,
+    aten._upsample_nearest_exact2d.vec,
+    aten.upsample_bilinear2d.vec,
+    aten.upsample_bicubic2d.vec,
+)
+def upsample(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Interpolation works on rows, then columns: ``A_h x A_w^T``, each matrix read off the op itself."""
+    a = bound_arguments(node)
+    x = a["input"]
+    size, out = list(x.meta["val"].shape[2:]), list(node.meta["val"].shape[2:])
+    matrices = []
+    for i in range(2):
+        options = {k: v for k, v in a.items() if k != "input"}
+        if options["output_size"] is not None:
+            options["output_size"] = [out[i], 1]
+        if options["scale_factors"] is not None:
+            options["scale_factors"] = [options["scale_factors"][i], 1.0]
+        with _disable_current_modes():
+            eye = torch.eye(size[i], dtype=torch.float64)[None, :, :, None]
+            matrices.append(node.target(input=eye, **options)[0, :, :, 0])  # type: ignore[operator]
+    name = f"{node.name}_{size[0]}x{size[1]}_to_{out[0]}x{out[1]}"
+    rows = adjoint.constant(f"{name}_rows", matrices[0])
+    columns = adjoint.constant(f"{name}_columns", matrices[1].t())
+    adjoint.send(x, adjoint.call(aten.matmul.default, rows, adjoint.call(aten.matmul.default, grad, columns)))
+
+
 # Reductions, shapes, slices ----------------------------------------------------------------------------------------
 
 
@@ -531,6 +651,107 @@ def sum_(adjoint: Adjoint, node: Node, grad: Node) -> None:
     """Each element gets the adjoint of its sum."""
     a = bound_arguments(node)
     adjoint.send(a["self"], _restore_dims(adjoint, node, grad, a["self"], a["dim"], a["keepdim"]))
+
+
+@rule(aten.amax.default, aten.amin.default)
+def amax(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Linear in the elements that are the largest; equal ones share."""
+    a = bound_arguments(node)
+    x: Any = a["self"]
+    dims = a["dim"] or list(range(x.meta["val"].ndim))
+    peak = adjoint.call(node.target, x, dims, True)  # type: ignore[arg-type]
+    mask = _as_number(adjoint, adjoint.call(aten.eq.Tensor, x, peak), node)
+    share = adjoint.call(aten.div.Tensor, mask, adjoint.call(aten.sum.dim_IntList, mask, dims, True))
+    _send_gated(adjoint, x, _restore_dims(adjoint, node, grad, x, dims, a["keepdim"]), share)
+
+
+@rule(aten.max.dim, aten.min.dim)
+def max_dim(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Linear in the element that was picked."""
+    a = bound_arguments(node)
+    x: Any = a["self"]
+    dim = a["dim"] % x.meta["val"].ndim
+    size = x.meta["val"].shape[dim]
+    index = adjoint.call(operator.getitem, node, 1)
+    if not a["keepdim"]:
+        index = adjoint.call(aten.unsqueeze.default, index, dim)
+    places = adjoint.call(aten.arange.default, size, device=x.meta["val"].device, pin_memory=False)
+    for _ in range(x.meta["val"].ndim - 1 - dim):
+        places = adjoint.call(aten.unsqueeze.default, places, -1)
+    picked = _as_number(adjoint, adjoint.call(aten.eq.Tensor, index, places), x)
+    _send_gated(adjoint, x, _restore_dims(adjoint, node, grad, x, [dim], a["keepdim"]), picked)
+
+
+@rule(aten.flip.default)
+def flip(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """The flip back."""
+    adjoint.send(node.args[0], adjoint.call(aten.flip.default, grad, node.args[1]))
+
+
+@rule(aten.pixel_shuffle.default)
+def pixel_shuffle(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """The inverse permutation."""
+    adjoint.send(node.args[0], adjoint.call(aten.pixel_unshuffle.default, grad, node.args[1]))
+
+
+@rule(aten.pixel_unshuffle.default)
+def pixel_unshuffle(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """The inverse permutation."""
+    adjoint.send(node.args[0], adjoint.call(aten.pixel_shuffle.default, grad, node.args[1]))
+
+
+@rule(aten.channel_shuffle.default, aten.native_channel_shuffle.default)
+def channel_shuffle(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """The inverse permutation: channels as [C / groups, groups], transposed."""
+    x, groups = _operands(node)
+    shape = adjoint.shape(x)
+    wide = adjoint.reshape(grad, [shape[0], shape[1] // groups, groups, *shape[2:]])
+    adjoint.send(x, adjoint.reshape(adjoint.call(aten.transpose.int, wide, 1, 2), shape))
+
+
+@rule(aten.repeat.default, aten.repeat_interleave.self_int)
+def repeat(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """The sum over the copies."""
+    x: Any = node.args[0]
+    ndim = x.meta["val"].ndim
+    interleaved = node.target is aten.repeat_interleave.self_int
+    if interleaved:
+        a = bound_arguments(node)
+        if a["dim"] is None:
+            raise adjoint.fail(node, "repeats over the batch")
+        repeats = [a["repeats"] if d == a["dim"] % ndim else 1 for d in range(ndim)]
+    else:
+        repeats = list(bound_arguments(node)["repeats"])
+    if len(repeats) != ndim or any(
+        r != 1 and isinstance(s, torch.SymInt) for r, s in zip(repeats, x.meta["val"].shape, strict=True)
+    ):
+        raise adjoint.fail(node, "repeats over the batch or along a new dimension")
+    shape = adjoint.shape(x)
+    for d in [d for d, r in enumerate(repeats) if r != 1]:
+        now = [
+            *shape[: d + 1],
+            *(s if r == 1 else s * r for s, r in zip(shape[d + 1 :], repeats[d + 1 :], strict=True)),
+        ]
+        pair = [shape[d], repeats[d]] if interleaved else [repeats[d], shape[d]]
+        wide = adjoint.reshape(grad, [*now[:d], *pair, *now[d + 1 :]])
+        grad = adjoint.call(aten.sum.dim_IntList, wide, [d + 1 if interleaved else d])
+    adjoint.send(x, grad)
+
+
+@rule(aten.index_select.default, aten.index.Tensor)
+def index(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """Each adjoint is added where its element was taken; the indices are held constant."""
+    x: Any = node.args[0]
+    if node.target is aten.index_select.default:
+        indices: list[Any] = [None] * (int(node.args[1]) % x.meta["val"].ndim) + [node.args[2]]  # type: ignore[arg-type]
+    else:
+        indices = list(node.args[1])  # type: ignore[arg-type]
+    if any(adjoint.depends(i) for i in indices):
+        raise adjoint.fail(node, "its indices depend on the image")
+    if indices[0] is not None:
+        raise adjoint.fail(node, "indexes the batch")
+    zeros = adjoint.call(aten.zeros_like.default, adjoint.saved(x))
+    adjoint.send(x, adjoint.call(aten.index_put.default, zeros, indices, grad, True))
 
 
 @rule(
@@ -710,6 +931,9 @@ def pad(adjoint: Adjoint, node: Node, grad: Node) -> None:
     if mode in _PAD_BACKWARD and len(pads) == 4:
         adjoint.send(x, adjoint.call(_PAD_BACKWARD[mode], grad, adjoint.saved(x), pads))
         return
+    if mode == "circular":
+        adjoint.send(x, _unwrap(adjoint, x, grad, pads))
+        return
     if mode != "constant":
         raise adjoint.fail(node, f"padding mode {mode!r} has no rule")
     value = a.get("value") or 0
@@ -719,6 +943,23 @@ def pad(adjoint: Adjoint, node: Node, grad: Node) -> None:
         adjoint.add_residual(grad, float(value))
         adjoint.add_residual(back, -float(value))
     adjoint.send(x, back)
+
+
+def _unwrap(adjoint: Adjoint, x: Node, grad: Node, pads: list[int]) -> Node:
+    """Transpose of circular padding: what was added at one end goes back to the other end."""
+    ndim = x.meta["val"].ndim
+    for i in range(len(pads) // 2):
+        dim, before, after = ndim - 1 - i, *pads[2 * i : 2 * i + 2]
+        size = x.meta["val"].shape[dim]
+        inner = adjoint.call(aten.slice.Tensor, grad, dim, before, before + size)
+        if before:
+            ends = adjoint.call(aten.slice.Tensor, grad, dim, 0, before)
+            inner = adjoint.call(aten.add.Tensor, inner, _pad_back(adjoint, ends, ndim, dim, size - before, 0))
+        if after:
+            ends = adjoint.call(aten.slice.Tensor, grad, dim, before + size, before + size + after)
+            inner = adjoint.call(aten.add.Tensor, inner, _pad_back(adjoint, ends, ndim, dim, 0, size - after))
+        grad = inner
+    return grad
 
 
 @rule(aten.roll.default)

@@ -104,6 +104,40 @@ CASES = {
     "squeeze_excite": (lambda p, x: x * p["m"](x.mean((2, 3), keepdim=True)).sigmoid(), lambda: nn.Conv2d(8, 8, 1)),
     "swish_by_hand": (lambda p, x: x * torch.sigmoid(x), None),
     "constant_matmul": (lambda p, x: p["m"].weight[:, :, 0, 0] @ x.flatten(2), lambda: nn.Conv2d(8, 4, 1)),
+    "elu": (lambda p, x: F.elu(2 * x, 1.5), None),
+    "selu": (lambda p, x: F.selu(2 * x), None),
+    "celu": (lambda p, x: F.celu(2 * x, 0.7), None),
+    "tanh": (lambda p, x: F.tanh(2 * x), None),
+    "rrelu": (lambda p, x: F.rrelu(x), None),
+    "glu": (lambda p, x: F.glu(x, 1), None),
+    "maximum": (lambda p, x: torch.maximum(x[:, :4], 2 * x[:, 4:]) + torch.minimum(x[:, :4], x[:, 4:].relu()), None),
+    "where": (lambda p, x: torch.where(x > 0.1, x, 0.3 * x[:, :1]) + torch.where(x > 0, x, 0.5), None),
+    "masked_fill": (lambda p, x: x.masked_fill(x < 0.1, 0.7), None),
+    "conv_transpose": (lambda p, x: p["m"](x), lambda: nn.ConvTranspose2d(8, 6, 3, 2, 1, 1, groups=2)),
+    "conv_transpose_dilated": (lambda p, x: p["m"](x), lambda: nn.ConvTranspose2d(8, 4, (3, 2), 1, 0, 1, dilation=2)),
+    "conv_circular": (lambda p, x: p["m"](x), lambda: nn.Conv2d(8, 4, (3, 5), padding=(1, 2), padding_mode="circular")),
+    "instance_norm": (lambda p, x: p["m"](x), lambda: nn.InstanceNorm2d(8, affine=True)),
+    "instance_norm_running": (lambda p, x: p["m"](x), lambda: nn.InstanceNorm2d(8, track_running_stats=True)),
+    "adaptive_max": (lambda p, x: F.adaptive_max_pool2d(x, (4, 3)), None),
+    "adaptive_max_global": (lambda p, x: F.adaptive_max_pool2d(x, 1), None),
+    "upsample_nearest": (lambda p, x: F.interpolate(x, scale_factor=1.7), None),
+    "upsample_nearest_exact": (lambda p, x: F.interpolate(x, (9, 21), mode="nearest-exact"), None),
+    "upsample_bilinear": (lambda p, x: F.interpolate(x, scale_factor=(2, 1.5), mode="bilinear"), None),
+    "upsample_corners": (lambda p, x: F.interpolate(x, (7, 23), mode="bilinear", align_corners=True), None),
+    "upsample_twice": (lambda p, x: F.interpolate(F.interpolate(x, (7, 23), mode="bilinear"), (13, 10)), None),
+    "upsample_bicubic": (lambda p, x: F.interpolate(x, (17, 8), mode="bicubic"), None),
+    "filled_like": (lambda p, x: x * torch.full_like(x[:, :1], 1.5) + torch.ones_like(x) + x.new_zeros(1), None),
+    "amax": (lambda p, x: x.amax((2, 3)), None),
+    "amax_keepdim": (lambda p, x: x.amax(1, keepdim=True) + x.amin((1, 3), keepdim=True), None),
+    "max_dim": (lambda p, x: x.max(1)[0] + x.min(1, keepdim=True)[0][:, 0], None),
+    "flip": (lambda p, x: x.flip(3) * p["m"].weight[:, 0], lambda: nn.Conv2d(1, 8, SIZE)),
+    "pixel_shuffle": (lambda p, x: F.pixel_shuffle(x, 2), None),
+    "pixel_unshuffle": (lambda p, x: F.pixel_unshuffle(x[:, :, :12], 2), None),
+    "channel_shuffle": (lambda p, x: F.channel_shuffle(x, 2), None),
+    "repeat": (lambda p, x: x.repeat(1, 2, 3, 1), None),
+    "repeat_interleave": (lambda p, x: x.repeat_interleave(3, 2), None),
+    "index": (lambda p, x: x[:, [0, 2, 2, 5]], None),
+    "index_select": (lambda p, x: x.index_select(2, torch.tensor([1, 4, 1])), None),
     "expand": (lambda p, x: x.mean((2, 3), keepdim=True).expand(-1, -1, 3, 4), None),
 }  # fmt: skip
 
@@ -123,7 +157,11 @@ def test_rule_matches_autograd(name):
     torch.testing.assert_close(total, logits.gather(1, targets[:, None])[:, 0], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["bcos_grouped", "group_norm", "max_pool", "squeeze_excite", "adaptive_uneven"])
+MULTI = ("bcos_grouped", "group_norm", "max_pool", "squeeze_excite", "adaptive_uneven", "adaptive_max", "index", "glu")
+MULTI += ("where", "maximum", "amax", "max_dim", "upsample_bilinear", "channel_shuffle", "repeat", "instance_norm")
+
+
+@pytest.mark.parametrize("name", MULTI)
 def test_several_classes_share_one_forward(name):
     function, module = CASES[name]
     net = network(function, {"m": module()} if module else None)
