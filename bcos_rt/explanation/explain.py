@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +26,10 @@ _LOCK = threading.RLock()
 
 def _equivalent(model: nn.Module) -> BcosNetwork:
     """A conventional model as an equivalent B = 1 network; kept until one of its tensors changes."""
-    tensors = [*model.parameters(), *model.buffers()]
-    key = (repr(model), tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
+    tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
+    # A tensor's version does not count writes through .data; its sum shows those.
+    sums = tuple(t.sum(dtype=torch.float64).item() for t in tensors)
+    key = (repr(model), tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors), sums)
     with _LOCK:
         kept = _EQUIVALENTS.get(model)
         if kept is None or kept[0] != key:
@@ -45,6 +48,10 @@ def _class_ids(targets: Any, images: int, classes: int, device: torch.device) ->
         raise InvalidTypeError("targets", repr(targets), expected)
     else:
         try:
+            if isinstance(targets, Sequence) and targets and all(isinstance(t, Tensor) for t in targets):
+                targets = torch.stack([t.cpu() for t in targets])
+            elif isinstance(targets, Sequence) and targets and all(isinstance(t, np.ndarray) for t in targets):
+                targets = np.stack(targets)
             given = torch.as_tensor(targets)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidTypeError("targets", repr(targets)[:80], expected) from error
@@ -139,6 +146,6 @@ def _is_multi(targets: Any) -> bool:
     return (
         isinstance(targets, Sequence)
         and len(targets) > 0
-        and (isinstance(targets[0], Sequence) or (isinstance(targets[0], Tensor) and targets[0].ndim == 1))
+        and (isinstance(targets[0], Sequence) or getattr(targets[0], "ndim", 0) == 1)
         and not isinstance(targets, str)
     )

@@ -59,6 +59,8 @@ class InputEncoding(nn.Module):
         """
         if not isinstance(images, Tensor):
             raise InvalidTypeError("images", type(images).__name__, "a torch.Tensor [N, 3, H, W]")
+        if images.layout != torch.strided:
+            raise InvalidTypeError("images", f"layout {images.layout}", "a dense tensor", " (images.to_dense())")
         if not images.is_floating_point():
             raise InvalidTypeError(
                 "images", f"dtype {images.dtype}", "a floating-point tensor in [0, 1]", " (divide a uint8 image by 255)"

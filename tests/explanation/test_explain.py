@@ -297,3 +297,38 @@ def test_save(net, tmp_path):
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(InvalidArgumentError, match="directory"):
         result.save(tmp_path / "folder.png")
+
+
+def test_autocast_around_the_call_changes_nothing(net):
+    """Mixed precision would break the sum: what is explained is the network in its own dtype."""
+    images = torch.rand(2, 3, 24, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = explain(net, images)
+    outside = explain(net, images)
+    for name in ("logits", "weights", "residual"):
+        torch.testing.assert_close(getattr(inside, name), getattr(outside, name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [[torch.tensor([1, 2])] * 2, [np.array([1, 2])] * 2])
+def test_a_list_of_tensors_or_arrays_is_k_classes(net, rows):
+    images = torch.rand(2, 3, 24, 24)
+    explanation = explain(net, images, rows)
+    assert explanation.target.tolist() == [[1, 2], [1, 2]]
+    assert float(explanation.completeness_error().max()) < 1e-4
+
+
+def test_sparse_images_are_an_error(net):
+    with pytest.raises(InvalidTypeError, match="images: got layout"):
+        explain(net, torch.rand(1, 3, 8, 8).to_sparse())
+
+
+def test_weights_written_through_data_are_seen():
+    model, images = small(), torch.rand(1, 3, 24, 24)
+    before = explain(model, images).logits
+    model.fc.weight.data.mul_(2)
+    after = explain(model, images).logits
+    normalised = (images - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
+    torch.testing.assert_close(after, model(normalised).detach(), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, after)
