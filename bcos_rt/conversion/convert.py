@@ -70,7 +70,12 @@ def bcosify(
     if not isinstance(recipe, Recipe):
         raise InvalidTypeError("recipe", type(recipe).__name__, "a bcos_rt.Recipe")
     source = _resolve(model)
-    work = copy.deepcopy(source.module)
+    try:
+        work = copy.deepcopy(source.module)
+    except RuntimeError as error:
+        hint = " (torch.nn.utils.weight_norm: remove_weight_norm it, or use torch.nn.utils.parametrizations)"
+        got = f"a {type(source.module).__name__} that cannot be copied ({str(error).split('.')[0]})"
+        raise InvalidArgumentError("model", got, "a module whose tensors are parameters or buffers", hint) from error
     conversion = _Conversion(work, recipe)
     backbone = conversion.run()
 

@@ -52,7 +52,11 @@ def recalibrate(net: nn.Module, loader: Iterable[Any], momentum: float | None = 
                 norm.reset_running_stats()
         with torch.no_grad():
             for images in _batches(loader):
-                net(images if reference is None else images.to(reference.device, reference.dtype))
+                if reference is not None:
+                    # Not the dtype of integers: the network rejects those, 0..255 would pass for a bright image.
+                    dtype = reference.dtype if images.is_floating_point() else images.dtype
+                    images = images.to(reference.device, dtype)
+                net(images)
                 batches += 1
         if batches == 0:
             raise InvalidArgumentError("loader", "no batch", "at least one batch of images")

@@ -97,6 +97,8 @@ class Recipe:
                 object.__setattr__(self, name, value)
         if self.logit_bias is not None and self.logit_bias != "auto":
             _require_number("Recipe.logit_bias", self.logit_bias, "a number, 'auto' or None")
+            if not math.isfinite(self.logit_bias):
+                raise InvalidArgumentError("Recipe.logit_bias", self.logit_bias, "a finite number, 'auto' or None")
         if self.logit_temperature is not None:
             _require_number("Recipe.logit_temperature", self.logit_temperature, "a number > 0 or None")
             if not (math.isfinite(self.logit_temperature) and self.logit_temperature > 0):

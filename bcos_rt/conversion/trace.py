@@ -72,9 +72,9 @@ class _Wrapper(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, leaves: set[str]) -> None:
+    def __init__(self, leaves: set[str] | None = None) -> None:
         super().__init__()
-        self.leaves = leaves
+        self.leaves = leaves or set()  # the default is for unpickling a rewritten network, which makes a tracer
         self.failed: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

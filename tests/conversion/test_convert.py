@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -746,3 +747,28 @@ def test_single_layer_model_is_replaced_itself():
     source = randomise(nn.Sequential(nn.Conv2d(3, 4, 1)))[0]
     network, _ = equivalent(source)
     assert isinstance(network.backbone, BcosConv2d)
+
+
+def test_a_rewritten_network_pickles():
+    network = bcosify(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    )[0]
+    images = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(network))(images), network(images), rtol=0, atol=0)
+
+
+def test_a_module_that_cannot_be_copied_is_named():
+    class Computed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.scaled = self.conv.weight * 2  # not a leaf, as torch.nn.utils.weight_norm leaves one
+
+    with pytest.raises(InvalidArgumentError, match="model: got a Computed that cannot be copied"):
+        bcosify(Computed())
+
+
+@pytest.mark.parametrize("bias", [float("nan"), float("inf")])
+def test_a_logit_bias_is_finite(bias):
+    with pytest.raises(InvalidArgumentError, match="logit_bias"):
+        Recipe(logit_bias=bias)

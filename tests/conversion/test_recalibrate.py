@@ -117,3 +117,12 @@ def test_bad_momentum(momentum):
 def test_not_a_module():
     with pytest.raises(InvalidTypeError, match="net"):
         recalibrate("resnet18", images())
+
+
+def test_integer_images_are_an_error():
+    network = converted()
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with pytest.raises(InvalidTypeError, match="images: got dtype"):
+        recalibrate(network, [(255 * images()).to(torch.uint8)])
+    for name, buffer in network.named_buffers():
+        torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
