@@ -178,7 +178,7 @@ class OnnxBuilder:
         if name not in self.initializers:
             constant = ir.tensor(array, name=name)
             self.initializers[name] = ir.Value(
-                name=name, const_value=constant, shape=constant.shape, type=ir.TensorType(constant.dtype)
+                name=name, const_value=constant, shape=ir.Shape(array.shape), type=ir.TensorType(constant.dtype)
             )
             self._used_names.add(name)
         return self.initializers[name]

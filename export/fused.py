@@ -30,8 +30,9 @@ def mean_patch_norm(
     groups: int,
     eps: float,
 ) -> Tensor:
-    """A patch's norm over the root of the kernel's area A: ``sqrt(box_mean(sum_c x_c^2) + eps)``, eps already over A."""
-    squares = x.square().unflatten(1, (groups, -1)).sum(2)
+    """A patch's norm over the root of the kernel's area A: ``sqrt(box_mean(sum_c x_c^2) + eps)``, eps given over A."""
+    n, _, height, width = x.shape
+    squares = x.square().reshape(n, groups, -1, height, width).sum(2)
     ones = squares.new_full((groups, 1, *kernel_size), 1 / (kernel_size[0] * kernel_size[1]))
     mean = F.conv2d(squares, ones, None, tuple(stride), tuple(padding), tuple(dilation), groups)
     return (mean + eps).sqrt()

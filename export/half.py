@@ -54,11 +54,11 @@ def scale_seed(program: Program, images: Tensor, multi: bool) -> float:
 
     def watch(node: Node, value: Any) -> None:
         nonlocal largest
-        if node.meta.get("side") == "adjoint" and isinstance(value, Tensor) and value.is_floating_point():
-            if node in half and value.numel():
-                largest = max(largest, float(value.abs().max()))
+        if node in half and isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            largest = max(largest, float(value.abs().max()))
 
-    half = set(program.graph.nodes) - wide_nodes(program)
+    wide = wide_nodes(program)
+    half = {n for n in program.graph.nodes if n.meta.get("side") == "adjoint" and n not in wide}
     ids = torch.full((len(images), 1) if multi else (len(images),), -1, dtype=torch.int64)
     program.run(images, ids, watch)
     limit = torch.finfo(torch.float16).max / HEADROOM

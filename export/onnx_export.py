@@ -50,7 +50,7 @@ _DOCS = {
     "class_used": "The classes explained: class_ids with -1 replaced.",
     "weights": "W, the dynamic linear weights of the encoded image [x, 1 - x]: logit = sum(W * encoded) + residual.",
     "contributions": "sum_c W_c * encoded_c per pixel, in logits.",
-    "residual": "What does not come from pixels: biases, input mean, logit bias. sum(contributions) + residual = logit.",
+    "residual": "What does not come from pixels (biases, input mean): sum(contributions) + residual = logit.",
     "picture": "The colour explanation: red, green, blue, opacity in [0, 1].",
 }
 
@@ -147,6 +147,7 @@ def to_onnx(
             compared = parity.verify(
                 staged,
                 _reference(source, net),
+                lambda: _exact(net, size, multi, forward_only),
                 classes=classes,
                 image_size=size,
                 multi=multi,
@@ -283,6 +284,14 @@ def _reference(source: ExplanationGraph | Captured, net: BcosNetwork) -> Callabl
         return _Explained(source, net, image, class_ids)  # type: ignore[arg-type]
 
     return forward if isinstance(source, Captured) else explanation
+
+
+def _exact(net: BcosNetwork, size: tuple[int, int], multi: bool, forward_only: bool) -> Any:
+    """The same in float64."""
+    wide = copy.deepcopy(net).double()
+    source = capture(wide, size) if forward_only else build_explanation_graph(wide, size, multi=multi)
+    reference = _reference(source, wide)
+    return lambda image, class_ids: reference(image.double(), class_ids)
 
 
 class _Explained(dict[str, Tensor]):

@@ -364,8 +364,7 @@ def to_dtype(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
 @onnx_op(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
 def filled(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
     """A tensor of one number."""
-    numbers = {aten.zeros_like.default: 0, aten.ones_like.default: 1}
-    number = numbers.get(node.target, a.get("fill_value"))
+    number = a.get("fill_value", 1 if node.target is aten.ones_like.default else 0)
     result: ir.Value = b.op("Expand", b.scalar(number, _dtype(node)), b.op("Shape", b[a["self"]]))
     return result
 
@@ -469,7 +468,7 @@ def linear(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
         result: ir.Value = b.op("Gemm", b[x], weight, *([b[a["bias"]]] if a["bias"] is not None else []), transB=1)
         return result
     result = b.op("MatMul", b[x], b.op("Transpose", weight, perm=[1, 0]))
-    return result if a["bias"] is None else b.op("Add", result, b[a["bias"]])  # type: ignore[no-any-return]
+    return result if a["bias"] is None else b.op("Add", result, b[a["bias"]])
 
 
 @onnx_op(aten.addmm.default)
@@ -574,7 +573,8 @@ def dynamic_scale(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
 @onnx_op(fused.bcos_conv2d)
 def bcos_conv2d(b: OnnxBuilder, node: Node, a: Arguments) -> tuple[ir.Value, ir.Value]:
     """The function ``BcosConv`` and its relatives; grouped or dilated ones from their pieces."""
-    x, weight, bias, *window, groups, exponent_b, eps, delta, relu = node.args
+    arguments: tuple[Any, ...] = node.args
+    x, weight, bias, *window, groups, exponent_b, eps, delta, relu = arguments
     stride, padding, dilation = (_pair(w) for w in window)
     kernel = [int(s) for s in _shape(weight)[2:]]
     simple = bias is None and groups == 1 and dilation == [1, 1]
@@ -585,14 +585,14 @@ def bcos_conv2d(b: OnnxBuilder, node: Node, a: Arguments) -> tuple[ir.Value, ir.
             "pads": padding * 2,
             "dilations": dilation,
             "group": 1,
-            "epsilon": float(eps),  # type: ignore[arg-type]
+            "epsilon": float(eps),
         }
         operands = [b[x], b[weight]]
         name = "BcosConvRelu" if relu else "BcosConv"
         if exponent_b != 2:
             name = "BcosConvPower"
             operands.append(b[delta])
-            attributes["exponent"] = float(exponent_b - 1)  # type: ignore[operator]
+            attributes["exponent"] = float(exponent_b - 1)
         pair: tuple[ir.Value, ir.Value] = b.call(name, *operands, outputs=2, **attributes)
         return pair
     z = b.op(
@@ -606,15 +606,15 @@ def bcos_conv2d(b: OnnxBuilder, node: Node, a: Arguments) -> tuple[ir.Value, ir.
         dilations=dilation,
         group=groups,
     )
-    norm = _patch_norm(b, x, (kernel, stride, padding, dilation), groups, eps, averaged=True)  # type: ignore[arg-type]
-    norm = _aligned(b, norm, groups, _shape(weight)[0], 1)  # type: ignore[arg-type]
+    norm = _patch_norm(b, x, (kernel, stride, padding, dilation), groups, eps, averaged=True)
+    norm = _aligned(b, norm, groups, _shape(weight)[0], 1)
     if relu:
         z = b.op("Relu", z)
         m = b.op("Div", z, norm)
     elif exponent_b == 2:
         m = b.call("DynamicScale", z, norm)
     else:
-        m = b.call("DynamicScalePower", z, norm, b[delta], exponent=float(exponent_b - 1))  # type: ignore[operator]
+        m = b.call("DynamicScalePower", z, norm, b[delta], exponent=float(exponent_b - 1))
     return b.op("Mul", z, m), m
 
 
@@ -684,7 +684,7 @@ def rms_norm(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
     square = b.op("ReduceMean", b.op("Mul", x, x), axes, keepdims=1)
     root = b.op("Sqrt", b.op("Add", square, b.scalar(eps, wide=True)))
     result = b.settled(b.op("Div", x, root))
-    return result if a["weight"] is None else b.op("Mul", result, b[a["weight"]])  # type: ignore[no-any-return]
+    return result if a["weight"] is None else b.op("Mul", result, b[a["weight"]])
 
 
 @onnx_op(aten.var.correction)
@@ -895,12 +895,13 @@ def max_pool2d_backward(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
     shape = _shape(node)
     channels, plane = int(shape[1]), int(shape[2]) * int(shape[3])
     count = math.prod(int(s) for s in _shape(grad)[2:])
-    flat = b.op("Reshape", b[grad], b.ints([-1, channels, count]))
+    # In fp32: windows overlap, so numbers are summed, and onnxruntime sums no fp16 here.
+    flat = b.op("Reshape", b.widened(b[grad]), b.ints([-1, channels, count]))
     where_to = b.op("Reshape", b[indices], b.ints([-1, channels, count]))
     size = b.op("Concat", b.size(b[grad], 0), b.ints([channels, plane]), axis=0)
-    zeros = b.op("Expand", b.scalar(0.0), size)
+    zeros = b.op("Expand", b.scalar(0.0, wide=True), size)
     added = b.op("ScatterElements", zeros, where_to, flat, axis=2, reduction="add")
-    return b.reshape(added, shape)
+    return b.settled(b.reshape(added, shape))
 
 
 # Shapes ------------------------------------------------------------------------------------------------------------
@@ -1139,15 +1140,21 @@ def sym_size(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
 
 def _size_arithmetic(op_type: str) -> OnnxOp:
     def emit_arithmetic(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
-        left, right = (b.ints([v]) if isinstance(v, int) else b[v] for v in node.args)  # type: ignore[union-attr]
+        left, right = (b.ints([v]) if isinstance(v, int) else b[v] for v in node.args)
         result: ir.Value = b.op(op_type, left, right)
         return result
 
     return emit_arithmetic
 
 
-for _target, _name in {operator.mul: "Mul", operator.add: "Add", operator.sub: "Sub", operator.floordiv: "Div"}.items():
-    onnx_op(_target)(_size_arithmetic(_name))
+_SIZE_ARITHMETIC: dict[Any, str] = {
+    operator.mul: "Mul",
+    operator.add: "Add",
+    operator.sub: "Sub",
+    operator.floordiv: "Div",
+}
+for _function, _name in _SIZE_ARITHMETIC.items():
+    onnx_op(_function)(_size_arithmetic(_name))
 
 
 @onnx_op(aten.repeat_interleave.self_int)

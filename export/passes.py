@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from bcos_rt.export import fused
-from bcos_rt.export.builder import module_of
 from bcos_rt.export.program import Program
 
 __all__ = ["fold_convolution_scale", "fuse_bcos_convolutions", "fuse_relu", "rewrite"]
@@ -114,7 +113,8 @@ def fuse_bcos_convolutions(program: Program) -> int:
 
 
 def _fuse_bcos_convolution(program: Program, m: Node) -> bool:
-    z, n, b, channel_dim = m.args
+    arguments: tuple[Any, ...] = m.args
+    z, n, b, channel_dim = arguments
     if not isinstance(z, Node) or not isinstance(n, Node) or channel_dim != 1:
         return False
     if z.target is not aten.conv2d.default or n.target is not bcos.patch_norm.default or len(n.users) != 1:
@@ -154,18 +154,20 @@ def _fuse_bcos_convolution(program: Program, m: Node) -> bool:
         return False
 
     kernel = weight.shape[2] * weight.shape[3]
+    eps: Any = n.args[6]
     wide = a.double()
-    c = (wide.abs() * kernel ** (-(b - 1) / 2)) ** (1 / b)  # type: ignore[operator]
-    scaled = (weight.double() * (wide.sign() * c)[:, None, None, None]).to(weight.dtype)
+    c = (wide.abs() * kernel ** (-(b - 1) / 2)) ** (1 / b)
+    factor = (wide.sign() * c).reshape(-1, 1, 1, 1)
+    scaled = (weight.double() * factor).to(weight.dtype)
     new_weight = program.add_constant(scaled, f"{program.names[w]}.folded", w)
     delta: Node | None = None
     if b != 2:
-        value = (POWER_EPS * c * kernel**0.5).to(weight.dtype)[:, None, None]
+        value = (POWER_EPS * c * kernel**0.5).to(weight.dtype).reshape(-1, 1, 1)
         delta = program.add_constant(value, f"{program.names[w]}.delta", w)
     with program.graph.inserting_before(y):
         pair = program.graph.call_function(
             fused.bcos_conv2d,
-            (x, new_weight, None, stride, padding, dilation, groups, b, n.args[6] / kernel, delta, False),  # type: ignore[operator]
+            (x, new_weight, None, stride, padding, dilation, groups, b, eps / kernel, delta, False),
         )
         new_y = program.graph.call_function(operator.getitem, (pair, 0))
         new_m = program.graph.call_function(operator.getitem, (pair, 1))
@@ -240,6 +242,7 @@ def fold_convolution_scale(program: Program) -> int:
 
 
 def _fold_scale(program: Program, conv: Node) -> bool:
+    target: Any = conv.target
     x, w, bias, *rest = (*conv.args, None)[: max(len(conv.args), 3)]
     weight = _const(program, w)
     if weight is None or not isinstance(w, Node):
@@ -284,7 +287,7 @@ def _fold_scale(program: Program, conv: Node) -> bool:
     if old_bias is not None or shift is not None:
         new_bias = program.add_constant(total.to(weight.dtype), f"{program.names[w]}.shift", w)
     with program.graph.inserting_before(last):
-        new = program.graph.call_function(conv.target, (x, new_w, new_bias, *rest), conv.kwargs)
+        new = program.graph.call_function(target, (x, new_w, new_bias, *rest), conv.kwargs)
     new.meta["val"] = last.meta["val"]
     _copy_meta(new, conv)
     last.replace_all_uses_with(new)

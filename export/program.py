@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
 from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from bcos_rt.export import fused
 from bcos_rt.export.builder import module_of
@@ -43,12 +46,14 @@ class Program:
     outputs: dict[str, Node] = field(default_factory=dict)
     seed: Node | None = None
     adjoint: Node | None = None
+    _made: int = 0
 
     def add_constant(self, value: Tensor, name: str, fake_like: Node) -> Node:
         """A new constant placeholder with a fake value."""
         first = next(iter(self.graph.nodes))
         with self.graph.inserting_before(first):
-            node = self.graph.placeholder("constant")
+            node = self.graph.placeholder(f"export_constant_{self._made}")
+        self._made += 1
         with fake_like.meta["val"].fake_mode:
             node.meta["val"] = torch.empty(tuple(value.shape), dtype=value.dtype)
         self.constants[node] = value
@@ -132,7 +137,9 @@ def build_program(
         graph.output(results)
         constants, names = source.constants, source.parameter_names
         *parameter_nodes, encoded, class_ids = [n for n in graph.nodes if n.op == "placeholder"]
-    values = dict(net.named_parameters(remove_duplicate=False))
+        if source.multi:
+            _free_classes(graph, encoded, class_ids)
+    values: dict[str, Tensor] = dict(net.named_parameters(remove_duplicate=False))
     values.update(net.named_buffers(remove_duplicate=False))
     parameters = [constants[name] if name in constants else values[name].detach() for name in names]
     program = Program(
@@ -144,15 +151,37 @@ def build_program(
     )
     if class_ids is not None:
         program.seed = next(n for n in graph.nodes if _is_seed(n))
-        program.adjoint = results["weights"]
-        while program.adjoint.target is aten.reshape.default:
-            program.adjoint = program.adjoint.args[0]  # type: ignore[assignment]
+        adjoint: Any = results["weights"]
+        while adjoint.target is aten.reshape.default:
+            adjoint = adjoint.args[0]
+        program.adjoint = adjoint
     _add_image(program, net)
     if "picture" in outputs and "weights" in results:
         results["picture"] = _add_picture(program, results)
     program.set_outputs({name: results[name] for name in OUTPUTS if name in results and name in outputs})
     fold_constants(program)
     return program
+
+
+def _free_classes(graph: Graph, encoded: Node, class_ids: Node) -> None:
+    """Give the number of classes per image a symbol, and every node its shape in it, where it is a plain number."""
+    like: Any = encoded.meta["val"]
+    if not isinstance(class_ids.meta["val"].shape[1], int):
+        return
+    shapes, source = like.fake_mode.shape_env, ConstantSource("k")
+    symbol = shapes.create_symbol(3, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    k = shapes.create_symintnode(symbol, hint=3, source=source)
+    with like.fake_mode:
+        class_ids.meta["val"] = torch.empty((like.shape[0], k), dtype=torch.int64)
+
+    def keep(node: Node, value: Any) -> None:
+        if node.op == "call_function":
+            node.meta["val"] = value
+
+    feed = [n.meta["val"] for n in graph.nodes if n.op == "placeholder"]
+    runner = _Watched(GraphModule(torch.nn.Module(), graph), keep)
+    with like.fake_mode, enable_python_dispatcher(), torch.no_grad():
+        runner.run(*feed)
 
 
 def _is_seed(node: Node) -> bool:
