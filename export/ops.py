@@ -621,7 +621,13 @@ def bcos_conv2d(b: OnnxBuilder, node: Node, a: Arguments) -> tuple[ir.Value, ir.
 # Normalisation -----------------------------------------------------------------------------------------------------
 
 
-@onnx_op(aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+@onnx_op(aten._native_batch_norm_legit_no_training.default)
+def native_batch_norm(b: OnnxBuilder, node: Node, a: Arguments) -> tuple[ir.Value]:
+    """BatchNorm in evaluation mode; its other two results, saved statistics, are empty."""
+    return (batch_norm(b, node, a),)
+
+
+@onnx_op(aten.batch_norm.default)
 def batch_norm(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
     """BatchNorm in evaluation mode."""
     channels = _shape(a["input"])[1]
