@@ -15,6 +15,7 @@ TOLERANCES: dict[str, float] = {
     "weights_b2": 1e-3,  # W and contributions at B=2
     # At B=1 a ReLU or max-pool switch may flip between two precisions, which changes W at single places.
     "weights_b1_l2": 1e-2,  # relative L2 error
+    "weights_b1_flipped_l2": 0.1,  # the same of an image on which a switch flipped
     "weights_b1_cosine": 0.9999,  # a lower bound
     # explanations
     "completeness": 1e-4,  # |sum(contributions) + residual - logit|, float32
