@@ -91,6 +91,7 @@ def explain(
         InvalidArgumentError, InvalidTypeError: unusable images or targets (named).
         UnsupportedOpError: an op without a dynamic-linear rule, named with its module.
     """
+    net = getattr(net, "_orig_mod", net)  # torch.compile's wrapper: the graph is captured from what it wraps
     if not isinstance(net, nn.Module):
         raise InvalidTypeError("net", type(net).__name__, "a BcosNetwork or another torch.nn.Module")
     label = "explanation"

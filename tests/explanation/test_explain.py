@@ -332,3 +332,8 @@ def test_weights_written_through_data_are_seen():
     ]
     torch.testing.assert_close(after, model(normalised).detach(), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before, after)
+
+
+def test_a_compiled_network_is_explained_as_what_it_wraps(net):
+    compiled = torch.compile(net, backend="eager")
+    torch.testing.assert_close(explain(compiled, images()).weights, explain(net, images()).weights)
