@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["bcos_conv2d", "colour_picture", "encode_image", "mean_patch_norm", "scale"]
+__all__ = [
+    "bcos_conv2d",
+    "class_channel",
+    "class_row",
+    "colour_picture",
+    "encode_image",
+    "mean_patch_norm",
+    "scale",
+]
 
 
 def encode_image(image: Tensor) -> Tensor:
@@ -19,6 +27,17 @@ def encode_image(image: Tensor) -> Tensor:
 def scale(x: Tensor, factor: float) -> Tensor:
     """``x`` times a number (fp16's seed scaling; a node of its own, so that nothing folds it away)."""
     return x * factor
+
+
+def class_channel(values: Tensor, class_ids: Tensor) -> Tensor:
+    """The channel of each row's class: [R, classes, ...] and [R, 1] -> [R, 1, ...]."""
+    rows = torch.arange(len(values), device=values.device)
+    return values[rows, class_ids[:, 0]].unsqueeze(1)
+
+
+def class_row(weight: Tensor, class_ids: Tensor) -> Tensor:
+    """The weights of each row's class: [classes, I, ...] and [R, 1] -> [R, I, ...]."""
+    return weight[class_ids[:, 0]]
 
 
 def mean_patch_norm(

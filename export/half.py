@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ __all__ = ["scale_seed", "wide_nodes"]
 
 HEADROOM = 16.0  # how far the largest adjoint of the calibration images stays below fp16's largest number
 LARGEST_FACTOR = 2.0**14
+
+aten = torch.ops.aten
 
 
 def _ancestors(nodes: Sequence[Node]) -> set[Node]:
@@ -67,16 +69,21 @@ def scale_seed(program: Program, images: Tensor, multi: bool) -> float:
         factor *= 2
     if factor != 1.0:
         _insert(program, program.seed, factor)
+        residual = program.outputs.get("residual")
+        # Without any constant in the network the residual is 0 times something else.
+        terms = set() if residual is None or residual.target is aten.mul.Scalar else _ancestors([residual])
         if program.adjoint is not None:
-            _insert(program, program.adjoint, 1 / factor)
-        if "residual" in program.outputs:
-            _insert(program, program.outputs["residual"], 1 / factor)
+            # The input mean's term in the residual multiplies W too; the residual is unscaled once, as a whole.
+            _insert(program, program.adjoint, 1 / factor, terms)
+        if residual is not None and terms:
+            _insert(program, residual, 1 / factor)
         program.outputs = dict(next(n for n in program.graph.nodes if n.op == "output").args[0])
     return factor
 
 
-def _insert(program: Program, node: Node, factor: float) -> None:
+def _insert(program: Program, node: Node, factor: float, but_for: Set[Node] = frozenset()) -> None:
+    """Scale a node for all its users but those given."""
     with program.graph.inserting_after(node):
         scaled = program.graph.call_function(fused.scale, (node, factor))
     scaled.meta = dict(node.meta)
-    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled and user not in but_for)

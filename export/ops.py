@@ -1199,6 +1199,21 @@ def scale(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
     return result
 
 
+@onnx_op(fused.class_channel)
+def class_channel(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
+    """``GatherND`` of each row's channel."""
+    taken = b.op("GatherND", b[a["0"]], b[a["1"]], batch_dims=1)
+    result: ir.Value = b.op("Unsqueeze", taken, b.ints([1]))
+    return result
+
+
+@onnx_op(fused.class_row)
+def class_row(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
+    """``Gather`` of each row's weights."""
+    result: ir.Value = b.op("Gather", b[a["0"]], b.op("Squeeze", b[a["1"]], b.ints([1])), axis=0)
+    return result
+
+
 @onnx_op(fused.colour_picture)
 def colour_picture(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
     """The function ``ColourPicture``, for K classes on the rows of all images."""

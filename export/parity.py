@@ -62,7 +62,7 @@ class Tolerances:
                 weights_cosine=0.98,
                 flipped_l2=0.5,
                 flipped_cosine=0.9,
-                completeness=5e-2,
+                completeness=1e-2,
                 picture=0.1,
                 picture_share=0.2,
             )

@@ -13,7 +13,7 @@ from torch.fx import Node
 from bcos_rt.export import fused
 from bcos_rt.export.program import Program
 
-__all__ = ["fold_convolution_scale", "fuse_bcos_convolutions", "fuse_relu", "rewrite"]
+__all__ = ["fold_convolution_scale", "fuse_bcos_convolutions", "fuse_relu", "gather_class_rows", "rewrite"]
 
 aten = torch.ops.aten
 bcos = torch.ops.bcos_rt
@@ -26,6 +26,7 @@ def rewrite(program: Program) -> dict[str, int]:
         "B-cos convolutions with BatchNorm scale and kernel area in their weights": fuse_bcos_convolutions(program),
         "ReLUs moved before the scaling": fuse_relu(program),
         "convolutions with a constant scale and shift in their weights": fold_convolution_scale(program),
+        "products with a one-hot seed as the class's row of weights": gather_class_rows(program),
     }
     program.clean()
     program.graph.lint()
@@ -304,3 +305,79 @@ def _fold_scale_adjoint(program: Program, w: Node, new_w: Node, operands: Iterab
             scale = next(s for s in scales if s in grad.args)
             back.replace_input_with(grad, _other(grad, scale))
             back.replace_input_with(w, new_w)
+
+
+# The head ----------------------------------------------------------------------------------------------------------
+
+
+def gather_class_rows(program: Program) -> int:
+    """The adjoint starts one-hot in the class: follow it through the head with one channel instead of all.
+
+    ``seed``, reshaped, spread over the pooled positions and multiplied with ``m``, stays zero outside its class; a
+    product with the head's weights then is the class's row times that one channel.
+    """
+    if program.seed is None:
+        return 0
+    compared: Any = program.seed.args[0]
+    head = _Head(program, compared.args[0])
+    for node in list(program.graph.nodes):
+        if node.op == "call_function":
+            head.visit(node)
+    program.clean()
+    return head.products
+
+
+class _Head:
+    """Nodes that are zero outside the class's channel (dimension 1), and for each the node of that one channel."""
+
+    def __init__(self, program: Program, class_ids: Node) -> None:
+        self.program, self.class_ids = program, class_ids
+        self.only: dict[Node, Node] = {}
+        self.products = 0
+
+    def add(self, node: Node, target: Any, args: tuple[Any, ...], channels: int, **kwargs: Any) -> Node:
+        """A node before ``node``, with its shape but for the number of channels."""
+        with self.program.graph.inserting_before(node):
+            new = self.program.graph.call_function(target, args, kwargs)
+        like: Any = node.meta["val"]
+        with like.fake_mode:
+            new.meta["val"] = torch.empty((like.shape[0], channels, *like.shape[2:]), dtype=like.dtype)
+        return _copy_meta(new, node)
+
+    def visit(self, node: Node) -> None:
+        """Follow the one channel through ``node``, where that is possible."""
+        if node is self.program.seed:
+            dtype = node.meta["val"].dtype
+            self.only[node] = self.add(node, aten.ones_like.default, (self.class_ids,), 1, dtype=dtype)
+            return
+        given: Any = node.args[0] if node.args else None
+        if not isinstance(given, Node) or given not in self.only:
+            return
+        only, target, shape = self.only[given], node.target, tuple(node.meta["val"].shape)
+        classes = given.meta["val"].shape[1]
+        other: Any = node.args[1] if len(node.args) > 1 else None
+        if target in (aten.mul.Scalar, aten.div.Scalar, fused.scale):
+            self.only[node] = self.add(node, target, (only, other), 1)
+        elif target is aten.reshape.default and shape[1:] == (classes, 1, 1):
+            self.only[node] = self.add(node, target, (only, [other[0], 1, 1, 1]), 1)
+        elif target is aten.expand.default and len(shape) == 4 and shape[1] == classes:
+            self.only[node] = self.add(node, target, (only, [other[0], 1, *other[2:]]), 1)
+        elif target is aten.mul.Tensor and tuple(other.meta["val"].shape) == shape:
+            picked = self.add(node, fused.class_channel, (other, self.class_ids), 1)
+            self.only[node] = self.add(node, target, (only, picked), 1)
+        elif (target is aten.matmul.default and len(shape) == 2) or self.is_pointwise(node):
+            weight = _const(self.program, other)
+            if weight is not None:
+                row = self.add(node, fused.class_row, (other, self.class_ids), weight.shape[1])
+                node.replace_all_uses_with(self.add(node, aten.mul.Tensor, (only, row), weight.shape[1]))
+                self.products += 1
+
+    @staticmethod
+    def is_pointwise(node: Node) -> bool:
+        """A transposed 1x1 convolution, stride 1, nothing else."""
+        if node.target is not aten.conv_transpose2d.input:
+            return False
+        arguments: tuple[Any, ...] = (*node.args, *[None] * 8)[:8]
+        _, weight, bias, stride, padding, extra, groups, _ = arguments
+        plain = list(stride or [1, 1]) == [1, 1] and not any(padding or [0]) and not any(extra or [0])
+        return bias is None and plain and groups in (None, 1) and tuple(weight.meta["val"].shape[2:]) == (1, 1)

@@ -1,5 +1,7 @@
 """The rewrites change the form of a program and nothing it computes: compared in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ pytest.importorskip("onnx_ir")
 
 from bcos_rt import Recipe
 from bcos_rt.export import fused
+from bcos_rt.export.half import HEADROOM, scale_seed, wide_nodes
 from bcos_rt.export.passes import fuse_bcos_convolutions, rewrite
 from bcos_rt.export.program import OUTPUTS, build_program
 from bcos_rt.graph import build_explanation_graph
@@ -122,3 +125,30 @@ def test_left_out_outputs_take_their_nodes_along():
     assert list(logits.outputs) == ["logits"]
     # The graph itself is not changed by what is made of it.
     assert torch.ops.bcos_rt.patch_norm.default in [n.target for n in graph.module.graph.nodes]
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_seed_scaling_changes_no_output(case, multi):
+    _, net, graph = case
+    if multi:
+        graph = build_explanation_graph(net, SIZE, multi=True)
+    program = build_program(graph, net)
+    images, ids = seeded_images(SIZE, 2).double(), torch.tensor([[3, -1], [0, 0]] if multi else [3, -1])
+    before = program.run(images, ids)
+    factor = scale_seed(program, images, multi)
+    assert factor > 1
+    assert factor == 2 ** round(math.log2(factor))
+    largest = []
+    half = {n for n in program.graph.nodes if n.meta.get("side") == "adjoint"} - wide_nodes(program)
+
+    def watch(node, value):
+        if node in half and isinstance(value, torch.Tensor) and value.is_floating_point():
+            largest.append(float(value.abs().max()))
+
+    after = program.run(images, ids, watch)
+    assert max(largest) <= torch.finfo(torch.float16).max / HEADROOM
+    rewrite(program)
+    for name, value in program.run(images, ids).items():
+        scale = max(float(before[name].abs().max()), 1e-9)
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-9 * scale)
+        torch.testing.assert_close(value, before[name], rtol=0, atol=1e-9 * scale)
