@@ -5,10 +5,18 @@
 >>> explanation.save("explanation.png")
 """
 
-from bcos_rt.checkpoint import load, save
-from bcos_rt.conversion import ConversionReport, Recipe, bcosify, recalibrate
-from bcos_rt.explanation import Explanation, explain
-from bcos_rt.nn.network import BcosNetwork
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bcos_rt.checkpoint import load, save
+    from bcos_rt.conversion import ConversionReport, Recipe, bcosify
+    from bcos_rt.conversion.recalibrate import recalibrate
+    from bcos_rt.explanation import Explanation
+    from bcos_rt.explanation.explain import explain
+    from bcos_rt.nn.network import BcosNetwork
 
 __all__ = [
     "BcosNetwork",
@@ -22,3 +30,28 @@ __all__ = [
     "save",
 ]
 __version__ = "0.1.0"
+
+# Where each name lives. Imported on first use (PEP 562), so that `bcos-rt --help` need not wait for torch.
+_HOMES = {
+    "BcosNetwork": "bcos_rt.nn.network",
+    "ConversionReport": "bcos_rt.conversion",
+    "Explanation": "bcos_rt.explanation",
+    "Recipe": "bcos_rt.conversion",
+    "bcosify": "bcos_rt.conversion",
+    "explain": "bcos_rt.explanation",
+    "load": "bcos_rt.checkpoint",
+    "recalibrate": "bcos_rt.conversion",
+    "save": "bcos_rt.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

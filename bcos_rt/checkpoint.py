@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from bcos_rt.conversion import Recipe, bcosify
 from bcos_rt.errors import BcosError, CheckpointError, InvalidArgumentError, InvalidTypeError
+from bcos_rt.files import ordinary_mode
 from bcos_rt.models import rebuild_source
 from bcos_rt.models.weights import load_strict
 from bcos_rt.nn.network import BcosNetwork
@@ -172,6 +173,7 @@ def _write_file(state: Mapping[str, Tensor], metadata: Mapping[str, str], target
     temporary = _temporary(target)
     try:
         save_file(dict(state), temporary, metadata=dict(metadata))
+        ordinary_mode(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -200,6 +202,7 @@ def _write_directory(state: Mapping[str, Tensor], config: Mapping[str, Any], tar
     try:
         temporary.mkdir()
         save_file(dict(state), temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        ordinary_mode(temporary / WEIGHTS_NAME)
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         # A directory cannot be renamed over a full one: the old one steps aside, and back if this fails.
         if target.exists():

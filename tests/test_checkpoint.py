@@ -376,3 +376,12 @@ def test_files_of_others(tmp_path):
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         load(tmp_path / "w.pth")
     assert not any(map(is_checkpoint, (plain, tmp_path, tmp_path / "w.pth", tmp_path / "absent")))
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "folder"])
+def test_files_have_the_mode_ordinary_files_have(tiny, name, tmp_path):
+    path = save(tiny, tmp_path / name)
+    (tmp_path / "plain").touch()
+    plain = (tmp_path / "plain").stat().st_mode & 0o777
+    for file in [path] if path.is_file() else path.iterdir():
+        assert file.stat().st_mode & 0o777 == plain, file

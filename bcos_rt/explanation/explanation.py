@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.explanation.picture import colour_picture
+from bcos_rt.files import ordinary_mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,19 +149,12 @@ class Explanation:
                     np.savez_compressed(file, **arrays)
                 else:
                     self.plot(indices).savefig(file, dpi=dpi, format=path.suffix[1:].lower())
-            _umask_mode(temporary)
+            ordinary_mode(temporary)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
         return path
-
-
-def _umask_mode(path: str) -> None:
-    """A temporary file is private; give it the mode an ordinary new file has."""
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)
 
 
 def _short(name: str, limit: int = 28) -> str:
