@@ -34,12 +34,12 @@ def _ancestors(nodes: Sequence[Node]) -> set[Node]:
 def wide_nodes(program: Program) -> set[Node]:
     """Nodes in fp32: the image's encoding, the residual's terms, W once it is unscaled and all that comes from it."""
     ends = [program.outputs["logits"]] if "logits" in program.outputs else []
-    if program.class_ids is not None and program.adjoint is not None:
+    ends += [n.args[0] for n in program.graph.nodes if n.target is aten.argmax.default]
+    if program.adjoint is not None:
         ends.append(program.adjoint)
-    # Adjoints that only the residual needs (no W asked for) are as large as the others: they stay in fp16 too.
+    else:  # the residual may be asked for without W: its adjoints are as large as W's
+        ends += [n for n in program.graph.nodes if n.target is aten.conv_transpose2d.input]
     half = _ancestors(ends)
-    if program.adjoint is None:
-        half = {n for n in program.graph.nodes if "val" in n.meta and getattr(n.meta["val"], "ndim", 0) > 2}
     encoding = {n for n in program.graph.nodes if n is program.image or n.target is fused.encode_image}
     return {n for n in program.graph.nodes if n not in half} | encoding
 

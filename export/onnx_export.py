@@ -44,8 +44,8 @@ PROTOBUF_LIMIT = 2 * GIB - (64 << 20)
 
 _DOCS = {
     "image": "RGB images, [batch, 3, H, W], values in [0, 1], not normalised: the file encodes and normalises.",
-    "class_ids": "Classes to explain, one per image; -1 is the class with the largest logit.",
-    "class_ids_multi": "Classes to explain, K per image; -1 is the class with the largest logit.",
+    "class_ids": "Classes to explain, [batch], each from 0 on; -1 is the class with the largest logit.",
+    "class_ids_multi": "Classes to explain, [batch, K], each from 0 on; -1 is the class with the largest logit.",
     "logits": "Logits, [batch, classes].",
     "class_used": "The classes explained: class_ids with -1 replaced.",
     "weights": "W, the dynamic linear weights of the encoded image [x, 1 - x]: logit = sum(W * encoded) + residual.",
@@ -136,7 +136,7 @@ def to_onnx(
 
     say("write")
     model = _build_model(program, net, size, opset, precision == "fp16", multi)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.stem}-"))
+    staging = _staging(target)
     try:
         staged, data = _write(model, staging, target.name, external_data_threshold)
         say("check")
@@ -434,6 +434,15 @@ def _metadata(net: BcosNetwork, size: tuple[int, int], half: bool, multi: bool, 
 
 
 # The file ----------------------------------------------------------------------------------------------------------
+
+
+def _staging(target: Path) -> Path:
+    """A new folder beside the file-to-be, on its file system, so that finished files can be moved into place."""
+    try:
+        return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.stem}-"))
+    except OSError as error:
+        expected = "a file in a folder that can be written"
+        raise InvalidArgumentError("path", f"{str(target)!r} ({error.strerror})", expected) from error
 
 
 def _write(model: ir.Model, folder: Path, name: str, threshold: int) -> tuple[Path, Path | None]:

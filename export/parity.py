@@ -29,8 +29,8 @@ class Tolerances:
     """How far a file may be from PyTorch.
 
     Attributes:
-        logits: largest difference of the logits, relative to the largest logit; the residual, a sum of terms that nearly
-            cancel, may differ by ten times as much, and where switches may flip by ``flipped_l2``.
+        logits: largest difference of the logits, relative to the largest logit; the residual, a sum of terms that
+            nearly cancel, may differ by ten times as much, and where switches may flip by ``flipped_l2``.
         weights: largest difference of W and contributions, relative to their largest value; None where single switches
             of ReLU or max-pool may flip between two ways of rounding (B = 1, fp16): then the next four count instead.
         weights_l2, weights_cosine: relative L2 error and cosine of W and contributions, per image.

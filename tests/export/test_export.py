@@ -21,7 +21,7 @@ from bcos_rt import Recipe, bcosify, explain, recalibrate
 from bcos_rt.errors import BcosError, InvalidArgumentError, InvalidTypeError, MissingDependencyError, UnsupportedOpError
 from bcos_rt.export import ExportError, Parity, Tolerances, to_onnx
 from bcos_rt.export.functions import FUNCTION_NAMES
-from tests.export.harness import open_session, relative, run_file, seeded_images, seeded_norms, small_network
+from tests.export.harness import Small, open_session, relative, run_file, seeded_images, seeded_norms, small_network
 from tests.tolerances import TOLERANCES
 
 SIZE = (32, 40)
@@ -54,7 +54,7 @@ def compare(given, expected, b, tolerance=None):
     assert relative(given["logits"], expected.logits) < TOLERANCES["onnx_logits"]
     assert given["class_used"].tolist() == expected.target.tolist()
     for name in ("weights", "contributions"):
-        mine, true = given[name], getattr(expected, name).numpy()
+        mine, true = given[name].astype(np.float64), getattr(expected, name).double().numpy()
         assert mine.shape == true.shape
         if b > 1:
             assert relative(mine, true) < TOLERANCES["weights_b2"], name
@@ -159,6 +159,25 @@ def test_tied_weights_and_a_layer_used_twice(tmp_path):
         to_onnx(net, tmp_path / "net.onnx", 24)
         images = seeded_images((24, 24))
         compare(run_file(tmp_path / "net.onnx", images, [0, -1, 3]), explain(net, images, [0, -1, 3]), recipe.b)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(weight_norm="unit"), Recipe()], ids=["unit", "published"])
+def test_dead_filters_flat_channels_and_tiny_images(recipe, tmp_path):
+    """Filters of norm 0, a BatchNorm variance near 0, images smaller than the receptive field."""
+    torch.manual_seed(1)
+    model = seeded_norms(Small())
+    with torch.no_grad():
+        model.stem[0].weight[3] = 0
+        model.grouped[0].weight[5] = 0
+        model.wide[1].running_var[2] = 1e-12
+    net, _ = bcosify(model, recipe)
+    net.eval()
+    size = (9, 7)
+    to_onnx(net, tmp_path / "net.onnx", size, verify=False)
+    images = seeded_images(size)
+    given = run_file(tmp_path / "net.onnx", images, [0, -1, 3])
+    assert all(np.isfinite(v).all() for v in given.values())
+    compare(given, explain(net, images, [0, -1, 3]), 2)
 
 
 def test_nothing_in_the_network_changes(net, tmp_path):
@@ -342,6 +361,15 @@ def test_half_precision_with_every_kind_of_layer(tmp_path):
         assert report.parity.differences["weights"].cosine > 0.98
 
 
+@pytest.mark.parametrize("outputs", [["residual"], ["logits", "residual"], ["class_used"], ["contributions"]])
+def test_half_precision_with_outputs_left_out(net, exported, outputs, tmp_path):
+    to_onnx(net, tmp_path / "half.onnx", SIZE, precision="fp16", outputs=outputs)
+    images = seeded_images(SIZE)
+    mine, full = run_file(tmp_path / "half.onnx", images, [0, 2, 3]), run_file(exported[0], images, [0, 2, 3])
+    assert list(mine) == outputs
+    assert all(relative(mine[name], full[name] + 1e-30) < 0.2 for name in outputs)
+
+
 def test_weights_beside_the_file(net, exported, tmp_path):
     report = to_onnx(net, tmp_path / "net.onnx", SIZE, external_data_threshold=1000)
     assert report.external_data == tmp_path / "net.onnx.data"
@@ -404,10 +432,12 @@ def test_unusable_paths(net, tmp_path):
         to_onnx(nn.Linear(2, 2), tmp_path / "net.onnx", SIZE)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_unwritable_folder(net, tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(InvalidArgumentError, match="path"):
+def test_unwritable_folder(net, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)  # root may write everywhere
+    with pytest.raises(InvalidArgumentError, match=r"path: got .*Permission denied"):
         to_onnx(net, tmp_path / "net.onnx", SIZE)
 
 
