@@ -1,0 +1,116 @@
+"""What the kernels share: activations and their gates, the B-cos multiplier, layout and argument checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bcos_rt.kernels.triton.launch import interpreting
+
+__all__ = [
+    "ACTIVATIONS",
+    "HARDSWISH",
+    "GELU",
+    "NONE",
+    "POWER_GENERAL",
+    "POWER_PLAIN",
+    "POWER_SQUARE",
+    "RELU",
+    "RELU6",
+    "SILU",
+    "activation_gate",
+    "bcos_multiplier",
+    "dot_precision",
+    "empty_nhwc",
+    "nhwc",
+    "pack_bits",
+    "power_mode",
+    "unpack_bits",
+]
+
+NONE = tl.constexpr(0)
+RELU = tl.constexpr(1)
+RELU6 = tl.constexpr(2)
+GELU = tl.constexpr(3)
+SILU = tl.constexpr(4)
+HARDSWISH = tl.constexpr(5)
+ACTIVATIONS: dict[str, int] = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "silu": 4, "hardswish": 5}
+
+# How B enters: not at all (B = 1), as the square (B = 2), or as a run-time exponent.
+POWER_PLAIN = tl.constexpr(0)
+POWER_SQUARE = tl.constexpr(1)
+POWER_GENERAL = tl.constexpr(2)
+
+
+def power_mode(b: float) -> int:
+    """The constexpr that selects the code for ``b``; only 1 and 2 have their own."""
+    return {1.0: 0, 2.0: 1}.get(float(b), 2)
+
+
+@triton.jit
+def activation_gate(u, ACTIVATION: tl.constexpr):
+    """Gate ``g`` with ``act(u) = g * u``, fp32 -> fp32; for an explanation it is a constant."""
+    if ACTIVATION == RELU:
+        gate = tl.where(u > 0, 1.0, 0.0)
+    elif ACTIVATION == RELU6:
+        gate = tl.where(u > 0, tl.where(u < 6.0, 1.0, 6.0 / u), 0.0)
+    elif ACTIVATION == GELU:
+        gate = 0.5 * (1.0 + tl.math.erf(u * 0.7071067811865476))
+    elif ACTIVATION == SILU:
+        gate = 1.0 / (1.0 + tl.exp(-u))
+    elif ACTIVATION == HARDSWISH:
+        gate = tl.minimum(tl.maximum(u + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+    else:
+        gate = tl.full(u.shape, 1.0, tl.float32)
+    return gate
+
+
+@triton.jit
+def bcos_multiplier(z, inverse_norm, b, POWER: tl.constexpr):
+    """``(|z| / n)^(B-1)``; other B than 1 and 2 as published, ``(|z| / n + 1e-6)^(B-1)``. fp32.
+
+    The division comes before any product with z: ``z |z|`` alone overflows where ``z (|z| / n)`` does not.
+    """
+    ratio = tl.abs(z) * inverse_norm
+    if POWER == POWER_GENERAL:
+        ratio = tl.exp2((b - 1.0) * tl.log2(ratio + 1e-6))
+    return ratio
+
+
+@triton.jit
+def pack_bits(on, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] of 0/1 int32 -> [ROWS, COLUMNS // 8] uint8, bit i of byte j is column 8 j + i."""
+    bits = tl.reshape(on, (ROWS, COLUMNS // 8, 8)) << tl.arange(0, 8)[None, None, :]
+    return tl.sum(bits, 2).to(tl.uint8)
+
+
+@triton.jit
+def unpack_bits(bytes_ptr, rows, columns, row_bytes, mask):
+    """fp32 0/1 of a bit mask made by :func:`pack_bits`: rows [M, 1], columns [1, N], ``row_bytes`` per row."""
+    packed = tl.load(bytes_ptr + rows * row_bytes + columns // 8, mask=mask, other=0).to(tl.int32)
+    return ((packed >> (columns % 8)) & 1).to(tl.float32)
+
+
+def dot_precision(dtype: torch.dtype, arch: str) -> str:
+    """``input_precision`` of ``tl.dot``: fp32 operands take three tf32 products (one alone misses the tolerances).
+
+    AMD's matrix cores multiply fp32 as it is.
+    """
+    if dtype == torch.float32 and arch.startswith("sm_"):
+        return "tf32x3"
+    return "ieee"
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> its contiguous [N, H, W, C]: a view of a channels-last tensor, else a copy."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def empty_nhwc(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised [N, C, H, W] (``shape``) in channels-last memory, on ``like``'s device."""
+    n, c, h, w = shape
+    return torch.empty((n, h, w, c), dtype=dtype or like.dtype, device=like.device).permute(0, 3, 1, 2)
