@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bcos_rt.kernels.triton.launch import interpreting
-
 __all__ = [
     "ACTIVATIONS",
-    "HARDSWISH",
     "GELU",
+    "HARDSWISH",
     "NONE",
     "POWER_GENERAL",
     "POWER_PLAIN",
@@ -25,6 +23,7 @@ __all__ = [
     "activation_gate",
     "bcos_multiplier",
     "dot_precision",
+    "empty",
     "empty_nhwc",
     "nhwc",
     "pack_bits",
@@ -110,7 +109,16 @@ def nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
+# Every result is allocated through this: tests put guard bands around it and poison what is inside.
+allocator: Callable[..., Tensor] = torch.empty
+
+
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised contiguous tensor on ``like``'s device, in ``like``'s dtype unless another is given."""
+    return allocator(tuple(shape), dtype=dtype or like.dtype, device=like.device)
+
+
 def empty_nhwc(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised [N, C, H, W] (``shape``) in channels-last memory, on ``like``'s device."""
     n, c, h, w = shape
-    return torch.empty((n, h, w, c), dtype=dtype or like.dtype, device=like.device).permute(0, 3, 1, 2)
+    return empty(like, (n, h, w, c), dtype).permute(0, 3, 1, 2)
