@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bcos_rt.kernels.triton.launch import Config
+
 __all__ = [
     "ACTIVATIONS",
     "GELU",
@@ -22,12 +24,15 @@ __all__ = [
     "SILU",
     "activation_gate",
     "bcos_multiplier",
+    "column_parts",
     "dot_precision",
     "empty",
     "empty_nhwc",
     "nhwc",
     "pack_bits",
     "power_mode",
+    "split_columns",
+    "unit",
     "unpack_bits",
 ]
 
@@ -92,6 +97,44 @@ def unpack_bits(bytes_ptr, rows, columns, row_bytes, mask):
     """fp32 0/1 of a bit mask made by :func:`pack_bits`: rows [M, 1], columns [1, N], ``row_bytes`` per row."""
     packed = tl.load(bytes_ptr + rows * row_bytes + columns // 8, mask=mask, other=0).to(tl.int32)
     return ((packed >> (columns % 8)) & 1).to(tl.float32)
+
+
+@triton.jit
+def split_columns(tile, PARTS: tl.constexpr):
+    """[M, N] -> a tuple of ``PARTS`` (1, 2 or 4) tiles [M, N / PARTS], left to right; moves no data between threads."""
+    if PARTS == 1:
+        parts = (tile,)
+    elif PARTS == 2:
+        left, right = _halves(tile)
+        parts = (left, right)
+    else:
+        left, right = _halves(tile)
+        first, second = _halves(left)
+        third, fourth = _halves(right)
+        parts = (first, second, third, fourth)
+    return parts
+
+
+@triton.jit
+def _halves(tile):
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+def column_parts(config: Config) -> int:
+    """Into how many parts an epilogue splits its columns: no more than 32 values of a part per thread, 16 columns."""
+    parts = 1
+    while (
+        parts < 4
+        and config.block_n // parts > 32
+        and (config.block_m * config.block_n // parts > 32 * 32 * config.num_warps)
+    ):
+        parts *= 2
+    return parts
+
+
+def unit(count: int) -> int:
+    """The largest power of two up to 16 that divides ``count``."""
+    return min(count & -count, 16) if count else 16
 
 
 def dot_precision(dtype: torch.dtype, arch: str) -> str:

@@ -199,11 +199,11 @@ def _describe(
         elif isinstance(value, bool):
             types[parameter.name] = "i1"
         elif isinstance(value, int):
-            if value == 1:
+            if value == 1 and not parameter.do_not_specialize:
                 types[parameter.name], constants[parameter.name] = "constexpr", 1
             else:
                 types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0:
+                if value % 16 == 0 and not parameter.do_not_specialize:
                     aligned.add(parameter.name)
         else:
             types[parameter.name] = "fp32"

@@ -1,0 +1,456 @@
+"""B-cos convolution, forward: implicit GEMM over NHWC with the whole B-cos transform in its epilogue.
+
+    z = conv(x, w) + bias                                   (the main loop, a plain convolution's)
+    n = sqrt(sum over the patch of squares + eps)           (squares: the producer's map of channel sums of squares)
+    s = (|z| / n)^(B-1)                                     (1 for B = 1)
+    u = z s scale + shift + residual
+    y = gate(u) u                                           (ReLU and its relatives)
+    multiplier = s scale gate(u)                            (what y is linear in z by, once held constant)
+
+B-cos networks (arXiv 2205.10268, eq. 3) with un-normalised weights (arXiv 2411.00715, eq. 4). A linear layer is the
+same kernel on a 1 x 1 image (``linear.py``), with n = sqrt(sum of squares) + eps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bcos_rt.kernels.reference import CONV_EPS
+from bcos_rt.kernels.triton import tune
+from bcos_rt.kernels.triton.common import (
+    ACTIVATIONS,
+    RELU,
+    activation_gate,
+    bcos_multiplier,
+    column_parts,
+    dot_precision,
+    empty,
+    nhwc,
+    pack_bits,
+    power_mode,
+    split_columns,
+    unit,
+)
+from bcos_rt.kernels.triton.gemm_loop import implicit_gemm, swizzle
+from bcos_rt.kernels.triton.launch import Config, current_arch, launch
+from bcos_rt.kernels.triton.square_sum import square_sum
+
+__all__ = ["conv2d_fused", "launch_forward"]
+
+
+@triton.jit
+def _finish(
+    z,
+    inverse_norm,
+    exponent,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    y_ptr,
+    multiplier_ptr,
+    gate_ptr,
+    rows,
+    row_in,
+    first_column,
+    group,
+    columns,
+    y_stride,
+    gate_stride,
+    WANT_SQUARES: tl.constexpr,
+    POWER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The epilogue of one [BLOCK_M, BLOCK_N] part of z; returns each row's sum of squares of what it stored."""
+    column = first_column + tl.arange(0, BLOCK_N)
+    column_in = column < columns
+    channel = group * columns + column
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + channel, mask=column_in, other=0.0)[None, :]
+    scale = tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32)
+    if POWER != 0:
+        scale = bcos_multiplier(z, inverse_norm[:, None], exponent, POWER)
+    if scale_ptr is not None:
+        scale *= tl.load(scale_ptr + channel, mask=column_in, other=0.0)[None, :]
+    u = z * scale
+    if shift_ptr is not None:
+        u += tl.load(shift_ptr + channel, mask=column_in, other=0.0)[None, :]
+    out_offset = rows[:, None] * y_stride + channel[None, :]
+    out_in = row_in[:, None] & column_in[None, :]
+    if residual_ptr is not None:
+        u += tl.load(residual_ptr + out_offset, mask=out_in, other=0.0).to(tl.float32)
+    gate = activation_gate(u, ACTIVATION)
+    if ACTIVATION == RELU:
+        # Not u * gate: that would turn an infinity's zero gate into NaN, and a NaN into 0.
+        y = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        y = u * gate
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + out_offset, y, mask=out_in)
+    if multiplier_ptr is not None:
+        tl.store(multiplier_ptr + out_offset, (scale * gate).to(multiplier_ptr.dtype.element_ty), mask=out_in)
+    if gate_ptr is not None:
+        if ACTIVATION == RELU:
+            packed = pack_bits(tl.where(out_in, u > 0, False).to(tl.int32), BLOCK_M, BLOCK_N)
+            byte = first_column // 8 + tl.arange(0, BLOCK_N // 8)
+            byte_in = row_in[:, None] & (byte * 8 < columns)[None, :]
+            byte = group * (columns // 8) + byte
+            tl.store(gate_ptr + rows[:, None] * gate_stride + byte[None, :], packed, mask=byte_in)
+        else:
+            tl.store(gate_ptr + out_offset, gate.to(gate_ptr.dtype.element_ty), mask=out_in)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    if WANT_SQUARES:
+        # Of the rounded values: what the consumer reads.
+        stored = tl.where(column_in[None, :], y.to(tl.float32), 0.0)
+        squares = tl.sum(stored * stored, 1)
+    return squares
+
+
+@triton.jit
+def conv2d_kernel(
+    x_ptr,
+    weight_ptr,
+    squares_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    y_ptr,
+    multiplier_ptr,
+    gate_ptr,
+    out_squares_ptr,
+    b,
+    eps,
+    rows_total,
+    height,
+    width,
+    out_height,
+    out_width,
+    channel_units,
+    column_units,
+    map_tiles,
+    gate_stride,
+    stride_h,
+    stride_w,
+    padding_h,
+    padding_w,
+    dilation_h,
+    dilation_w,
+    kernel_h,
+    kernel_w,
+    POWER: tl.constexpr,
+    ROW_NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CHECK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    FOLD: tl.constexpr,
+    SINGLE: tl.constexpr,
+    UNIT_IN: tl.constexpr,
+    UNIT_OUT: tl.constexpr,
+    PARTS: tl.constexpr,
+    B_IN_MEMORY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # Multiples of a compile-time unit: this is how the compiler knows that 128-bit accesses are aligned.
+    channels = FOLD if FOLD else channel_units * UNIT_IN
+    columns = column_units * UNIT_OUT
+    x_stride = FOLD if FOLD else channels * tl.num_programs(1)
+    y_stride = columns * tl.num_programs(1)
+    map_stride = map_tiles * tl.num_programs(1)
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    tile_m, tile_n = swizzle(tl.cdiv(rows_total, BLOCK_M), tiles_n, GROUP_M)
+    group = tl.program_id(1)
+
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_in = rows < rows_total
+    # Rows past the end read row 0 (or nothing, where places are checked) and are dropped at the store.
+    safe = tl.where(row_in, rows, 0)
+    q = safe % out_width
+    p = (safe // out_width) % out_height
+    image = safe // (out_width * out_height)
+    h = p * stride_h - padding_h
+    w = q * stride_w - padding_w
+    place = (image * height + h) * width + w
+    if CHECK:
+        h = tl.where(row_in, h, -(1 << 28))
+
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_in = column < columns
+    filter_size = kernel_h * kernel_w * channels
+    acc = implicit_gemm(
+        x_ptr,
+        weight_ptr,
+        place * x_stride + group * channels,
+        h,
+        w,
+        (group * columns + tl.where(column_in, column, 0)) * filter_size,
+        height,
+        width,
+        x_stride,
+        kernel_w * channels if FOLD else channels,
+        kernel_h,
+        1 if FOLD else kernel_w,
+        dilation_h,
+        dilation_w,
+        kernel_w * channels,
+        channels,
+        1,
+        CHECK,
+        EVEN_K,
+        FOLD,
+        SINGLE,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        PRECISION,
+    )
+
+    inverse_norm = tl.full((BLOCK_M,), 1.0, tl.float32)
+    exponent = b
+    if POWER != 0:
+        square_sum = tl.zeros((BLOCK_M,), tl.float32)
+        for i in range(kernel_h):
+            for j in range(kernel_w):
+                h_here = h + i * dilation_h
+                w_here = w + j * dilation_w
+                inside = row_in & (h_here >= 0) & (h_here < height) & (w_here >= 0) & (w_here < width)
+                here = squares_ptr + (place + i * dilation_h * width + j * dilation_w) * map_stride
+                for t in range(map_tiles):
+                    square_sum += tl.load(here + (group * map_tiles + t), mask=inside, other=0.0)
+        if ROW_NORM:
+            inverse_norm = 1.0 / (tl.sqrt(square_sum) + eps)
+        else:
+            inverse_norm = 1.0 / tl.sqrt(square_sum + eps)
+        if B_IN_MEMORY:
+            exponent = tl.load(b)
+
+    # The epilogue works on a part of the columns at a time: with every option asked for, a whole tile of 128 x 128
+    # would need more registers than there are.
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    parts = split_columns(acc, PARTS)
+    for part in tl.static_range(PARTS):
+        squares += _finish(
+            parts[part],
+            inverse_norm,
+            exponent,
+            bias_ptr,
+            scale_ptr,
+            shift_ptr,
+            residual_ptr,
+            y_ptr,
+            multiplier_ptr,
+            gate_ptr,
+            rows,
+            row_in,
+            tile_n * BLOCK_N + part * (BLOCK_N // PARTS),
+            group,
+            columns,
+            y_stride,
+            gate_stride,
+            out_squares_ptr is not None,
+            POWER,
+            ACTIVATION,
+            BLOCK_M,
+            BLOCK_N // PARTS,
+        )
+    if out_squares_ptr is not None:
+        tile = group * tiles_n + tile_n
+        tl.store(out_squares_ptr + rows * (tl.num_programs(1) * tiles_n) + tile, squares, mask=row_in)
+
+
+def tile_for(config: Config, columns: int, length: int) -> Config:
+    """``config`` without the part of its tile that a narrow output or a short sum would leave empty."""
+    block_n = min(config.block_n, max(16, triton.next_power_of_2(columns)))
+    block_k = min(config.block_k, max(16, triton.next_power_of_2(length)))
+    return Config(config.block_m, block_n, block_k, config.num_warps, config.num_stages, config.group_m)
+
+
+def launch_forward(
+    x: Tensor,
+    weight: Tensor,
+    squares: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    b: float | Tensor,
+    eps: float,
+    activation: str,
+    want_multiplier: bool,
+    want_gate: bool,
+    want_squares: bool,
+    row_norm: bool,
+    config: Config | None,
+    name: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch on contiguous NHWC tensors: x [N, H, W, C], weight [O, kh, kw, C / groups], squares [N, H, W, T].
+
+    Returns:
+        y [N, H', W', O], multiplier and gate like it (a ReLU's gate packed into bytes), squares [N, H', W', T'];
+        empty tensors for what was not asked for.
+    """
+    batch, height, width, channels = x.shape
+    filters, kernel_h, kernel_w, group_in = weight.shape
+    out_height = (height + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
+    out_width = (width + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1
+    if kernel_h == kernel_w == 1 and tuple(stride) == (1, 1) and tuple(padding) == (0, 0):
+        # Every place by itself: a plain GEMM on an image of one place.
+        rows, height, width, launch_h, launch_w = batch * height * width, 1, 1, 1, 1
+    else:
+        rows, launch_h, launch_w = batch * out_height * out_width, out_height, out_width
+    group_out = filters // groups
+    power = 2 if isinstance(b, Tensor) else power_mode(b)
+    plain = power == 0
+
+    arch = current_arch(x.device)
+    length = kernel_h * kernel_w * group_in
+    picked = config or tune.pick("linear" if length == group_in else "conv2d", arch, rows, group_out, length, x.dtype)
+    fold = kernel_w > 1 and groups == 1 and dilation[1] == 1 and 2 * channels <= picked.block_k
+    inner = kernel_w * channels if fold else group_in
+    tile = tile_for(picked, group_out, inner)
+    tiles_n = -(-group_out // tile.block_n)
+
+    shape = (batch, out_height, out_width, filters)
+    y = empty(x, shape)
+    nothing = x.new_empty(0)
+    multiplier = empty(x, shape) if want_multiplier else nothing
+    gate = nothing
+    bits = want_gate and activation == "relu"
+    # A byte of a bit mask must not belong to two groups.
+    pack_later = bits and groups > 1 and group_out % 8 != 0
+    if bits and not pack_later:
+        gate = empty(x, (*shape[:3], -(-filters // 8)), torch.uint8)
+    elif want_gate and not pack_later and activation != "none":
+        gate = empty(x, shape)
+    out_squares = empty(x, (*shape[:3], groups * tiles_n), torch.float32) if want_squares else nothing
+
+    def optional(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is not None and tensor.numel() else None
+
+    aligned = all(n * x.element_size() % 16 == 0 for n in (group_in, group_out))
+    launch(
+        name,
+        conv2d_kernel,
+        (-(-rows // tile.block_m) * tiles_n, groups),
+        tile,
+        {
+            "x_ptr": x,
+            "weight_ptr": weight,
+            "squares_ptr": None if plain else squares,
+            "bias_ptr": bias,
+            "scale_ptr": scale,
+            "shift_ptr": shift,
+            "residual_ptr": residual,
+            "y_ptr": y,
+            "multiplier_ptr": optional(multiplier),
+            "gate_ptr": optional(gate),
+            "out_squares_ptr": optional(out_squares),
+            "b": b,
+            "eps": eps,
+            "rows_total": rows,
+            "height": height,
+            "width": width,
+            "out_height": launch_h,
+            "out_width": launch_w,
+            "channel_units": group_in // unit(group_in),
+            "column_units": group_out // unit(group_out),
+            "map_tiles": squares.shape[-1] // groups if squares is not None and not plain else 1,
+            "gate_stride": gate.shape[-1],
+            "stride_h": stride[0],
+            "stride_w": stride[1],
+            "padding_h": padding[0],
+            "padding_w": padding[1],
+            "dilation_h": dilation[0],
+            "dilation_w": dilation[1],
+            "kernel_h": kernel_h,
+            "kernel_w": kernel_w,
+            "POWER": power,
+            "ROW_NORM": row_norm,
+            "ACTIVATION": ACTIVATIONS[activation],
+            "CHECK": any(padding),
+            "EVEN_K": inner % tile.block_k == 0,
+            "FOLD": channels if fold else 0,
+            "UNIT_IN": unit(group_in),
+            "UNIT_OUT": unit(group_out),
+            "PARTS": column_parts(tile),
+            "SINGLE": kernel_h == kernel_w == 1,
+            "B_IN_MEMORY": isinstance(b, Tensor),
+            "PRECISION": dot_precision(x.dtype, arch),
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+            "GROUP_M": tile.group_m,
+        },
+        gemm=True,
+        vector_operands=aligned,
+        plain=plain,
+        dtype=x.dtype,
+    )
+    if pack_later:
+        gate = pack_mask(y > 0)
+    return y, multiplier, gate, out_squares
+
+
+def pack_mask(on: Tensor) -> Tensor:
+    """bool [..., C] -> uint8 [..., ceil(C / 8)], bit i of byte j is channel 8 j + i (in plain PyTorch)."""
+    padded = F.pad(on, (0, -on.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (padded.to(torch.int32) << torch.arange(8, device=on.device, dtype=torch.int32)).sum(-1).to(torch.uint8)
+
+
+def conv2d_fused(
+    x: Tensor,
+    weight: Tensor,
+    squares: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    b: float | Tensor = 2.0,
+    eps: float = CONV_EPS,
+    activation: str = "none",
+    want_multiplier: bool = False,
+    want_gate: bool = False,
+    want_squares: bool = False,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """B-cos convolution with its epilogue; see :func:`bcos_rt.kernels.ops.conv2d_fused` for every argument."""
+    if groups == x.shape[1] and groups > 1:
+        from bcos_rt.kernels.triton.depthwise import depthwise_fused
+
+        return depthwise_fused(
+            x, weight, squares, bias, scale, shift, residual, stride, padding, dilation, groups, b, eps, activation,
+            want_multiplier, want_gate, want_squares,
+        )  # fmt: skip
+    if squares is None and not (isinstance(b, float | int) and b == 1):
+        squares = square_sum(x, groups)
+    pad = -x.shape[1] % (16 // x.element_size()) if groups == 1 else 0
+    if pad:
+        # A place must start on 16 bytes for 128-bit loads: 6 channels become 8. Zeros change neither z nor the norm.
+        x, weight = F.pad(nhwc(x), (0, pad)).permute(0, 3, 1, 2), F.pad(weight, (0, 0, 0, 0, 0, pad))
+    out = launch_forward(
+        nhwc(x), nhwc(weight), None if squares is None else nhwc(squares), bias, scale, shift,
+        None if residual is None else nhwc(residual), stride, padding, dilation, groups, b, eps, activation,
+        want_multiplier, want_gate, want_squares, False, config, "conv2d",
+    )  # fmt: skip
+    y, multiplier, gate, out_squares = (t.permute(0, 3, 1, 2) if t.ndim == 4 else t for t in out)
+    return y, multiplier, gate, out_squares
