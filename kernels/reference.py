@@ -10,6 +10,7 @@ in Arya et al., NeurIPS 2024, arXiv 2411.00715, eq. 4)::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,16 +18,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "COLOUR_EPS",
     "CONV_EPS",
     "LINEAR_EPS",
     "POWER_EPS",
+    "activation_gate",
     "conv2d",
     "conv2d_backward",
+    "conv2d_contributions",
+    "conv2d_fused",
+    "conv2d_transposed",
     "dynamic_scale",
     "linear",
     "linear_backward",
+    "linear_fused",
+    "linear_transposed",
+    "pack_mask",
     "patch_norm",
     "row_norm",
+    "square_sum",
+    "transposed_epilogue",
+    "unpack_mask",
 ]
 
 # The published layers' stabilisers: under the root of the patch norm, added to the row norm, and inside the power of
@@ -34,6 +46,8 @@ __all__ = [
 CONV_EPS = 1e-6
 LINEAR_EPS = 1e-12
 POWER_EPS = 1e-6
+# What the colour picture adds to its denominators, and its opacity where a contribution is negative.
+COLOUR_EPS = 1e-12
 
 
 def _norm_dtype(x: Tensor) -> torch.dtype:
@@ -245,3 +259,276 @@ def linear_backward(
     if needs[2] and bias is not None:
         grad_b = flat.sum(0)
     return grad_x, grad_w, grad_b
+
+
+# --- the fused forms: the whole of what one kernel does, as the engines call it ---------------------------------------
+
+
+def activation_gate(u: Tensor, activation: str) -> Tensor:
+    """Gate ``g`` with ``act(u) = g u``, shape and dtype of ``u``; 0 at 0 for the ReLUs."""
+    if activation == "relu":
+        return (u > 0).to(u.dtype)
+    if activation == "relu6":
+        return torch.where(u > 0, torch.where(u < 6, torch.ones_like(u), 6 / u), torch.zeros_like(u))
+    if activation == "gelu":
+        return 0.5 * (1 + torch.erf(u * math.sqrt(0.5)))
+    if activation == "silu":
+        return torch.sigmoid(u)
+    if activation == "hardswish":
+        return (u + 3).clamp(0, 6) / 6
+    return torch.ones_like(u)
+
+
+def pack_mask(on: Tensor) -> Tensor:
+    """bool [..., C] -> uint8 [..., ceil(C / 8)]: bit i of byte j is channel 8 j + i."""
+    bits = F.pad(on.to(torch.int32), (0, -on.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (bits << torch.arange(8, device=on.device, dtype=torch.int32)).sum(-1).to(torch.uint8)
+
+
+def unpack_mask(packed: Tensor, channels: int) -> Tensor:
+    """The inverse of :func:`pack_mask`: uint8 [..., ceil(C / 8)] -> bool [..., C]."""
+    bits = (packed[..., None] >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1
+    return bits.flatten(-2)[..., :channels].bool()
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """[N, C, H, W] in channels-last memory, a copy only if it is not (torch's flag is ambiguous for C = 1 or 1 x 1)."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def square_sum(x: Tensor, groups: int = 1) -> Tensor:
+    """Channel sums of squares per group, [N, C, H, W] -> [N, groups, H, W] in float32 (float64 for float64 input)."""
+    wide = x.to(_norm_dtype(x))
+    return _channels_last((wide * wide).unflatten(1, (groups, x.shape[1] // groups)).sum(2))
+
+
+def _epilogue(
+    z: Tensor,
+    n: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    b: float | Tensor,
+    activation: str,
+    dtype: torch.dtype,
+    wants: tuple[bool, bool, bool],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Everything after ``z``, channels in the last dimension; computed in ``z``'s dtype, rounded to ``dtype``."""
+    s = torch.ones_like(z)
+    if n is not None:
+        s = z.abs() / n
+        if isinstance(b, Tensor) or b != 2:
+            s = (s + POWER_EPS).pow(b - 1)
+    if scale is not None:
+        s = s * scale.to(z.dtype)
+    u = z * s
+    if shift is not None:
+        u = u + shift.to(z.dtype)
+    if residual is not None:
+        u = u + residual.to(z.dtype)
+    gate = activation_gate(u, activation)
+    y = (u.relu() if activation == "relu" else u * gate).to(dtype)
+    nothing = y.new_empty(0)
+    want_multiplier, want_gate, want_squares = wants
+    multiplier = (s * gate).to(dtype) if want_multiplier else nothing
+    gate_out = nothing
+    if want_gate and activation != "none":
+        gate_out = pack_mask(u > 0) if activation == "relu" else gate.to(dtype)
+    squares = nothing
+    if want_squares:
+        wide = y.to(_norm_dtype(y))
+        squares = (wide * wide).unflatten(-1, (groups, y.shape[-1] // groups)).sum(-1)
+    return y, multiplier, gate_out, squares
+
+
+def conv2d_fused(
+    x: Tensor,
+    weight: Tensor,
+    squares: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    b: float | Tensor = 2.0,
+    eps: float = CONV_EPS,
+    activation: str = "none",
+    want_multiplier: bool = False,
+    want_gate: bool = False,
+    want_squares: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A convolution with its whole epilogue; see :func:`bcos_rt.kernels.ops.conv2d_fused`."""
+    wide = _norm_dtype(x)
+    z = F.conv2d(
+        x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), stride, padding, dilation, groups
+    )
+    n = None
+    if isinstance(b, Tensor) or b != 1:
+        depthwise = groups == x.shape[1] and groups > 1
+        if squares is None or squares.numel() == 0 or depthwise:
+            box = square_sum(x, groups)
+        else:
+            box = squares.to(wide).unflatten(1, (groups, squares.shape[1] // groups)).sum(2)
+        n = (_patch_square_sum(box, weight.shape[2:], stride, padding, dilation) + eps).sqrt()
+        n = n.repeat_interleave(weight.shape[0] // groups, 1).permute(0, 2, 3, 1)
+    outs = _epilogue(
+        z.permute(0, 2, 3, 1).contiguous(), n, scale, shift,
+        None if residual is None else residual.permute(0, 2, 3, 1), b, activation, x.dtype,
+        (want_multiplier, want_gate, want_squares), groups,
+    )  # fmt: skip
+    y, multiplier, gate, out_squares = (t.permute(0, 3, 1, 2) if t.ndim == 4 else t for t in outs)
+    return y, multiplier, gate, out_squares
+
+
+def linear_fused(
+    x: Tensor,
+    weight: Tensor,
+    squares: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    b: float | Tensor = 2.0,
+    eps: float = LINEAR_EPS,
+    activation: str = "none",
+    want_multiplier: bool = False,
+    want_gate: bool = False,
+    want_squares: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A linear layer with its whole epilogue; see :func:`bcos_rt.kernels.ops.linear_fused`."""
+    wide = _norm_dtype(x)
+    z = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    n = None
+    if isinstance(b, Tensor) or b != 1:
+        if squares is None or squares.numel() == 0:
+            n = row_norm(x, eps)
+        else:
+            n = squares.to(wide).sum(-1, keepdim=True).sqrt() + eps
+    wants = (want_multiplier, want_gate, want_squares)
+    return _epilogue(z, n, scale, shift, residual, b, activation, x.dtype, wants, 1)
+
+
+def _per_row(factor: Tensor, rows: int) -> Tensor:
+    """A forward value repeated to the rows of an adjoint: K classes of each image, class fastest."""
+    return factor if factor.shape[0] == rows else factor.repeat_interleave(rows // factor.shape[0], 0)
+
+
+def transposed_epilogue(
+    total: Tensor,
+    multiplier: Tensor | None,
+    identity: Tensor | None,
+    gate: Tensor | None,
+    want_raw: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """``G = total + identity``; ``(G * multiplier, G * gate)``, channels last in memory order; empty if not wanted.
+
+    ``gate`` is a bit mask where its dtype is uint8. All arguments [..., C] with rows first.
+    """
+    if identity is not None:
+        total = total + identity.to(total.dtype)
+    out = total if multiplier is None else total * _per_row(multiplier, total.shape[0]).to(total.dtype)
+    raw = total.new_empty(0)
+    if want_raw:
+        raw = total
+        if gate is not None:
+            wide = unpack_mask(gate, total.shape[-1]) if gate.dtype == torch.uint8 else gate
+            raw = total * _per_row(wide, total.shape[0]).to(total.dtype)
+        if raw is out:
+            raw = raw.clone()
+    return out.to(dtype), raw.to(dtype)
+
+
+def conv2d_transposed(
+    grad: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    multiplier: Tensor | None = None,
+    identity: Tensor | None = None,
+    gate: Tensor | None = None,
+    want_raw: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The adjoint of a convolution with its epilogue; see :func:`bcos_rt.kernels.ops.conv2d_transposed`."""
+    wide = _norm_dtype(grad)
+    total = _conv_adjoint(grad.to(wide), weight.to(wide), input_size, stride, padding, dilation, groups)
+
+    def last(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.permute(0, 2, 3, 1)
+
+    outs = transposed_epilogue(
+        total.permute(0, 2, 3, 1).contiguous(), last(multiplier), last(identity), last(gate), want_raw, grad.dtype
+    )
+    out, raw = (t.permute(0, 3, 1, 2) if t.ndim == 4 else t for t in outs)
+    return out, raw
+
+
+def _conv_adjoint(
+    grad: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    extra = [
+        input_size[i] - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i])
+        - dilation[i] * (weight.shape[2 + i] - 1) - 1
+        for i in range(2)
+    ]  # fmt: skip
+    # torch wants the extra rows below the stride; more are places that no patch covers: zeros.
+    inside = [min(e, s - 1) for e, s in zip(extra, stride, strict=True)]
+    out = F.conv_transpose2d(grad, weight, None, tuple(stride), tuple(padding), inside, groups, tuple(dilation))
+    return F.pad(out, (0, extra[1] - inside[1], 0, extra[0] - inside[0]))
+
+
+def linear_transposed(
+    grad: Tensor,
+    weight: Tensor,
+    multiplier: Tensor | None = None,
+    identity: Tensor | None = None,
+    gate: Tensor | None = None,
+    want_raw: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The adjoint of a linear layer with its epilogue; see :func:`bcos_rt.kernels.ops.linear_transposed`."""
+    wide = _norm_dtype(grad)
+    total = grad.to(wide) @ weight.to(wide)
+    return transposed_epilogue(total, multiplier, identity, gate, want_raw, grad.dtype)
+
+
+def conv2d_contributions(
+    grad: Tensor,
+    weight: Tensor,
+    image: Tensor,
+    inverse_std: Tensor,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    scale: float = 1.0,
+    want_weights: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The last step of an explanation; see :func:`bcos_rt.kernels.ops.conv2d_contributions`."""
+    channels = inverse_std.numel()
+    wide = _norm_dtype(grad)
+    total = _conv_adjoint(grad.to(wide), weight[:, :channels].to(wide), image.shape[2:], stride, padding, dilation, 1)
+    weights = total * (inverse_std.to(wide) * scale)[:, None, None]
+    x = image.to(wide) / 255 if image.dtype == torch.uint8 else image.to(wide)
+    encoded = torch.cat([x, 1 - x], 1) if channels == 6 else x
+    contributions = (weights * _per_row(encoded, grad.shape[0])).sum(1)
+    colour = grad.new_empty(0, dtype=wide)
+    if channels == 6:
+        # The per-pixel terms of the colour picture (bcos_rt/explanation/picture.py).
+        direction = (weights / (weights.abs().amax(1, keepdim=True) + COLOUR_EPS)).clamp(min=0)
+        rgb = direction[:, :3] / (direction[:, :3] + direction[:, 3:] + COLOUR_EPS)
+        alpha = torch.linalg.vector_norm(weights, dim=1, keepdim=True)
+        alpha = torch.where(contributions[:, None] < 0, torch.full_like(alpha, COLOUR_EPS), alpha)
+        colour = torch.cat([rgb, alpha], 1)
+    return (weights.contiguous() if want_weights else weights.new_empty(0)), contributions, colour

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bcos_rt.kernels.reference import CONV_EPS
+from bcos_rt.kernels.reference import CONV_EPS, pack_mask
 from bcos_rt.kernels.triton import tune
 from bcos_rt.kernels.triton.common import (
     ACTIVATIONS,
@@ -405,12 +405,6 @@ def launch_forward(
     if pack_later:
         gate = pack_mask(y > 0)
     return y, multiplier, gate, out_squares
-
-
-def pack_mask(on: Tensor) -> Tensor:
-    """bool [..., C] -> uint8 [..., ceil(C / 8)], bit i of byte j is channel 8 j + i (in plain PyTorch)."""
-    padded = F.pad(on, (0, -on.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (padded.to(torch.int32) << torch.arange(8, device=on.device, dtype=torch.int32)).sum(-1).to(torch.uint8)
 
 
 def conv2d_fused(
