@@ -1,8 +1,8 @@
 """The GPUs that the kernels are compiled for: limits that occupancy depends on, and peak rates from data sheets.
 
 Sources. Limits per multiprocessor: CUDA C++ Programming Guide 13.0, table "Technical Specifications per Compute
-Capability" (8.0, 9.0, 10.0, 12.0), and AMD "Instinct MI300 / CDNA3 ISA Reference Guide" (512 VGPRs of 64 lanes per SIMD,
-architectural and accumulation registers together; 4 SIMDs, 64 KB of LDS per compute unit; 8 wavefronts per SIMD).
+Capability" (8.0, 9.0, 10.0, 12.0), and AMD "Instinct MI300 / CDNA3 ISA Reference Guide" (512 VGPRs of 64 lanes per
+SIMD, architectural and accumulation registers together; 4 SIMDs, 64 KB of LDS per compute unit; 8 wavefronts per SIMD).
 Rates (dense, no sparsity, fp32 accumulation): each entry's ``source``.
 """
 
