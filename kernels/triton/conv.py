@@ -37,7 +37,7 @@ from bcos_rt.kernels.triton.common import (
     split_columns,
     unit,
 )
-from bcos_rt.kernels.triton.gemm_loop import implicit_gemm, swizzle
+from bcos_rt.kernels.triton.gemm_loop import implicit_gemm, inside_bits, swizzle
 from bcos_rt.kernels.triton.launch import Config, current_arch, launch
 from bcos_rt.kernels.triton.square_sum import square_sum
 
@@ -183,8 +183,11 @@ def conv2d_kernel(
     h = p * stride_h - padding_h
     w = q * stride_w - padding_w
     place = (image * height + h) * width + w
-    if CHECK:
-        h = tl.where(row_in, h, -(1 << 28))
+    inside_h = row_in.to(tl.int32)
+    inside_w = inside_h
+    if CHECK or FOLD:
+        inside_h = tl.where(row_in, inside_bits(h, dilation_h, kernel_h, height), 0)
+        inside_w = inside_bits(w, dilation_w, kernel_w, width)
 
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     column_in = column < columns
@@ -193,10 +196,11 @@ def conv2d_kernel(
         x_ptr,
         weight_ptr,
         place * x_stride + group * channels,
-        h,
+        inside_h,
+        inside_w,
         w,
         (group * columns + tl.where(column_in, column, 0)) * filter_size,
-        height,
+        column_in,
         width,
         x_stride,
         kernel_w * channels if FOLD else channels,
@@ -211,6 +215,7 @@ def conv2d_kernel(
         EVEN_K,
         FOLD,
         SINGLE,
+        False,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
@@ -223,9 +228,9 @@ def conv2d_kernel(
         square_sum = tl.zeros((BLOCK_M,), tl.float32)
         for i in range(kernel_h):
             for j in range(kernel_w):
-                h_here = h + i * dilation_h
-                w_here = w + j * dilation_w
-                inside = row_in & (h_here >= 0) & (h_here < height) & (w_here >= 0) & (w_here < width)
+                inside = row_in
+                if CHECK or FOLD:
+                    inside = ((inside_h >> i) & (inside_w >> j) & 1) != 0
                 here = squares_ptr + (place + i * dilation_h * width + j * dilation_w) * map_stride
                 for t in range(map_tiles):
                     square_sum += tl.load(here + (group * map_tiles + t), mask=inside, other=0.0)

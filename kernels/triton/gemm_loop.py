@@ -9,7 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["implicit_gemm", "swizzle"]
+__all__ = ["MAX_TAPS", "implicit_gemm", "inside_bits", "swizzle"]
+
+# Places of a kernel along one axis: what fits the bits of an int32.
+MAX_TAPS = 31
 
 
 @triton.jit
@@ -25,14 +28,27 @@ def swizzle(tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def inside_bits(first, step, taps, size):
+    """Bit i of each: whether ``first + i step`` lies in [0, size), ``step > 0``; int32, ``taps`` up to :data:`MAX_TAPS`.
+
+    In closed form: a loop here would tie its result to one data layout, and the main loop would move it to another,
+    through shared memory, in every iteration.
+    """
+    begin = tl.minimum(tl.maximum(-first + step - 1, 0) // step, taps)
+    end = tl.minimum(tl.maximum(size - first + step - 1, 0) // step, taps)
+    return ((1 << end) - 1) & (-1 << begin)
+
+
+@triton.jit
 def implicit_gemm(
     x_ptr,
     weight_ptr,
     row_offset,
-    h,
+    inside_h,
+    inside_w,
     w,
     column_offset,
-    height,
+    column_in,
     width,
     x_stride,
     channels,
@@ -47,6 +63,7 @@ def implicit_gemm(
     EVEN_K: tl.constexpr,
     FOLD: tl.constexpr,
     SINGLE: tl.constexpr,
+    MASK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -55,8 +72,9 @@ def implicit_gemm(
     """``acc[m, n] = sum_(i, j, c) x[h_m + i step_h, w_m + j step_w, c] * weight[i, j, c, n]``, zeros outside x; fp32.
 
     Args:
-        row_offset, h, w: [BLOCK_M], offset of each row's first place in x (without channel), and its coordinates.
-        column_offset: [BLOCK_N], offset of each column in the weight.
+        row_offset: [BLOCK_M], offset of each row's first place in x.
+        inside_h, inside_w: [BLOCK_M], :func:`inside_bits` along both axes (CHECK). w: its column (FOLD).
+        column_offset, column_in: [BLOCK_N], offset of each column in the weight, and whether it may be read (MASK_N).
         x_stride: elements from one place of x to the next.
         channels: length of the innermost sum; taps_h, taps_w: how many places.
         weight_step_h, weight_step_w, weight_k_stride: weight elements from one place, one channel to the next.
@@ -65,61 +83,67 @@ def implicit_gemm(
         FOLD: not 0: x's channels; ``channels`` then runs over the places of one kernel row and their channels, which
             are contiguous in x (taps_w = 1), so that few channels, as in a stem, still fill a tile.
 
-    The places are counted up by hand (c, then j, then i): a division per iteration costs 20 more instructions.
+    The places are counted up by hand (c, then j, then i): a division per iteration costs 20 more instructions. Which of
+    them lie inside x is worked out before the loop, which then only shifts and tests a bit.
     """
     offsets_k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     x_rows = x_ptr + row_offset
     weight_columns = weight_ptr + column_offset
+    offsets_weight = offsets_k * weight_k_stride
+    blocks = tl.cdiv(channels, BLOCK_K)
+    # How far the operands move from one block of channels to the next, from the last block of a place to the next
+    # place, and how much further at the end of a kernel row.
+    weight_step = BLOCK_K * weight_k_stride
+    x_jump = step_w * x_stride - (blocks - 1) * BLOCK_K
+    weight_jump = weight_step_w - (blocks - 1) * weight_step
+    x_row_jump = (step_h * width - taps_w * step_w) * x_stride
+    weight_row_jump = weight_step_h - taps_w * weight_step_w
     c = 0
     j = 0
-    i_h = 0
-    j_w = 0
+    i = 0
     x_delta = 0
     weight_delta = 0
-    for _ in range(taps_h * taps_w * tl.cdiv(channels, BLOCK_K)):
-        x_tile = (x_rows + (x_delta + c))[:, None] + offsets_k[None, :]
-        weight_tile = (weight_columns + (weight_delta + c * weight_k_stride))[None, :] + (offsets_k * weight_k_stride)[
-            :, None
-        ]
+    for _ in range(taps_h * taps_w * blocks):
+        x_tile = (x_rows + x_delta)[:, None] + offsets_k[None, :]
+        weight_tile = (weight_columns + weight_delta)[None, :] + offsets_weight[:, None]
         if FOLD:
             k = c + offsets_k
             w_here = w[:, None] + (k // FOLD)[None, :]
-            inside = (k < channels)[None, :] & (h + i_h >= 0)[:, None] & (h + i_h < height)[:, None]
-            inside = inside & (w_here >= 0) & (w_here < width)
-            a = tl.load(x_tile, mask=inside, other=0.0)
-            b = tl.load(weight_tile, mask=(k < channels)[:, None], other=0.0)
-        else:
-            if CHECK:
-                inside = (h + i_h >= 0) & (h + i_h < height) & (w + j_w >= 0) & (w + j_w < width)
-                if EVEN_K:
-                    a = tl.load(x_tile, mask=inside[:, None], other=0.0)
-                    b = tl.load(weight_tile)
-                else:
-                    k_in = c + offsets_k < channels
-                    a = tl.load(x_tile, mask=inside[:, None] & k_in[None, :], other=0.0)
-                    b = tl.load(weight_tile, mask=k_in[:, None], other=0.0)
+            inside = (k < channels)[None, :] & (((inside_h >> i) & 1) != 0)[:, None]
+            a = tl.load(x_tile, mask=inside & (w_here >= 0) & (w_here < width), other=0.0)
+        elif CHECK:
+            inside = ((inside_h >> i) & (inside_w >> j) & 1) != 0
+            if EVEN_K:
+                a = tl.load(x_tile, mask=inside[:, None], other=0.0)
             else:
-                if EVEN_K:
-                    a = tl.load(x_tile)
-                    b = tl.load(weight_tile)
-                else:
-                    k_in = c + offsets_k < channels
-                    a = tl.load(x_tile, mask=k_in[None, :], other=0.0)
-                    b = tl.load(weight_tile, mask=k_in[:, None], other=0.0)
+                a = tl.load(x_tile, mask=inside[:, None] & (c + offsets_k < channels)[None, :], other=0.0)
+        elif EVEN_K:
+            a = tl.load(x_tile)
+        else:
+            a = tl.load(x_tile, mask=(c + offsets_k < channels)[None, :], other=0.0)
+        if EVEN_K and not MASK_N:
+            b = tl.load(weight_tile)
+        elif EVEN_K:
+            b = tl.load(weight_tile, mask=column_in[None, :], other=0.0)
+        elif not MASK_N:
+            b = tl.load(weight_tile, mask=(c + offsets_k < channels)[:, None], other=0.0)
+        else:
+            b = tl.load(weight_tile, mask=(c + offsets_k < channels)[:, None] & column_in[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         c += BLOCK_K
-        if not SINGLE:
-            row_done = c >= channels
-            c = tl.multiple_of(tl.where(row_done, 0, c), BLOCK_K)
-            j = tl.where(row_done, j + 1, j)
-            j_w = tl.where(row_done, j_w + step_w, j_w)
-            x_delta = tl.where(row_done, x_delta + step_w * x_stride, x_delta)
-            weight_delta = tl.where(row_done, weight_delta + weight_step_w, weight_delta)
-            plane_done = j >= taps_w
-            j = tl.where(plane_done, 0, j)
-            j_w = tl.where(plane_done, 0, j_w)
-            i_h = tl.where(plane_done, i_h + step_h, i_h)
-            x_delta = tl.where(plane_done, x_delta + (step_h * width - taps_w * step_w) * x_stride, x_delta)
-            weight_delta = tl.where(plane_done, weight_delta + weight_step_h - taps_w * weight_step_w, weight_delta)
+        if SINGLE:
+            x_delta += BLOCK_K
+            weight_delta += weight_step
+        else:
+            place_done = c >= channels
+            c = tl.multiple_of(tl.where(place_done, 0, c), BLOCK_K)
+            x_delta += tl.where(place_done, x_jump, BLOCK_K)
+            weight_delta += tl.where(place_done, weight_jump, weight_step)
+            j += tl.where(place_done, 1, 0)
+            row_done = j >= taps_w
+            j = tl.where(row_done, 0, j)
+            i += tl.where(row_done, 1, 0)
+            x_delta += tl.where(row_done, x_row_jump, 0)
+            weight_delta += tl.where(row_done, weight_row_jump, 0)
     return acc
