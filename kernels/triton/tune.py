@@ -57,10 +57,12 @@ OPS = ("conv2d", "linear", "conv2d_transposed", "linear_transposed", "grad_weigh
 FAMILIES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 ENVIRONMENT_VARIABLE = "BCOS_RT_TUNE"
 
-# "few": so few rows (a classifier's batch) that the weights are all the traffic; "narrow": at most 64 output columns;
-# "small": too few 128 x 128 tiles to give each multiprocessor one; "wide": everything else.
+# "few": so few rows (a classifier's batch) that the weights are all the traffic; "small": too few 128 x 128 tiles for
+# most of the multiprocessors; "narrow": at most 64 output columns; "wide": everything else.
 SHAPE_CLASSES = ("wide", "narrow", "small", "few")
 _FEW_ROWS = 32
+# Below this share of multiprocessors with work, half as large a tile gains more than its traffic costs.
+_ENOUGH = 0.6
 
 # Multiprocessors (compute units) of the architecture's data-centre or largest desktop part.
 _UNITS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
@@ -74,20 +76,20 @@ _INTERPRETER = Config(32, 32, 32)
 _Row = tuple[int, int, int, int, int]
 _TABLE: dict[str, dict[int, dict[str, _Row]]] = {
     "sm_80": {
-        16: {"wide": (128, 128, 32, 8, 4), "narrow": (128, 64, 32, 8, 4), "small": (64, 64, 64, 8, 3)},
+        16: {"wide": (128, 128, 64, 8, 3), "narrow": (128, 64, 32, 8, 4), "small": (64, 128, 64, 4, 3)},
         32: {"wide": (64, 128, 32, 8, 3), "narrow": (64, 64, 32, 8, 3), "small": (64, 64, 16, 4, 4)},
     },
     "sm_90": {
-        16: {"wide": (128, 128, 64, 8, 3), "narrow": (128, 64, 64, 8, 3), "small": (64, 64, 64, 4, 4)},
-        32: {"wide": (128, 64, 32, 8, 3), "narrow": (64, 64, 32, 8, 3), "small": (64, 64, 32, 4, 3)},
+        16: {"wide": (128, 128, 64, 8, 3), "narrow": (256, 64, 64, 8, 3), "small": (64, 128, 64, 4, 4)},
+        32: {"wide": (128, 64, 32, 8, 3), "narrow": (128, 64, 32, 8, 3), "small": (64, 64, 32, 4, 3)},
     },
     "sm_100": {
-        16: {"wide": (128, 128, 64, 8, 3), "narrow": (128, 64, 64, 8, 3), "small": (64, 64, 64, 4, 4)},
-        32: {"wide": (128, 64, 32, 8, 3), "narrow": (64, 64, 32, 8, 3), "small": (64, 64, 32, 4, 3)},
+        16: {"wide": (128, 128, 32, 8, 4), "narrow": (256, 64, 64, 8, 3), "small": (64, 64, 64, 4, 4)},
+        32: {"wide": (128, 64, 32, 8, 3), "narrow": (128, 64, 32, 8, 3), "small": (64, 64, 32, 4, 3)},
     },
     "sm_120": {
-        16: {"wide": (128, 128, 32, 8, 3), "narrow": (128, 64, 32, 8, 3), "small": (64, 64, 64, 8, 3)},
-        32: {"wide": (64, 128, 32, 8, 2), "narrow": (64, 64, 32, 8, 2), "small": (64, 64, 16, 4, 3)},
+        16: {"wide": (128, 128, 32, 8, 3), "narrow": (256, 64, 32, 8, 3), "small": (64, 128, 32, 4, 3)},
+        32: {"wide": (64, 128, 32, 8, 2), "narrow": (64, 64, 16, 4, 3), "small": (64, 64, 16, 4, 3)},
     },
     "gfx942": {
         16: {"wide": (128, 128, 64, 8, 2), "narrow": (128, 64, 64, 4, 2), "small": (64, 64, 64, 4, 2)},
@@ -106,10 +108,10 @@ _EXCEPTIONS: dict[tuple[str, str, int, str], _Row] = {}
 
 # Tried by the autotuner and ranked by the static plan, beside the table's own.
 _MORE: dict[str, dict[int, tuple[_Row, ...]]] = {
-    "sm_80": {16: ((128, 128, 64, 8, 3), (64, 128, 64, 4, 3)), 32: ((128, 64, 32, 8, 2),)},
-    "sm_90": {16: ((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (64, 128, 64, 4, 4)), 32: ((128, 128, 32, 8, 2),)},
-    "sm_100": {16: ((256, 128, 64, 8, 3), (128, 128, 64, 8, 4)), 32: ((128, 128, 32, 8, 2),)},
-    "sm_120": {16: ((128, 128, 64, 8, 2), (64, 128, 64, 4, 3)), 32: ((128, 64, 32, 8, 2),)},
+    "sm_80": {16: ((128, 128, 32, 8, 4), (64, 64, 64, 8, 3)), 32: ((128, 64, 32, 8, 2),)},
+    "sm_90": {16: ((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (64, 64, 64, 4, 4)), 32: ((128, 128, 16, 8, 3),)},
+    "sm_100": {16: ((256, 128, 64, 8, 3), (128, 128, 64, 8, 3)), 32: ((128, 128, 32, 8, 2),)},
+    "sm_120": {16: ((128, 128, 64, 8, 2), (64, 64, 64, 4, 3)), 32: ((128, 64, 32, 8, 2),)},
     "gfx942": {16: ((256, 128, 32, 8, 2), (128, 128, 32, 4, 2)), 32: ((128, 128, 16, 4, 2),)},
 }
 
@@ -137,9 +139,9 @@ def shape_class(m: int, n: int, arch: str = "sm_90") -> str:
     """Shape class, one of :data:`SHAPE_CLASSES`, of an output of ``m`` rows and ``n`` columns."""
     if m <= _FEW_ROWS:
         return "few"
-    if n <= 64:
-        return "narrow"
-    return "small" if -(-m // 128) * -(-n // 128) < _UNITS[family(arch)] else "wide"
+    if -(-m // 128) * -(-n // 128) < _ENOUGH * _UNITS[family(arch)]:
+        return "small"
+    return "narrow" if n <= 64 else "wide"
 
 
 def table(op: str, arch: str, dtype: torch.dtype) -> dict[str, Config]:
