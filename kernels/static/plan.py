@@ -18,24 +18,19 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import triton
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from triton.compiler import ASTSource
 
 from bcos_rt.errors import InvalidArgumentError, did_you_mean
+from bcos_rt.kernels.static.compile import Analysis, analyse_all
 from bcos_rt.kernels.static.targets import TARGETS, Target
 from bcos_rt.kernels.triton import tune
 from bcos_rt.kernels.triton.launch import TRITON_TYPES, Config, Launch, recording
@@ -46,11 +41,11 @@ __all__ = [
     "LayerPlan",
     "LayerShape",
     "Problem",
-    "compile_cached",
+    "compile_all",
     "estimate",
     "model_layers",
     "plan",
-    "plan_layer",
+    "plan_layers",
     "rank",
     "resident_programs",
 ]
@@ -80,6 +75,7 @@ class Compiled:
         registers: per thread; ``spills``: bytes (AMD: registers) that did not fit.
         shared: bytes of shared memory; ``tensor_columns``: columns of tensor memory.
         loop: instructions of the main loop, per step of ``block_k`` and warp; ``rest``: all others.
+        error: why it does not compile.
     """
 
     registers: int
@@ -88,6 +84,7 @@ class Compiled:
     loop: float
     rest: int
     tensor_columns: int = 0
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,6 +147,8 @@ class Estimate:
 
 def resident_programs(config: Config, compiled: Compiled, target: Target) -> int:
     """Programs one multiprocessor holds at once; 0 if not even one fits."""
+    if compiled.error:
+        return 0
     resident = target.blocks_per_sm(compiled.registers, compiled.shared, config.num_warps)
     if compiled.tensor_columns:
         resident = min(resident, _TENSOR_COLUMNS // compiled.tensor_columns)
@@ -228,6 +227,8 @@ class LayerPlan:
         table, best = self.table, self.best
         if table.config == best.config:
             return f"table's choice is the best of {self.candidates}, bound by {best.bound}"
+        if table.compiled.error:
+            return f"table's choice does not compile: {table.compiled.error}"
         if table.resident == 0:
             return "table's choice does not fit a multiprocessor"
         if table.compiled.spills and not best.compiled.spills:
@@ -401,34 +402,67 @@ def _shape_of(module: Any, x: Tensor) -> LayerShape:
     )  # fmt: skip
 
 
-_compiled: dict[tuple[str, Any], Compiled] = {}
+def compile_all(launches: Sequence[Launch], arch: str) -> list[Compiled]:
+    """What the compiler makes of each launch; compiled in parallel, results kept on disk."""
+    analyses = analyse_all([(launch, arch) for launch in launches])
+    return [_compiled(launch, analysis, arch) for launch, analysis in zip(launches, analyses, strict=True)]
 
 
-def compile_cached(launch: Launch, arch: str) -> Compiled:
-    """What the compiler makes of ``launch`` for ``arch``; launches that compile to the same code share a result."""
-    key = (arch, launch.key)
-    if key not in _compiled:
-        _compiled[key] = _compile(launch, arch)
-    return _compiled[key]
-
-
-def plan_layer(
-    shape: LayerShape, names: Sequence[str], arch: str, dtype: torch.dtype, compiler: Callable[[Launch, str], Compiled]
-) -> LayerPlan:
-    """Compare the table's configuration for ``shape`` with every candidate of the autotuner."""
-    target = TARGETS[arch]
-    launch = shape.record(arch, dtype, None)
-    problem = shape.problem(launch, dtype)
-    launches = {launch.config: launch}
-    for config in tune.candidates(problem.op, arch, problem.m, problem.n, dtype):
-        # Launchers cut a tile down to a narrow output or a short sum, so that several may become one.
-        other = shape.record(arch, dtype, config)
-        launches.setdefault(other.config, other)
-    ranked = rank(problem, list(launches), lambda config: compiler(launches[config], arch), target)
-    table = next(e for e in ranked if e.config == launch.config)
-    return LayerPlan(
-        names[0], len(names), problem, tune.shape_class(problem.m, problem.n, arch), table, ranked[0], len(ranked)
+def _compiled(launch: Launch, analysis: Analysis, arch: str) -> Compiled:
+    if analysis.error:
+        return Compiled(0, 0, 0, 0, 0, error=analysis.error)
+    loop = analysis.loop_instructions
+    steps = 1.0
+    if not TARGETS[arch].nvidia and analysis.loop:
+        # AMD's compiler unrolls; a wavefront whose part of the tile holds 32 x 32 uses instructions of that size.
+        config = launch.config
+        part = config.block_m * config.block_n / config.num_warps
+        macs = (2048 if launch.dtype == "fp32" else 8192) / (1 if part >= 1024 else 2)
+        steps = max(1.0, analysis.loop["mma"] * macs / (part * config.block_k))
+    return Compiled(
+        analysis.registers,
+        analysis.spills,
+        analysis.shared_bytes,
+        loop / steps if loop else float(analysis.instructions),
+        analysis.instructions - loop,
+        analysis.tensor_columns,
     )
+
+
+Compiler = Callable[[Sequence[Launch], str], Sequence[Compiled]]
+
+
+def plan_layers(
+    shapes: Mapping[LayerShape, Sequence[str]], arch: str, dtype: torch.dtype, compiler: Compiler = compile_all
+) -> list[LayerPlan]:
+    """For every shape that multiplies matrices, compare the table's configuration with the autotuner's candidates.
+
+    Args:
+        shapes: with the names of their layers, as :func:`model_layers` gives them.
+        compiler: what the compiler makes of launches, for tests.
+    """
+    work: list[tuple[Sequence[str], Problem, Config, dict[Config, Launch]]] = []
+    for shape, names in shapes.items():
+        if shape.depthwise:
+            continue
+        launch = shape.record(arch, dtype, None)
+        problem = shape.problem(launch, dtype)
+        launches = {launch.config: launch}
+        for config in tune.candidates(problem.op, arch, problem.m, problem.n, dtype):
+            # Launchers cut a tile down to a narrow output or a short sum, so that several may become one.
+            other = shape.record(arch, dtype, config)
+            launches.setdefault(other.config, other)
+        work.append((names, problem, launch.config, launches))
+    distinct = {launch.key: launch for _, _, _, launches in work for launch in launches.values()}
+    compiled = dict(zip(distinct, compiler(list(distinct.values()), arch), strict=True))
+    plans = []
+    for names, problem, chosen, launches in work:
+        known = {config: compiled[launch.key] for config, launch in launches.items()}
+        ranked = rank(problem, list(launches), known.__getitem__, TARGETS[arch])
+        table = next(e for e in ranked if e.config == chosen)
+        kind = tune.shape_class(problem.m, problem.n, arch)
+        plans.append(LayerPlan(names[0], len(names), problem, kind, table, ranked[0], len(ranked)))
+    return plans
 
 
 def plan(
@@ -439,7 +473,7 @@ def plan(
     as_json: bool = False,
     *,
     layers: Mapping[LayerShape, Sequence[str]] | None = None,
-    compiler: Callable[[Launch, str], Compiled] = compile_cached,
+    compiler: Compiler = compile_all,
     stream: TextIO | None = None,
 ) -> None:
     """Print, per distinct layer shape of ``model``, the table's tile and what the estimate says about it.
@@ -460,11 +494,7 @@ def plan(
         raise InvalidArgumentError("dtype", repr(dtype), " or ".join(map(repr, DTYPES)), did_you_mean(dtype, DTYPES))
     shapes = model_layers(model, batch) if layers is None else layers
     depthwise = sum(len(names) for shape, names in shapes.items() if shape.depthwise)
-    plans = [
-        plan_layer(shape, names, arch, DTYPES[dtype], compiler)
-        for shape, names in shapes.items()
-        if not shape.depthwise
-    ]
+    plans = plan_layers(shapes, arch, DTYPES[dtype], compiler)
     out = stream or sys.stdout
     head = {"arch": arch, "device": TARGETS[arch].device, "model": model, "batch": batch, "dtype": dtype}
     if as_json:
@@ -516,100 +546,3 @@ def _shown(plans: Sequence[LayerPlan], title: str) -> Table:
         )  # fmt: skip
         table.add_row(*map(Text, cells))
     return table
-
-
-# --- what the compiler says ------------------------------------------------------------------------------------------
-
-
-def _compile(launch: Launch, arch: str) -> Compiled:
-    names = launch.function.arg_names
-    constants = {(names.index(name),): value for name, value in launch.constants.items()}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
-    source = ASTSource(launch.function, dict(launch.types), constants, aligned)
-    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
-    kernel = triton.compile(source, target=TARGETS[arch].triton_target(), options=options)
-    config = launch.config
-    products = 3 if launch.constants.get("PRECISION") == "tf32x3" else 1
-    per_step = products * config.block_m * config.block_n * config.block_k / config.num_warps
-    shared = int(kernel.metadata.shared)
-    if TARGETS[arch].nvidia:
-        usage, code = _disassembled(kernel.asm["cubin"])
-        numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        loop, rest = _main_loop(_instructions(code, _NVIDIA), per_step)
-        spills = numbers["STACK"] + numbers["LOCAL"]
-        return Compiled(numbers["REG"], spills, shared, loop, rest, int(getattr(kernel.metadata, "tmem_size", 0) or 0))
-    text = kernel.asm["amdgcn"]
-    counts = {name: int(value) for name, value in re.findall(r"\.((?:vgpr|sgpr)_\w*count):\s+(\d+)", text)}
-    loop, rest = _main_loop(_instructions(text, _AMD), per_step)
-    return Compiled(counts["vgpr_count"], counts["vgpr_spill_count"] + counts["sgpr_spill_count"], shared, loop, rest)
-
-
-def _disassembled(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and SASS, from the tools inside Triton's wheel."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        tools = triton.knobs.nvidia
-        commands = ([tools.cuobjdump.path, "-res-usage"], [tools.nvdisasm.path, "-c"])
-        usage, code = (
-            subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout
-            for command in commands
-        )
-    return usage, code
-
-
-@dataclass(frozen=True)
-class _Syntax:
-    label: re.Pattern[str]
-    instruction: re.Pattern[str]
-    branch: re.Pattern[str]
-    multiply: re.Pattern[str]
-
-
-# multiply: rows, columns, sum of one matrix instruction. A warp group of four shares one of Hopper's; Blackwell's names
-# no shape, and one thread issues it.
-_NVIDIA = _Syntax(
-    re.compile(r"^\s*(\.L\w+):"),
-    re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?);"),
-    re.compile(r"\bBRA\b.*?`\((\.L\w+)\)"),
-    re.compile(r"\b(?:[A-Z]*MMA)\.(?:(64)x(\d+)x(\d+)|(16)(8)(\d+))?"),
-)
-_AMD = _Syntax(
-    re.compile(r"^(\.LBB\w+):"),
-    re.compile(r"^\s+([a-z][a-z0-9_]*\b[^;]*)"),
-    re.compile(r"^s_c?branch\S*\s+(\.LBB\w+)"),
-    re.compile(r"^v_mfma_f32_(\d+)x(\d+)x(\d+)"),
-)
-
-
-def _instructions(code: str, syntax: _Syntax) -> tuple[list[str], dict[str, int], _Syntax]:
-    """Instructions in order, and before which of them each label stands."""
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    for line in code.splitlines():
-        if found := syntax.label.match(line):
-            labels[found.group(1)] = len(instructions)
-        elif found := syntax.instruction.search(line):
-            instructions.append(found.group(1))
-    return instructions, labels, syntax
-
-
-def _main_loop(code: tuple[list[str], dict[str, int], _Syntax], macs_per_step: float) -> tuple[float, int]:
-    """Instructions per step of the innermost loop that multiplies matrices, and how many stand outside it."""
-    instructions, labels, syntax = code
-    for end, instruction in enumerate(instructions):
-        found = syntax.branch.search(instruction)
-        if not found or labels.get(found.group(1), end + 1) > end:
-            continue
-        body = instructions[labels[found.group(1)] : end + 1]
-        products = [match for line in body if (match := syntax.multiply.search(line))]
-        if products:
-            steps = max(1, round(sum(map(_macs, products)) / macs_per_step))
-            return len(body) / steps, len(instructions) - len(body)
-    # Unrolled completely: there is no loop, so the code itself is the step.
-    return float(len(instructions)), 0
-
-
-def _macs(match: re.Match[str]) -> float:
-    sizes = [int(size) for size in match.groups() if size]
-    return math.prod(sizes) / (4 if sizes[:1] == [64] else 1) if sizes else 0.0

@@ -90,16 +90,21 @@ def test_rank_puts_spills_last_then_time():
     assert math.isinf(ranked[-1].time_us)
 
 
-def by_size(launch, arch):
+def by_size(launch):
     """A compiler whose loop is long for all but the smallest tiles."""
     config = launch.config
     area = config.block_m * config.block_n
     return Compiled(64, 0, 16 * 1024, 50 if area <= 64 * 64 else 5000, 100)
 
 
-def shown(as_json, **changes):
+def shown(as_json, one=by_size, **changes):
+    """The plan of SHAPES; ``one`` says what the compiler makes of a launch."""
     stream = io.StringIO()
-    plan(**{"arch": "sm_90", "model": "toy", "batch": 2, "layers": SHAPES, "compiler": by_size} | changes,
+
+    def compiler(launches, arch):
+        return [one(launch) for launch in launches]
+
+    plan(**{"arch": "sm_90", "model": "toy", "batch": 2, "layers": SHAPES, "compiler": compiler} | changes,
          as_json=as_json, stream=stream)  # fmt: skip
     return stream.getvalue()
 
@@ -120,11 +125,11 @@ def test_json():
 
 
 def test_table_names_what_differs_and_measures_nothing():
-    def prefer_large(launch, arch):
+    def prefer_large(launch):
         config = launch.config
         return Compiled(64, 0, 16 * 1024, 10 if config.block_m >= 128 else 100000, 100)
 
-    text = shown(False, compiler=prefer_large)
+    text = shown(False, one=prefer_large)
     assert "392 x 64 x 288" in text
     assert "body.0 and 1 more" in text
     assert "NOT THE TABLE'S" in text
@@ -135,10 +140,10 @@ def test_table_names_what_differs_and_measures_nothing():
 def test_the_tables_spills_are_named():
     chosen = next(iter(SHAPES)).record("sm_90", torch.bfloat16, None).config
 
-    def spill_chosen(launch, arch):
+    def spill_chosen(launch):
         return Compiled(64, 64 if launch.config == chosen else 0, 16 * 1024, 100, 100)
 
-    body = json.loads(shown(True, compiler=spill_chosen))["layers"][0]
+    body = json.loads(shown(True, one=spill_chosen))["layers"][0]
     assert body["table"]["compiled"]["spills"] == 64
     assert body["best"]["compiled"]["spills"] == 0
     assert not body["agrees"]
@@ -171,14 +176,26 @@ def test_model_layers_of_a_small_network():
         planning.model_layers("resnet81", 2)
 
 
+def test_what_does_not_compile_comes_last_and_says_why():
+    chosen = next(iter(SHAPES)).record("sm_90", torch.bfloat16, None).config
+
+    def fail_chosen(launch):
+        return Compiled(0, 0, 0, 0, 0, error="out of fuel") if launch.config == chosen else by_size(launch)
+
+    body = json.loads(shown(True, one=fail_chosen))["layers"][0]
+    assert body["table"]["time_us"] is None
+    assert body["reason"] == "table's choice does not compile: out of fuel"
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
-def test_compiler_reports_the_main_loop(arch):
+def test_compiler_reports_the_main_loop(arch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     launch = LayerShape(True, 4096, 1, 1, 256, 256).record(arch, torch.bfloat16, Config(64, 64, 64, 4, 2))
-    compiled = planning.compile_cached(launch, arch)
-    assert compiled is planning.compile_cached(launch, arch)
+    (compiled,) = planning.compile_all([launch], arch)
+    assert not compiled.error
     assert compiled.spills == 0
     assert 16 < compiled.registers <= 255
-    assert compiled.shared >= (64 + 64) * 64 * 2
+    assert compiled.shared >= 64 * 64 * 2
     # One step holds at least its matrix instructions: 64 x 64 x 64 / 4 warps of 16 x 8 x 16, or 32 x 32 x 8 on AMD.
-    assert compiled.loop >= (32 if arch == "sm_80" else 8)
+    assert (32 if arch == "sm_80" else 8) <= compiled.loop < 400
     assert compiled.rest > compiled.loop
