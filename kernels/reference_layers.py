@@ -244,7 +244,7 @@ def max_pool2d_transposed(
     w = first_w + place % kernel_size[1] * dilation[1]
     flat = _per_row((h * width + w).flatten(2), rows)
     total = grad.new_zeros(rows, channels, height * width, dtype=_wide(grad))
-    total = total.scatter_add(2, flat, grad.to(total.dtype).flatten(2)).unflatten(2, (height, width))
+    total = total.scatter_add(2, flat, grad.to(total.dtype).flatten(2)).reshape(rows, channels, height, width)
     return _transposed(total, multiplier, identity, gate, want_raw, grad.dtype)
 
 
@@ -332,7 +332,8 @@ def group_norm(
     """
     if groups < 1 or x.shape[1] % groups:
         raise InvalidArgumentError("groups", groups, f"a divisor of the {x.shape[1]} channels")
-    wide = x.to(_wide(x)).unflatten(1, (groups, x.shape[1] // groups))
+    n, channels, height, width = x.shape
+    wide = x.to(_wide(x)).reshape(n, groups, channels // groups, height, width)
     centred = wide - wide.mean((2, 3, 4), keepdim=True)
     rstd = ((centred * centred).mean((2, 3, 4), keepdim=True) + eps).rsqrt()
     y = (centred * rstd).flatten(1, 2)
@@ -357,7 +358,8 @@ def group_norm_transposed(
     g = grad.to(_wide(grad))
     if weight is not None:
         g = g * _per_channel(weight, g.dtype)
-    g = g.unflatten(1, (groups, grad.shape[1] // groups))
+    n, channels, height, width = grad.shape
+    g = g.reshape(n, groups, channels // groups, height, width)
     rows = _per_row(rstd.to(g.dtype), grad.shape[0])[:, :, None, None, None]
     out = (rows * (g - g.mean((2, 3, 4), keepdim=True))).flatten(1, 2)
     if identity is not None:

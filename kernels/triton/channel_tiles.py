@@ -1,0 +1,107 @@
+"""Tiles of the memory-bound kernels: places times channels, cut so that a tile's sums of squares belong to groups.
+
+A kernel that reads and writes images sees [places, C]. Programs along the grid's first axis share out the places, along
+its second the channels: ``GROUPS`` whole groups of up to ``WIDTH`` channels each, or one of the ``chunks`` that a wider
+group is cut into. Each part (a group, or a chunk of one) is one column of the map of sums of squares::
+
+    squares[place, part] = sum over the part's channels of y[place, c]^2        (fp32, y as rounded)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from bcos_rt.errors import InvalidArgumentError
+from bcos_rt.kernels.triton.common import unit
+from bcos_rt.kernels.triton.launch import Config
+
+__all__ = ["channel_tile", "place_tile", "store_squares", "tile_arguments", "total_channels"]
+
+# Widest tile of channels, and elements of a tile: 16 a thread with 4 warps, two 128-bit accesses of 16-bit values.
+_WIDEST = 256
+_ELEMENTS = 2048
+
+
+@triton.jit
+def total_channels(units, groups, UNIT: tl.constexpr, EXACT: tl.constexpr):
+    """C, as a product with a compile-time unit: this is how the compiler knows that 128-bit accesses are aligned."""
+    return units * UNIT if EXACT else units * UNIT * groups
+
+
+@triton.jit
+def channel_tile(
+    units, groups, chunks, UNIT: tl.constexpr, EXACT: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The channels [GROUPS * WIDTH] of this program's tile, and which of them exist."""
+    lane = tl.arange(0, GROUPS * WIDTH)
+    if EXACT:
+        # Parts fill their columns of the tile: channels follow each other.
+        channel = tl.program_id(1) * (GROUPS * WIDTH) + lane
+        inside = channel < units * UNIT
+    else:
+        size = units * UNIT
+        part = tl.program_id(1) * GROUPS + lane // WIDTH
+        within = (part % chunks) * WIDTH + lane % WIDTH
+        channel = (part // chunks) * size + within
+        inside = (within < size) & (part < groups * chunks)
+    return channel, inside
+
+
+@triton.jit
+def store_squares(
+    y,
+    squares_ptr,
+    places,
+    place_in,
+    channel_in,
+    parts,
+    BLOCK_M: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Store the sums of squares of a tile y [BLOCK_M, GROUPS * WIDTH], already rounded to storage, fp32 again."""
+    # Outside there may be anything: the -inf of an empty window, the activation of a missing shift.
+    y = tl.where(channel_in[None, :], y, 0.0)
+    sums = tl.sum(tl.reshape(y * y, (BLOCK_M, GROUPS, WIDTH)), 2)
+    part = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    mask = place_in[:, None] & (part < parts)[None, :]
+    tl.store(squares_ptr + places[:, None] * parts + part[None, :], sums, mask=mask)
+
+
+def place_tile(places: int, channels: int, groups: int = 1) -> Config:
+    """The tile of a kernel that touches each element once: as many channels as fit, then places."""
+    width = min(triton.next_power_of_2(channels // groups), _WIDEST)
+    # Small groups share a tile, so that neighbouring threads still read neighbouring channels.
+    width *= max(1, min(triton.next_power_of_2(groups), _WIDEST // width))
+    return Config(min(max(_ELEMENTS // width, 1), max(triton.next_power_of_2(places), 1)), width)
+
+
+def tile_arguments(channels: int, groups: int, tile: Config) -> tuple[int, int, dict[str, Any]]:
+    """How ``tile.block_n`` columns are shared out: programs along the channels, parts of the map, kernel arguments.
+
+    Raises:
+        InvalidArgumentError: ``groups`` does not divide ``channels``.
+    """
+    if groups < 1 or channels % groups:
+        raise InvalidArgumentError("groups", groups, f"a divisor of the {channels} channels")
+    size = channels // groups
+    width = min(triton.next_power_of_2(size), tile.block_n)
+    chunks = -(-size // width)
+    in_tile = 1 if chunks > 1 else min(tile.block_n // width, triton.next_power_of_2(groups))
+    parts = groups * chunks
+    exact = chunks * width == size
+    whole = channels if exact else size
+    arguments = {
+        "units": whole // unit(whole),
+        "groups": groups,
+        "chunks": chunks,
+        "UNIT": unit(whole),
+        "EXACT": exact,
+        "GROUPS": in_tile,
+        "WIDTH": width,
+        "BLOCK_M": tile.block_m,
+    }
+    return -(-parts // in_tile), parts, arguments
