@@ -515,6 +515,9 @@ def plan(
     console.print(
         Text(f"The table's tile is the estimate's best, or within {CLOSE:.0%}: {total - differing} of {total} layers.")
     )
+    console.print(
+        Text("Launches as for a prediction. The table's tiles must also hold an explanation's outputs in registers.")
+    )
     if depthwise:
         console.print(Text(f"{depthwise} depthwise layers multiply no matrices and are left out."))
 
