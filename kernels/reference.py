@@ -21,6 +21,7 @@ __all__ = [
     "COLOUR_EPS",
     "CONV_EPS",
     "LINEAR_EPS",
+    "MAP_COLUMNS",
     "POWER_EPS",
     "activation_gate",
     "conv2d",
@@ -33,6 +34,7 @@ __all__ = [
     "linear_backward",
     "linear_fused",
     "linear_transposed",
+    "map_entries",
     "pack_mask",
     "patch_norm",
     "row_norm",
@@ -48,6 +50,9 @@ LINEAR_EPS = 1e-12
 POWER_EPS = 1e-6
 # What the colour picture adds to its denominators, and its opacity where a contribution is negative.
 COLOUR_EPS = 1e-12
+# Channels that one entry of a sum-of-squares map written by a convolution is the sum of (within a group). Several
+# entries, because a GPU program sees a part of the channels; a fixed number, because shapes must not depend on tiles.
+MAP_COLUMNS = 64
 
 
 def _norm_dtype(x: Tensor) -> torch.dtype:
@@ -296,6 +301,11 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
+def map_entries(channels: int) -> int:
+    """Entries of the sum-of-squares map for a group of ``channels``."""
+    return -(-channels // MAP_COLUMNS)
+
+
 def square_sum(x: Tensor, groups: int = 1) -> Tensor:
     """Channel sums of squares per group, [N, C, H, W] -> [N, groups, H, W] in float32 (float64 for float64 input)."""
     wide = x.to(_norm_dtype(x))
@@ -338,7 +348,9 @@ def _epilogue(
     squares = nothing
     if want_squares:
         wide = y.to(_norm_dtype(y))
-        squares = (wide * wide).unflatten(-1, (groups, y.shape[-1] // groups)).sum(-1)
+        per_group = (wide * wide).unflatten(-1, (groups, y.shape[-1] // groups))
+        padded = F.pad(per_group, (0, -per_group.shape[-1] % MAP_COLUMNS))
+        squares = padded.unflatten(-1, (-1, MAP_COLUMNS)).sum(-1).flatten(-2)
     return y, multiplier, gate_out, squares
 
 
@@ -367,8 +379,8 @@ def conv2d_fused(
         x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), stride, padding, dilation, groups
     )
     n = None
+    depthwise = groups == x.shape[1] and groups > 1
     if isinstance(b, Tensor) or b != 1:
-        depthwise = groups == x.shape[1] and groups > 1
         if squares is None or squares.numel() == 0 or depthwise:
             box = square_sum(x, groups)
         else:
@@ -378,7 +390,7 @@ def conv2d_fused(
     outs = _epilogue(
         z.permute(0, 2, 3, 1).contiguous(), n, scale, shift,
         None if residual is None else residual.permute(0, 2, 3, 1), b, activation, x.dtype,
-        (want_multiplier, want_gate, want_squares), groups,
+        (want_multiplier, want_gate, want_squares), 1 if depthwise else groups,
     )  # fmt: skip
     y, multiplier, gate, out_squares = (t.permute(0, 3, 1, 2) if t.ndim == 4 else t for t in outs)
     return y, multiplier, gate, out_squares

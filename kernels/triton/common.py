@@ -9,12 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bcos_rt.kernels import reference
 from bcos_rt.kernels.triton.launch import Config
 
 __all__ = [
     "ACTIVATIONS",
     "GELU",
     "HARDSWISH",
+    "MAP_COLUMNS",
     "NONE",
     "POWER_GENERAL",
     "POWER_PLAIN",
@@ -48,6 +50,9 @@ ACTIVATIONS: dict[str, int] = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "sil
 POWER_PLAIN = tl.constexpr(0)
 POWER_SQUARE = tl.constexpr(1)
 POWER_GENERAL = tl.constexpr(2)
+
+# Columns that one entry of a sum-of-squares map is the sum of (within a group).
+MAP_COLUMNS = tl.constexpr(reference.MAP_COLUMNS)
 
 
 def power_mode(b: float) -> int:
@@ -121,12 +126,15 @@ def _halves(tile):
 
 
 def column_parts(config: Config) -> int:
-    """Into how many parts an epilogue splits its columns: no more than 32 values of a part per thread, 16 columns."""
-    parts = 1
+    """Into how many parts an epilogue splits its columns: at most 32 values of a part per thread, 32 columns at least.
+
+    A part never spans two entries of the sum-of-squares map.
+    """
+    parts = max(1, config.block_n // reference.MAP_COLUMNS)
     while (
         parts < 4
         and config.block_n // parts > 32
-        and (config.block_m * config.block_n // parts > 32 * 32 * config.num_warps)
+        and config.block_m * config.block_n // parts > 32 * 32 * config.num_warps
     ):
         parts *= 2
     return parts

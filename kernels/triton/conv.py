@@ -21,10 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bcos_rt.kernels.reference import CONV_EPS, pack_mask
+from bcos_rt.kernels.reference import CONV_EPS, map_entries, pack_mask
 from bcos_rt.kernels.triton import tune
 from bcos_rt.kernels.triton.common import (
     ACTIVATIONS,
+    MAP_COLUMNS,
     RELU,
     activation_gate,
     bcos_multiplier,
@@ -244,7 +245,9 @@ def conv2d_kernel(
     # The epilogue works on a part of the columns at a time: with every option asked for, a whole tile of 128 x 128
     # would need more registers than there are.
     squares = tl.zeros((BLOCK_M,), tl.float32)
+    entries = tl.cdiv(columns, MAP_COLUMNS)
     parts = split_columns(acc, PARTS)
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
     for part in tl.static_range(PARTS):
         squares += _finish(
             parts[part],
@@ -259,7 +262,7 @@ def conv2d_kernel(
             gate_ptr,
             rows,
             row_in,
-            tile_n * BLOCK_N + part * (BLOCK_N // PARTS),
+            tile_n * BLOCK_N + part * WIDTH,
             group,
             columns,
             y_stride,
@@ -268,16 +271,21 @@ def conv2d_kernel(
             POWER,
             ACTIVATION,
             BLOCK_M,
-            BLOCK_N // PARTS,
+            WIDTH,
         )
-    if out_squares_ptr is not None:
-        tile = group * tiles_n + tile_n
-        tl.store(out_squares_ptr + rows * (tl.num_programs(1) * tiles_n) + tile, squares, mask=row_in)
+        if out_squares_ptr is not None and (part == PARTS - 1 or (part + 1) * WIDTH % MAP_COLUMNS == 0):
+            entry = (tile_n * BLOCK_N + part * WIDTH) // MAP_COLUMNS
+            offset = rows * (tl.num_programs(1) * entries) + group * entries + entry
+            tl.store(out_squares_ptr + offset, squares, mask=row_in & (entry < entries))
+            squares = tl.zeros((BLOCK_M,), tl.float32)
 
 
 def tile_for(config: Config, columns: int, length: int) -> Config:
-    """``config`` without the part of its tile that a narrow output or a short sum would leave empty."""
-    block_n = min(config.block_n, max(16, triton.next_power_of_2(columns)))
+    """``config`` without the part of its tile that a narrow output or a short sum would leave empty.
+
+    A tile is as wide as an entry of the sum-of-squares map at least, so that no two programs share one.
+    """
+    block_n = min(max(config.block_n, MAP_COLUMNS.value), max(16, triton.next_power_of_2(columns)))
     block_k = min(config.block_k, max(16, triton.next_power_of_2(length)))
     return Config(config.block_m, block_n, block_k, config.num_warps, config.num_stages, config.group_m)
 
@@ -343,7 +351,7 @@ def launch_forward(
         gate = empty(x, (*shape[:3], -(-filters // 8)), torch.uint8)
     elif want_gate and not pack_later and activation != "none":
         gate = empty(x, shape)
-    out_squares = empty(x, (*shape[:3], groups * tiles_n), torch.float32) if want_squares else nothing
+    out_squares = empty(x, (*shape[:3], groups * map_entries(group_out)), torch.float32) if want_squares else nothing
 
     def optional(tensor: Tensor | None) -> Tensor | None:
         return tensor if tensor is not None and tensor.numel() else None

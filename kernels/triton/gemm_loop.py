@@ -29,7 +29,7 @@ def swizzle(tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def inside_bits(first, step, taps, size):
-    """Bit i of each: whether ``first + i step`` lies in [0, size), ``step > 0``; int32, ``taps`` up to :data:`MAX_TAPS`.
+    """Bit i of each: whether ``first + i step`` lies in [0, size); ``step > 0``, ``taps <= MAX_TAPS``; int32.
 
     In closed form: a loop here would tie its result to one data layout, and the main loop would move it to another,
     through shared memory, in every iteration.
