@@ -1,0 +1,362 @@
+"""The launches that are compiled ahead of time: what the launchers ask for, on representative problems.
+
+The real launchers are called on ``meta`` tensors, so that types, specialisation and tile are theirs. Every kernel that
+multiplies matrices is built at every tile of the table, for every storage type, with the epilogue that needs most
+registers; epilogues that are code of their own are added at one tile. Each B-cos and transposed kernel comes with the
+plain convolution of the same source, tile, type and shape of sum, which its main loop is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bcos_rt.kernels.static.targets import TARGETS
+from bcos_rt.kernels.triton import tune
+from bcos_rt.kernels.triton.launch import Config, Launch, recording
+
+__all__ = ["Case", "cases"]
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DTYPES = (BF16, FP16, FP32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch to compile.
+
+    Attributes:
+        arch: the target. variant: shape and epilogue, in words.
+        launch: what is compiled; plain: the plain convolution that its main loop is compared with, or None.
+    """
+
+    arch: str
+    variant: str
+    launch: Launch
+    plain: Launch | None = None
+
+
+# Calls a launcher; the configuration is one of the table's, or None where the launcher's own rule is to decide.
+Build = Callable[[torch.dtype, Config | None], object]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A call of a launcher, and where it is tried.
+
+    Attributes:
+        op: the table's op, "" for kernels that choose their tile themselves.
+        classes: shape classes of the table whose tiles are built.
+        build: calls the launcher; plain: calls the plain convolution with the tile that the launcher used.
+    """
+
+    op: str
+    variant: str
+    build: Build
+    plain: Build | None = None
+    classes: Sequence[str] = ("wide",)
+    dtypes: Sequence[torch.dtype] = DTYPES
+
+
+def _tensor(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _image(n: int, c: int, h: int, w: int, dtype: torch.dtype = FP32) -> Tensor:
+    return _tensor(n, h, w, c, dtype=dtype).permute(0, 3, 1, 2)
+
+
+def _is_plain(b: float | Tensor) -> bool:
+    return not isinstance(b, Tensor) and b == 1
+
+
+@dataclass(frozen=True)
+class _Conv:
+    """A convolution's shape; calls the launchers of the forward and the transposed kernel on it."""
+
+    channels: int = 256
+    filters: int = 256
+    size: int = 28
+    kernel: int = 3
+    stride: int = 1
+    padding: int = 1
+    groups: int = 1
+    batch: int = 32
+
+    @property
+    def out_size(self) -> int:
+        return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        return {
+            "stride": (self.stride, self.stride),
+            "padding": (self.padding, self.padding),
+            "dilation": (1, 1),
+            "groups": self.groups,
+        }
+
+    def input(self, dtype: torch.dtype, per_image: int = 1) -> Tensor:
+        return _image(self.batch * per_image, self.channels, self.size, self.size, dtype)
+
+    def output(self, dtype: torch.dtype, per_image: int = 1) -> Tensor:
+        return _image(self.batch * per_image, self.filters, self.out_size, self.out_size, dtype)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        return _image(self.filters, self.channels // self.groups, self.kernel, self.kernel, dtype)
+
+    def forward(
+        self, *, residual: bool = False, b: float | Tensor = 2.0, activation: str = "relu", bias: bool = False,
+        scaled: bool = True, want: bool = True, squares: bool = True, map_tiles: int = 2,
+    ) -> Build:  # fmt: skip
+        """``want``: multiplier and gate; ``map_tiles``: entries per group of the producer's sum-of-squares map."""
+
+        def build(dtype: torch.dtype, config: Config | None) -> object:
+            from bcos_rt.kernels.triton.conv import conv2d_fused
+
+            vector = _tensor(self.filters)
+            return conv2d_fused(
+                self.input(dtype), self.weight(dtype),
+                None if _is_plain(b) else _image(self.batch, map_tiles * self.groups, self.size, self.size),
+                vector if bias else None, vector if scaled else None, vector if scaled else None,
+                self.output(dtype) if residual else None, **self.geometry, b=b, activation=activation,
+                want_multiplier=want, want_gate=want, want_squares=squares, config=config,
+            )  # fmt: skip
+
+        return build
+
+    def plain(self) -> Build:
+        """The convolution with scale, shift and ReLU, as in a plain network."""
+        return self.forward(b=1.0, want=False, squares=False)
+
+    def transposed(
+        self,
+        *,
+        classes: int = 3,
+        multiplier: bool = True,
+        identity: bool = False,
+        gate: str = "",
+        training: bool = False,
+    ) -> Build:
+        """``gate``: "" (and no raw gradient), "bits" or "tensor"; ``training``: grad_x with the norm's gradient."""
+
+        def build(dtype: torch.dtype, config: Config | None) -> object:
+            from bcos_rt.kernels.triton.conv_transposed import conv2d_transposed
+
+            per_image = 1 if training else classes
+            bits = _image(self.batch, -(-self.channels // 8), self.size, self.size, torch.uint8)
+            return conv2d_transposed(
+                self.output(dtype, per_image), self.weight(dtype), (self.size, self.size), **self.geometry,
+                multiplier=self.input(dtype) if multiplier else None,
+                identity=self.input(dtype, per_image) if identity else None,
+                gate={"": None, "bits": bits, "tensor": self.input(dtype)}[gate], want_raw=bool(gate),
+                x=self.input(dtype) if training else None,
+                norm_grad=_image(self.batch, self.groups, self.out_size, self.out_size) if training else None,
+                config=config,
+            )  # fmt: skip
+
+        return build
+
+    def reversed_plain(self) -> Build:
+        """The plain convolution whose sum is this one's adjoint: as many channels as this has filters."""
+        if self.kernel == self.stride and self.padding == 0:
+            return _Conv(self.filters, self.channels * self.kernel**2, self.out_size, 1, 1, 0).plain()
+        return _Conv(self.filters, self.channels, self.size, self.kernel, 1, self.padding, self.groups).plain()
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear layer on tokens [32, 197, channels]; calls the launchers of the forward and transposed kernel."""
+
+    channels: int = 768
+    filters: int = 3072
+
+    def forward(
+        self, *, residual: bool = False, b: float | Tensor = 2.0, activation: str = "gelu", want: bool = True
+    ) -> Build:
+        def build(dtype: torch.dtype, config: Config | None) -> object:
+            from bcos_rt.kernels.triton.linear import linear_fused
+
+            vector = _tensor(self.filters)
+            return linear_fused(
+                _tensor(32, 197, self.channels, dtype=dtype), _tensor(self.filters, self.channels, dtype=dtype),
+                None if _is_plain(b) else _tensor(32, 197, 6), None, vector, vector,
+                _tensor(32, 197, self.filters, dtype=dtype) if residual else None, b=b, activation=activation,
+                want_multiplier=want, want_gate=want, want_squares=not _is_plain(b), config=config,
+            )  # fmt: skip
+
+        return build
+
+    def plain(self) -> Build:
+        return self.forward(b=1.0, want=False)
+
+    def transposed(self, *, identity: bool = False, gate: bool = False, training: bool = False) -> Build:
+        def build(dtype: torch.dtype, config: Config | None) -> object:
+            from bcos_rt.kernels.triton.conv_transposed import linear_transposed
+
+            batch = 32 if training else 96
+            saved = _tensor(32, 197, self.channels, dtype=dtype)
+            return linear_transposed(
+                _tensor(batch, 197, self.filters, dtype=dtype), _tensor(self.filters, self.channels, dtype=dtype),
+                None if training else saved,
+                _tensor(batch, 197, self.channels, dtype=dtype) if identity else None, saved if gate else None, gate,
+                saved if training else None, _tensor(32, 197, 1) if training else None, config,
+            )  # fmt: skip
+
+        return build
+
+    def reversed_plain(self) -> Build:
+        return _Linear(self.filters, self.channels).plain()
+
+
+_ALL = tune.SHAPE_CLASSES
+
+
+def _gemms() -> Iterator[_Problem]:
+    conv, point = _Conv(), _Conv(kernel=1, padding=0)
+    # Every tile, with everything that an explanation's forward pass can ask for.
+    everything = {"residual": True, "map_tiles": 2}
+    yield _Problem("conv2d", "3x3, all outputs", conv.forward(**everything), conv.plain(), _ALL)
+    yield _Problem("linear", "1x1, all outputs", point.forward(**everything), point.plain(), _ALL)
+    tokens = _Linear()
+    yield _Problem("linear", "tokens, all outputs", tokens.forward(residual=True), tokens.plain(), _ALL)
+    yield _Problem(
+        "conv2d_transposed", "3x3, identity, multiplier, raw with bit mask",
+        conv.transposed(identity=True, gate="bits"), conv.reversed_plain(), _ALL,
+    )  # fmt: skip
+    yield _Problem(
+        "linear_transposed", "1x1, identity, multiplier, raw with bit mask",
+        point.transposed(identity=True, gate="bits"), point.reversed_plain(), _ALL,
+    )  # fmt: skip
+    yield _Problem(
+        "linear_transposed", "tokens, identity, multiplier, raw with gate", tokens.transposed(identity=True, gate=True),
+        tokens.reversed_plain(), _ALL,
+    )  # fmt: skip
+
+    # Forward: inference; other B; other activations; other shapes.
+    yield _Problem("conv2d", "3x3, inference", conv.forward(residual=True, want=False), conv.plain())
+    yield _Problem("linear", "tokens, inference", tokens.forward(want=False), tokens.plain())
+    yield _Problem("conv2d", "3x3, B = 1.5, GELU", conv.forward(b=1.5, activation="gelu", bias=True), conv.plain())
+    one = (BF16,)
+    yield _Problem(
+        "conv2d", "3x3, B in memory, SiLU", conv.forward(b=_tensor(1), activation="silu"), conv.plain(), dtypes=one
+    )
+    for activation in ("none", "relu6", "hardswish"):
+        yield _Problem("conv2d", f"3x3, {activation}", conv.forward(activation=activation), conv.plain(), dtypes=one)
+    stem = _Conv(8, 64, 224, 7, 2, 3)
+    yield _Problem("conv2d", "7x7 stem, stride 2", stem.forward(map_tiles=1), stem.plain(), ("narrow",))
+    patch = _Conv(8, 768, 224, 16, 16, 0)
+    yield _Problem("conv2d", "16x16 patches", patch.forward(map_tiles=1), patch.plain(), dtypes=one)
+    down = _Conv(256, 512, 56, 1, 2, 0)
+    yield _Problem("conv2d", "1x1, stride 2", down.forward(), down.plain(), dtypes=(BF16, FP32))
+    grouped = _Conv(groups=8)
+    yield _Problem("conv2d", "3x3, 8 groups", grouped.forward(map_tiles=1), grouped.plain(), ("narrow",))
+    uneven = _Conv(channels=40, filters=328)
+    yield _Problem(
+        "conv2d", "3x3, channels no tile divides", uneven.forward(map_tiles=1), uneven.plain(), dtypes=(BF16, FP32)
+    )
+    odd = _Conv(channels=33, filters=37)
+    yield _Problem("conv2d", "3x3, odd channels", odd.forward(map_tiles=1), odd.plain(), ("small",), (BF16, FP32))
+
+    # Transposed: other strides, epilogues and shapes; training.
+    halved = _Conv(size=56, stride=2)
+    yield _Problem("conv2d_transposed", "3x3, stride 2, multiplier", halved.transposed(), halved.reversed_plain())
+    yield _Problem(
+        "conv2d_transposed",
+        "3x3, multiplier, raw with gate",
+        conv.transposed(gate="tensor"),
+        conv.reversed_plain(),
+        dtypes=one,
+    )
+    yield _Problem(
+        "conv2d_transposed", "3x3, nothing else", conv.transposed(multiplier=False), conv.reversed_plain(), dtypes=one
+    )
+    yield _Problem(
+        "conv2d_transposed", "3x3, training", conv.transposed(multiplier=False, training=True), conv.reversed_plain()
+    )
+    tiles = _Conv(64, 256, 112, 4, 4, 0)
+    yield _Problem("linear_transposed", "4x4 patches, multiplier", tiles.transposed(), tiles.reversed_plain())
+    yield _Problem("conv2d_transposed", "3x3, 8 groups", grouped.transposed(), grouped.reversed_plain(), ("narrow",))
+    yield _Problem(
+        "conv2d_transposed",
+        "3x3, channels no tile divides",
+        uneven.transposed(),
+        uneven.reversed_plain(),
+        dtypes=(BF16, FP32),
+    )
+    yield _Problem("linear_transposed", "tokens, training", tokens.transposed(training=True), tokens.reversed_plain())
+
+
+def _contributions() -> Iterator[_Problem]:
+    def build(conv: _Conv, channels: int, image_type: torch.dtype, want_weights: bool) -> Build:
+        def run(dtype: torch.dtype, config: Config | None) -> object:
+            from bcos_rt.kernels.triton.contributions import conv2d_contributions
+
+            geometry = {key: value for key, value in conv.geometry.items() if key != "groups"}
+            image = _tensor(conv.batch, 3, conv.size, conv.size, dtype=image_type)
+            return conv2d_contributions(
+                conv.output(dtype, 3), _image(conv.filters, channels, conv.kernel, conv.kernel, dtype), image,
+                _tensor(channels), **geometry, want_weights=want_weights, config=config,
+            )  # fmt: skip
+
+        return run
+
+    stem, patch = _Conv(6, 64, 224, 7, 2, 3), _Conv(6, 768, 224, 16, 16, 0)
+    yield _Problem(
+        "conv2d_transposed", "7x7 stem, with weights", build(stem, 6, FP32, True), classes=("narrow", "small")
+    )
+    yield _Problem("conv2d_transposed", "16x16 patches", build(patch, 6, torch.uint8, False))
+    yield _Problem("conv2d_transposed", "7x7 stem, 3 channels", build(stem, 3, FP32, False), dtypes=(BF16,))
+
+
+def _square_sums() -> Iterator[_Problem]:
+    def build(*shape: int) -> Build:
+        def run(dtype: torch.dtype, config: Config | None) -> object:
+            from bcos_rt.kernels.triton.square_sum import row_square_sum
+
+            return row_square_sum(_tensor(*shape, dtype=dtype))
+
+        return run
+
+    yield _Problem("", "256 channels", build(32 * 28 * 28, 256))
+    yield _Problem("", "64 channels", build(32 * 56 * 56, 64), dtypes=(BF16,))
+
+
+_SOURCES: tuple[Callable[[], Iterator[_Problem]], ...] = (_gemms, _contributions, _square_sums)
+
+
+def cases(archs: Iterable[str] = tuple(TARGETS)) -> list[Case]:
+    """Everything that is compiled for ``archs``, each distinct piece of code once; plain convolutions are cases too."""
+    found: dict[tuple[Any, ...], Case] = {}
+    for arch in archs:
+        for source in _SOURCES:
+            for problem in source():
+                for case in _expand(problem, arch):
+                    found.setdefault((arch, case.launch.key), case)
+    return list(found.values())
+
+
+def _expand(problem: _Problem, arch: str) -> Iterator[Case]:
+    for dtype in problem.dtypes:
+        table = tune.table(problem.op, arch, dtype) if problem.op else {}
+        for name in problem.classes if problem.op else ("",):
+            # A transposed tile is told by its own launch: launchers cut it to the shape.
+            for launch in _recorded(arch, problem.build, dtype, table.get(name)):
+                if problem.plain is None or not launch.gemm:
+                    yield Case(arch, problem.variant, launch)
+                    continue
+                plain = [p for p in _recorded(arch, problem.plain, dtype, launch.config) if p.gemm]
+                if len(plain) != 1 or plain[0].config != launch.config or not plain[0].plain:
+                    raise RuntimeError(f"{problem.variant}: no plain convolution with the tile {launch.config}")
+                yield Case(arch, problem.variant, launch, plain[0])
+                yield Case(arch, problem.variant.split(",")[0], plain[0])
+
+
+def _recorded(arch: str, build: Build, dtype: torch.dtype, config: Config | None) -> list[Launch]:
+    with recording(arch) as launches:
+        build(dtype, config)
+    return launches

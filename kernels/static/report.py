@@ -1,0 +1,344 @@
+"""What the compiled kernels must fulfil, and the pages that say what they are like: docs/kernels.md, docs/kernels.json.
+
+Rules, for every launch of :mod:`cases`:
+
+* *compiles* for its target;
+* *spills*: nothing spilled, no private memory;
+* *tensor cores*: matrix instructions in the main loop of every kernel that multiplies matrices;
+* *vectors*: operand and output tiles with aligned channels move 16 bytes at a time;
+* *loop*: the main loop of a B-cos or transposed kernel is at most 1.03 times as long as that of the plain convolution
+  built from the same source with the same tile, type and target.
+
+Where a target makes a rule impossible, :data:`EXCEPTIONS` says so and why; an entry that nothing needs fails too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from bcos_rt.kernels.static.cases import Case
+from bcos_rt.kernels.static.compile import CACHE, Analysis, analyse_all
+from bcos_rt.kernels.static.disassembly import KINDS
+from bcos_rt.kernels.static.targets import TARGETS
+from bcos_rt.kernels.triton.launch import Launch
+
+__all__ = [
+    "EXCEPTIONS",
+    "LOOP_LIMIT",
+    "RULES",
+    "KnownException",
+    "Result",
+    "Violation",
+    "compile_cases",
+    "rows",
+    "violations",
+    "write_report",
+]
+
+LOOP_LIMIT = 1.03
+
+RULES = ("compiles", "spills", "tensor cores", "vectors", "loop")
+
+
+@dataclass(frozen=True)
+class KnownException:
+    """A rule that cannot hold somewhere; names may have wildcards (``fnmatch``)."""
+
+    rule: str
+    kernel: str
+    arch: str
+    dtype: str
+    variant: str
+    reason: str
+
+    def covers(self, violation: Violation) -> bool:
+        return self.rule == violation.rule and all(
+            fnmatchcase(getattr(violation, name), getattr(self, name))
+            for name in ("kernel", "arch", "dtype", "variant")
+        )
+
+
+EXCEPTIONS: tuple[KnownException, ...] = ()
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A launch that breaks a rule of :data:`RULES`, and how."""
+
+    kernel: str
+    arch: str
+    config: str
+    dtype: str
+    variant: str
+    rule: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case and what was compiled; ``plain`` is the analysis of the case's plain convolution."""
+
+    case: Case
+    analysis: Analysis
+    plain: Analysis | None
+
+    def broken(self) -> list[Violation]:
+        """Rules this launch breaks."""
+        launch, found = self.case.launch, self.analysis
+        if found.error:
+            return [self._violation("compiles", found.error)]
+        out = []
+        if found.spills or found.stack_bytes:
+            out.append(self._violation("spills", f"{found.spills} spills, {found.stack_bytes} bytes of private memory"))
+        if launch.gemm and not found.loop_instructions:
+            where = "only outside loops" if found.mma_instructions else "nowhere"
+            out.append(self._violation("tensor cores", f"matrix instructions {where}"))
+        if launch.vector_operands:
+            for narrow in found.narrow:
+                got = f"{narrow.size}-byte" if narrow.size else "no"
+                out.append(
+                    self._violation(
+                        "vectors", f"{got} {narrow.direction}s at {narrow.place}, not {narrow.expected}-byte"
+                    )
+                )
+            if not found.tile_loads or not found.tile_stores:
+                out.append(self._violation("vectors", "no load or no store of a tile found to check"))
+        if self.plain is not None and not self.plain.error and self.plain.loop_instructions:
+            limit = LOOP_LIMIT * self.plain.loop_instructions
+            if found.loop_instructions > limit:
+                what = f"main loop of {found.loop_instructions} instructions, plain {self.plain.loop_instructions}"
+                out.append(self._violation("loop", what))
+        return out
+
+    def _violation(self, rule: str, what: str) -> Violation:
+        launch = self.case.launch
+        return Violation(launch.name, self.case.arch, str(launch.config), launch.dtype, self.case.variant, rule, what)
+
+
+def compile_cases(
+    found: Sequence[Case],
+    folder: Path = CACHE,
+    workers: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Result]:
+    """Compile and analyse every case; see :func:`compile.analyse_all` for the arguments."""
+    launches: list[tuple[Launch, str]] = [(case.launch, case.arch) for case in found]
+    launches += [(case.plain, case.arch) for case in found if case.plain is not None]
+    analyses = analyse_all(launches, folder, workers, progress)
+    plain = iter(analyses[len(found) :])
+    return [
+        Result(case, analysis, None if case.plain is None else next(plain))
+        for case, analysis in zip(found, analyses, strict=False)
+    ]
+
+
+def violations(
+    results: Iterable[Result], exceptions: Sequence[KnownException] = EXCEPTIONS
+) -> tuple[list[Violation], dict[KnownException, list[Violation]]]:
+    """Broken rules that no exception covers, and those that one does, by exception."""
+    failed: list[Violation] = []
+    excused: dict[KnownException, list[Violation]] = {exception: [] for exception in exceptions}
+    for result in results:
+        for violation in result.broken():
+            for exception in exceptions:
+                if exception.covers(violation):
+                    excused[exception].append(violation)
+                    break
+            else:
+                failed.append(violation)
+    return failed, excused
+
+
+def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """One JSON-ready object per compiled launch.
+
+    ``plain_loop_instructions`` is null where there is no plain convolution to compare with; a plain convolution is
+    compared with itself.
+    """
+    return [_row(result) for result in results]
+
+
+def _row(result: Result) -> dict[str, Any]:
+    launch, found = result.case.launch, result.analysis
+    plain = found if launch.plain else result.plain
+    return {
+        "kernel": launch.name,
+        "variant": result.case.variant,
+        "arch": result.case.arch,
+        "config": str(launch.config),
+        "dtype": launch.dtype,
+        "plain": launch.plain,
+        "gemm": launch.gemm,
+        "registers": found.registers,
+        "spills": found.spills,
+        "stack_bytes": found.stack_bytes,
+        "shared_bytes": found.shared_bytes,
+        "tensor_columns": found.tensor_columns,
+        "blocks_per_sm": found.blocks_per_sm,
+        "occupancy": found.occupancy,
+        "instructions": found.instructions,
+        "loop_instructions": found.loop_instructions,
+        "plain_loop_instructions": None if plain is None else plain.loop_instructions,
+        "loop": _nonzero(found.loop),
+        "plain_loop": None if plain is None else _nonzero(plain.loop),
+    }
+
+
+def _nonzero(counts: Mapping[str, int] | None) -> dict[str, int]:
+    return {kind: number for kind, number in (counts or {}).items() if number}
+
+
+def write_report(results: Sequence[Result], folder: Path = Path("docs")) -> tuple[Path, Path]:
+    """Write ``kernels.md`` and ``kernels.json`` into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    page, data = folder / "kernels.md", folder / "kernels.json"
+    content = ",\n".join(json.dumps(row) for row in rows(results))
+    data.write_text(f"[\n{content}\n]\n", encoding="utf-8")
+    page.write_text(_page(results), encoding="utf-8")
+    return page, data
+
+
+def _versions() -> str:
+    tools = []
+    for name in ("ptxas", "ptxas_blackwell"):
+        tool = getattr(triton.knobs.nvidia, name, None)
+        if tool is None:
+            continue
+        said = subprocess.run([tool.path, "--version"], capture_output=True, text=True, check=True).stdout
+        version = re.search(r"V(\d+\.\d+\.\d+)", said)
+        tools.append(f"{Path(tool.path).name} {version.group(1) if version else 'of unknown version'}")
+    return f"Triton {triton.__version__} ({', '.join(tools)}; AMD: the LLVM inside Triton)"
+
+
+def _page(results: Sequence[Result]) -> str:
+    failed, excused = violations(results)
+    archs = [arch for arch in TARGETS if any(r.case.arch == arch for r in results)]
+    lines = [
+        "# The kernels as compiled",
+        "",
+        f"What {_versions()} makes of the Triton kernels, ahead of time: {len(results)} launches, as the launchers ask",
+        f"for them, for {', '.join(archs)}. **Nothing here ran on a GPU**: these are the compilers' and disassemblers'",
+        "numbers, not measurements. `loop` counts the machine instructions of the main loop, and `plain` those of the",
+        "plain convolution built from the same source, with the same tile, type and target, without B-cos.",
+        "",
+        "Made by `python -m bcos_rt.kernels.static report`, which needs no GPU; do not edit. Every launch is one object in",
+        "[kernels.json](kernels.json). `python -m bcos_rt.kernels.static check` fails if a rule below is broken.",
+        "",
+        "## Rules",
+        "",
+        "| rule | launches it is asked of | broken | known exceptions |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for rule, (text, asked) in _RULE_TEXTS.items():
+        broken = sum(v.rule == rule for v in failed)
+        known = sum(v.rule == rule for vs in excused.values() for v in vs)
+        lines.append(f"| {text} | {sum(map(asked, results))} | {broken} | {known} |")
+    if any(excused.values()):
+        lines += ["", "Known exceptions:", ""]
+        lines += [
+            f"- {e.rule}, `{e.kernel}` on {e.arch}, {e.dtype}, {e.variant} ({len(vs)} launches): {e.reason}"
+            for e, vs in excused.items()
+            if vs
+        ]
+    if failed:
+        lines += ["", "Broken:", ""]
+        lines += [f"- {v.rule}: `{v.kernel}` {v.arch} {v.config} {v.dtype} ({v.variant}): {v.what}" for v in failed]
+    lines += _main_loops(results, archs)
+    lines += ["", "## Each kernel", ""]
+    lines += [
+        "Smallest to largest over all launches of a kernel for one target and type. Occupancy: resident warps as a part",
+        "of those the multiprocessor has room for.",
+    ]
+    for name in dict.fromkeys(r.case.launch.name for r in results):
+        lines += _kernel_section(name, [r for r in results if r.case.launch.name == name and not r.case.launch.plain])
+    lines += [
+        "",
+        "## Targets",
+        "",
+        "| arch | device | multiprocessors | clock GHz | memory GB/s | bf16 TFLOP/s | source |",
+    ]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: | --- |"]
+    for arch in archs:
+        t = TARGETS[arch]
+        lines.append(
+            f"| {arch} | {t.device} | {t.multiprocessors} | {t.clock_ghz} | {t.bandwidth_gb_s:.0f} "
+            f"| {t.tflops['bf16']} | {t.source} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+_RULE_TEXTS: dict[str, tuple[str, Callable[[Result], bool]]] = {
+    "compiles": ("compiles for its target", lambda r: True),
+    "spills": ("no spilled registers, no private memory", lambda r: True),
+    "tensor cores": ("matrix instructions in the main loop", lambda r: r.case.launch.gemm),
+    "vectors": ("16-byte loads and stores of operand and output tiles", lambda r: r.case.launch.vector_operands),
+    "loop": (f"main loop at most {LOOP_LIMIT} x the plain convolution's", lambda r: r.plain is not None),
+}
+
+
+def _main_loops(results: Sequence[Result], archs: Sequence[str]) -> list[str]:
+    """One table per target: the main loop, by kind, of each kernel's first variant at its first tile."""
+    lines = ["", "## Main loops", "", "Each kernel's fullest epilogue at the table's tile for large problems."]
+    kinds = [k for k in KINDS if any((r.analysis.loop or {}).get(k) for r in results)]
+    for arch in archs:
+        lines += ["", f"### {arch} ({TARGETS[arch].device})", ""]
+        lines += [f"| kernel | type | tile | loop | plain | {' | '.join(kinds)} |"]
+        lines += [f"| --- | --- | --- | ---: | ---: |{' ---: |' * len(kinds)}"]
+        shown = set()
+        for r in results:
+            launch = r.case.launch
+            key = (launch.name, r.case.variant.split(",")[0], launch.dtype)
+            if r.case.arch != arch or r.plain is None or key in shown or "all outputs" not in r.case.variant + _also(r):
+                continue
+            shown.add(key)
+            counts = " | ".join(str((r.analysis.loop or {}).get(kind, 0)) for kind in kinds)
+            lines.append(
+                f"| {launch.name}, {key[1]} | {launch.dtype} | {launch.config} | {r.analysis.loop_instructions} "
+                f"| {r.plain.loop_instructions} | {counts} |"
+            )
+    return lines
+
+
+def _also(result: Result) -> str:
+    # The transposed kernels' fullest epilogue writes the raw gradient too.
+    return "all outputs" if "raw with" in result.case.variant else ""
+
+
+def _kernel_section(name: str, results: Sequence[Result]) -> list[str]:
+    if not results:
+        return []
+    variants = dict.fromkeys(r.case.variant for r in results)
+    lines = ["", f"### {name}", "", f"{len(results)} launches: {'; '.join(variants)}.", ""]
+    lines += ["| arch | type | registers | spills | shared KB | occupancy | loop / plain, at most |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for arch, dtype in dict.fromkeys((r.case.arch, r.case.launch.dtype) for r in results):
+        here = [r for r in results if (r.case.arch, r.case.launch.dtype) == (arch, dtype) and not r.analysis.error]
+        if not here:
+            continue
+        ratios = [
+            r.analysis.loop_instructions / r.plain.loop_instructions
+            for r in here
+            if r.plain is not None and r.plain.loop_instructions
+        ]
+        registers = _range([r.analysis.registers for r in here], "{}")
+        shared = _range([r.analysis.shared_bytes / 1024 for r in here], "{:.0f}")
+        occupancy = _range([100 * r.analysis.occupancy for r in here], "{:.0f}")
+        lines.append(
+            f"| {arch} | {dtype} | {registers} | {max(r.analysis.spills for r in here)} | {shared} | {occupancy} % "
+            f"| {f'{max(ratios):.3f}' if ratios else '-'} |"
+        )
+    return lines
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
