@@ -76,7 +76,7 @@ _INTERPRETER = Config(32, 32, 32)
 _Row = tuple[int, int, int, int, int]
 _TABLE: dict[str, dict[int, dict[str, _Row]]] = {
     "sm_80": {
-        16: {"wide": (128, 128, 64, 8, 3), "narrow": (128, 64, 32, 8, 4), "small": (64, 128, 64, 4, 3)},
+        16: {"wide": (128, 128, 64, 8, 3), "narrow": (64, 64, 64, 8, 3), "small": (64, 128, 64, 4, 3)},
         32: {"wide": (64, 128, 32, 8, 3), "narrow": (64, 64, 32, 8, 3), "small": (64, 64, 16, 4, 4)},
     },
     "sm_90": {
@@ -97,7 +97,7 @@ _TABLE: dict[str, dict[int, dict[str, _Row]]] = {
     },
 }
 _FEW: dict[str, dict[int, _Row]] = {
-    "sm_80": {16: (32, 32, 64, 4, 4), 32: (32, 32, 32, 4, 4)},
+    "sm_80": {16: (32, 32, 128, 4, 3), 32: (32, 32, 32, 4, 4)},
     "sm_90": {16: (32, 32, 64, 4, 4), 32: (32, 32, 32, 4, 4)},
     "sm_100": {16: (32, 32, 64, 4, 4), 32: (32, 32, 32, 4, 4)},
     "sm_120": {16: (32, 32, 64, 4, 4), 32: (32, 32, 32, 4, 4)},
@@ -108,7 +108,7 @@ _EXCEPTIONS: dict[tuple[str, str, int, str], _Row] = {}
 
 # Tried by the autotuner and ranked by the static plan, beside the table's own.
 _MORE: dict[str, dict[int, tuple[_Row, ...]]] = {
-    "sm_80": {16: ((128, 128, 32, 8, 4), (64, 64, 64, 8, 3)), 32: ((128, 64, 32, 8, 2),)},
+    "sm_80": {16: ((128, 128, 32, 8, 4), (128, 64, 32, 8, 4)), 32: ((128, 64, 32, 8, 2),)},
     "sm_90": {16: ((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (64, 64, 64, 4, 4)), 32: ((128, 128, 16, 8, 3),)},
     "sm_100": {16: ((256, 128, 64, 8, 3), (128, 128, 64, 8, 3)), 32: ((128, 128, 32, 8, 2),)},
     "sm_120": {16: ((128, 128, 64, 8, 2), (64, 64, 64, 4, 3)), 32: ((128, 64, 32, 8, 2),)},
@@ -135,11 +135,12 @@ def family(arch: str) -> str:
     return "sm_120"
 
 
-def shape_class(m: int, n: int, arch: str = "sm_90") -> str:
+def shape_class(m: int, n: int, arch: str = "sm_90", op: str = "conv2d") -> str:
     """Shape class, one of :data:`SHAPE_CLASSES`, of an output of ``m`` rows and ``n`` columns."""
     if m <= _FEW_ROWS:
         return "few"
-    if -(-m // 128) * -(-n // 128) < _ENOUGH * _UNITS[family(arch)]:
+    # A weight's gradient is never "small": its long sums are split until there are programs enough.
+    if op != "grad_weight" and -(-m // 128) * -(-n // 128) < _ENOUGH * _UNITS[family(arch)]:
         return "small"
     return "narrow" if n <= 64 else "wide"
 
@@ -165,7 +166,7 @@ def candidates(op: str, arch: str, m: int, n: int, dtype: torch.dtype) -> tuple[
     """What :func:`autotune` tries: the table's choice first, then its other entries and a few larger tiles."""
     own = table(op, arch, dtype)
     more = (Config(*row) for row in _MORE[family(arch)][_bits(dtype)])
-    return tuple(dict.fromkeys((own[shape_class(m, n, arch)], *own.values(), *more)))
+    return tuple(dict.fromkeys((own[shape_class(m, n, arch, op)], *own.values(), *more)))
 
 
 def pick(op: str, arch: str, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
@@ -186,7 +187,7 @@ def pick(op: str, arch: str, m: int, n: int, k: int, dtype: torch.dtype) -> Conf
         found = _tuned.get(Problem(op, arch, m, n, k, TRITON_TYPES[dtype]))
         if found is not None:
             return found.config
-    return table(op, arch, dtype)[shape_class(m, n, arch)]
+    return table(op, arch, dtype)[shape_class(m, n, arch, op)]
 
 
 def _bits(dtype: torch.dtype) -> int:

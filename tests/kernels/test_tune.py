@@ -110,6 +110,12 @@ def test_shape_class(m, n, expected):
     assert tune.shape_class(m, n) == expected
 
 
+def test_a_weight_gradient_is_split_not_small():
+    assert tune.shape_class(256, 256, op="grad_weight") == "wide"
+    assert tune.shape_class(256, 64, op="grad_weight") == "narrow"
+    assert tune.shape_class(16, 64, op="grad_weight") == "few"
+
+
 def test_interpreter_gets_one_small_tile():
     assert len({tune.pick(op, "interpreter", m, 512, 64, torch.float32) for op in tune.OPS for m in (1, 10**6)}) == 1
     assert tune.pick("conv2d", "interpreter", 1, 1, 1, torch.float32).block_m == 32
