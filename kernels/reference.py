@@ -30,6 +30,7 @@ __all__ = [
     "conv2d_fused",
     "conv2d_transposed",
     "dynamic_scale",
+    "grad_response",
     "linear",
     "linear_backward",
     "linear_fused",
@@ -37,6 +38,7 @@ __all__ = [
     "map_entries",
     "pack_mask",
     "patch_norm",
+    "recover_z",
     "row_norm",
     "square_sum",
     "transposed_epilogue",
@@ -113,7 +115,7 @@ def _align(n: Tensor, z: Tensor, channel_dim: int) -> Tensor:
     return n.repeat_interleave(z.shape[channel_dim] // groups, dim=channel_dim)
 
 
-def dynamic_scale(z: Tensor, n: Tensor, b: float, channel_dim: int = 1) -> Tensor:
+def dynamic_scale(z: Tensor, n: Tensor, b: float | Tensor, channel_dim: int = 1) -> Tensor:
     """The multiplier ``m = (|z| / n)^(B-1)``; for B other than 1 and 2 the published ``(|z| / n + 1e-6)^(B-1)``.
 
     Args:
@@ -123,10 +125,11 @@ def dynamic_scale(z: Tensor, n: Tensor, b: float, channel_dim: int = 1) -> Tenso
     Returns:
         ``m``, shape and dtype of ``z``.
     """
-    if b == 1:
+    general = isinstance(b, Tensor)
+    if not general and b == 1:
         return torch.ones_like(z)
     ratio = z.abs().to(n.dtype) / _align(n, z, channel_dim)
-    if b != 2:
+    if general or b != 2:
         ratio = (ratio + POWER_EPS).pow(b - 1)
     return ratio.to(z.dtype)
 
@@ -139,41 +142,50 @@ def conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    b: float,
+    b: float | Tensor,
     eps: float = CONV_EPS,
 ) -> Tensor:
     """B-cos convolution ``y = z * m``: x [N, C, H, W], weight [O, C / groups, kh, kw] -> [N, O, H', W']."""
     z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    if b == 1:
+    if not isinstance(b, Tensor) and b == 1:
         return z
     return z * dynamic_scale(z, patch_norm(x, weight.shape[2:], stride, padding, dilation, groups, eps), b)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, b: float, eps: float = LINEAR_EPS) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, b: float | Tensor, eps: float = LINEAR_EPS) -> Tensor:
     """B-cos linear layer ``y = z * m``: x [..., C], weight [O, C] -> [..., O]."""
     z = F.linear(x, weight, bias)
-    if b == 1:
+    if not isinstance(b, Tensor) and b == 1:
         return z
     return z * dynamic_scale(z, row_norm(x, eps), b, -1)
 
 
-def _recover_z(y: Tensor, n: Tensor, channel_dim: int) -> Tensor:
+def recover_z(y: Tensor, n: Tensor, channel_dim: int) -> Tensor:
     """For B = 2, ``y = z |z| / n`` gives ``z = sign(y) sqrt(|y| n)``: no second convolution, nothing more stored."""
     return y.sign() * (y.abs().to(n.dtype) * _align(n, y, channel_dim)).sqrt().to(y.dtype)
 
 
-def _grad_z_and_n(grad: Tensor, z: Tensor, n: Tensor, b: float, channel_dim: int) -> tuple[Tensor, Tensor]:
+def grad_response(
+    grad: Tensor, z: Tensor, n: Tensor, b: float | Tensor, channel_dim: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of ``y = z (|z|/n + d)^(B-1)``, d = 0 for B = 2, differentiated as a whole.
 
-    ``dy/dz = m (1 + (B-1) u / (u+d))`` and ``dy/dn = -(B-1) (z m / n) u / (u+d)`` with ``u = |z|/n``: both are finite
-    at z = 0 for every B >= 1, where ``|cos|^(B-1)`` by itself has an infinite slope between B = 1 and 2.
+    ``dy/dz = m (1 + (B-1) u / (u+d))``, ``dy/dn = -(B-1) (z m / n) u / (u+d)`` and ``dy/dB = z m log(u+d)`` with
+    ``u = |z|/n``: all finite at z = 0 for every B >= 1, where ``|cos|^(B-1)`` by itself has an infinite slope between
+    B = 1 and 2.
+
+    Returns:
+        grad_z like ``z``; grad_n like ``n``; grad_B, where B is a tensor (a learned B always takes the form with d).
     """
     wide = _align(n, z, channel_dim)
     u = z.abs().to(n.dtype) / wide
-    if b == 2:
+    grad_b = None
+    if not isinstance(b, Tensor) and b == 2:
         m, slope = u, torch.ones_like(u)
     else:
         m, slope = (u + POWER_EPS).pow(b - 1), u / (u + POWER_EPS)
+    if isinstance(b, Tensor):
+        grad_b = (grad.to(n.dtype) * z.to(n.dtype) * m * (u + POWER_EPS).log()).sum().to(b.dtype)
     grad_z = grad.to(n.dtype) * m * (1 + (b - 1) * slope)
     grad_n = -(b - 1) * grad.to(n.dtype) * z.to(n.dtype) * m * slope / wide
     groups = n.shape[channel_dim]
@@ -181,7 +193,7 @@ def _grad_z_and_n(grad: Tensor, z: Tensor, n: Tensor, b: float, channel_dim: int
         dim = channel_dim % grad_n.ndim
         shape = grad_n.shape
         grad_n = grad_n.reshape(*shape[:dim], groups, shape[dim] // groups, *shape[dim + 1 :]).sum(dim + 1)
-    return grad_z.to(z.dtype), grad_n
+    return grad_z.to(z.dtype), grad_n, grad_b
 
 
 def conv2d_backward(
@@ -194,17 +206,20 @@ def conv2d_backward(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    b: float,
+    b: float | Tensor,
     eps: float,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of :func:`conv2d` for x, weight and bias, the gradient through the patch norm included."""
-    grad_norm = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of :func:`conv2d` for x, weight, bias and a tensor B, through the patch norm too."""
+    grad_norm = grad_exponent = None
     grad_z = grad
-    if b != 1:
+    if isinstance(b, Tensor) or b != 1:
         n = patch_norm(x, weight.shape[2:], stride, padding, dilation, groups, eps)
-        z = _recover_z(y, n, 1) if b == 2 else F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        grad_z, grad_n = _grad_z_and_n(grad, z, n, b, 1)
+        if isinstance(b, Tensor) or b != 2:
+            z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        else:
+            z = recover_z(y, n, 1)
+        grad_z, grad_n, grad_exponent = grad_response(grad, z, n, b, 1)
         if needs[0]:
             # n^2 = box(sum x^2) + eps, so dn/dx = x * box^T(grad_n / n).
             ones = grad_n.new_ones(groups, 1, *weight.shape[2:])
@@ -230,7 +245,7 @@ def conv2d_backward(
     )
     if grad_norm is not None:
         grad_x = grad_x + grad_norm
-    return grad_x, grad_w, grad_b
+    return grad_x, grad_w, grad_b, grad_exponent
 
 
 def linear_backward(
@@ -239,17 +254,17 @@ def linear_backward(
     weight: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    b: float,
+    b: float | Tensor,
     eps: float,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of :func:`linear` for x, weight and bias, the gradient through the row norm included."""
-    grad_norm = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of :func:`linear` for x, weight, bias and a tensor B, through the row norm too."""
+    grad_norm = grad_exponent = None
     grad_z = grad
-    if b != 1:
+    if isinstance(b, Tensor) or b != 1:
         n = row_norm(x, eps)
-        z = _recover_z(y, n, -1) if b == 2 else F.linear(x, weight, bias)
-        grad_z, grad_n = _grad_z_and_n(grad, z, n, b, -1)
+        z = F.linear(x, weight, bias) if isinstance(b, Tensor) or b != 2 else recover_z(y, n, -1)
+        grad_z, grad_n, grad_exponent = grad_response(grad, z, n, b, -1)
         length = n - eps
         unit = torch.where(length > 0, x.to(n.dtype) / length, torch.zeros_like(n))
         grad_norm = (grad_n * unit).to(x.dtype)
@@ -263,10 +278,10 @@ def linear_backward(
         grad_w = flat.t() @ x.reshape(-1, weight.shape[1])
     if needs[2] and bias is not None:
         grad_b = flat.sum(0)
-    return grad_x, grad_w, grad_b
+    return grad_x, grad_w, grad_b, grad_exponent
 
 
-# --- the fused forms: the whole of what one kernel does, as the engines call it ---------------------------------------
+# --- the fused forms: the whole of what one kernel does, as the engines call it --------------------------------------
 
 
 def activation_gate(u: Tensor, activation: str) -> Tensor:
@@ -286,8 +301,9 @@ def activation_gate(u: Tensor, activation: str) -> Tensor:
 
 def pack_mask(on: Tensor) -> Tensor:
     """bool [..., C] -> uint8 [..., ceil(C / 8)]: bit i of byte j is channel 8 j + i."""
-    bits = F.pad(on.to(torch.int32), (0, -on.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (bits << torch.arange(8, device=on.device, dtype=torch.int32)).sum(-1).to(torch.uint8)
+    bits = torch.unflatten(F.pad(on.to(torch.int32), (0, -on.shape[-1] % 8)), -1, (-1, 8))
+    weights = torch.arange(8, device=on.device, dtype=torch.int32)
+    return torch.bitwise_left_shift(bits, weights).sum(-1).to(torch.uint8)
 
 
 def unpack_mask(packed: Tensor, channels: int) -> Tensor:
@@ -309,7 +325,7 @@ def map_entries(channels: int) -> int:
 def square_sum(x: Tensor, groups: int = 1) -> Tensor:
     """Channel sums of squares per group, [N, C, H, W] -> [N, groups, H, W] in float32 (float64 for float64 input)."""
     wide = x.to(_norm_dtype(x))
-    return _channels_last((wide * wide).unflatten(1, (groups, x.shape[1] // groups)).sum(2))
+    return _channels_last(torch.unflatten(wide * wide, 1, (groups, x.shape[1] // groups)).sum(2))
 
 
 def _epilogue(
@@ -318,7 +334,7 @@ def _epilogue(
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
-    b: float | Tensor,
+    b: float,
     activation: str,
     dtype: torch.dtype,
     wants: tuple[bool, bool, bool],
@@ -328,7 +344,7 @@ def _epilogue(
     s = torch.ones_like(z)
     if n is not None:
         s = z.abs() / n
-        if isinstance(b, Tensor) or b != 2:
+        if b != 2:
             s = (s + POWER_EPS).pow(b - 1)
     if scale is not None:
         s = s * scale.to(z.dtype)
@@ -348,9 +364,9 @@ def _epilogue(
     squares = nothing
     if want_squares:
         wide = y.to(_norm_dtype(y))
-        per_group = (wide * wide).unflatten(-1, (groups, y.shape[-1] // groups))
+        per_group = torch.unflatten(wide * wide, -1, (groups, y.shape[-1] // groups))
         padded = F.pad(per_group, (0, -per_group.shape[-1] % MAP_COLUMNS))
-        squares = padded.unflatten(-1, (-1, MAP_COLUMNS)).sum(-1).flatten(-2)
+        squares = torch.unflatten(padded, -1, (-1, MAP_COLUMNS)).sum(-1).flatten(-2)
     return y, multiplier, gate_out, squares
 
 
@@ -366,7 +382,7 @@ def conv2d_fused(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
-    b: float | Tensor = 2.0,
+    b: float = 2.0,
     eps: float = CONV_EPS,
     activation: str = "none",
     want_multiplier: bool = False,
@@ -380,11 +396,11 @@ def conv2d_fused(
     )
     n = None
     depthwise = groups == x.shape[1] and groups > 1
-    if isinstance(b, Tensor) or b != 1:
+    if b != 1:
         if squares is None or squares.numel() == 0 or depthwise:
             box = square_sum(x, groups)
         else:
-            box = squares.to(wide).unflatten(1, (groups, squares.shape[1] // groups)).sum(2)
+            box = torch.unflatten(squares.to(wide), 1, (groups, squares.shape[1] // groups)).sum(2)
         n = (_patch_square_sum(box, weight.shape[2:], stride, padding, dilation) + eps).sqrt()
         n = n.repeat_interleave(weight.shape[0] // groups, 1).permute(0, 2, 3, 1)
     outs = _epilogue(
@@ -404,7 +420,7 @@ def linear_fused(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
-    b: float | Tensor = 2.0,
+    b: float = 2.0,
     eps: float = LINEAR_EPS,
     activation: str = "none",
     want_multiplier: bool = False,
@@ -415,7 +431,7 @@ def linear_fused(
     wide = _norm_dtype(x)
     z = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     n = None
-    if isinstance(b, Tensor) or b != 1:
+    if b != 1:
         if squares is None or squares.numel() == 0:
             n = row_norm(x, eps)
         else:
