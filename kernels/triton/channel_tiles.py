@@ -18,11 +18,11 @@ from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.kernels.triton.common import unit
 from bcos_rt.kernels.triton.launch import Config
 
-__all__ = ["channel_tile", "place_tile", "store_squares", "tile_arguments", "total_channels"]
+__all__ = ["ELEMENTS", "channel_tile", "place_tile", "store_squares", "tile_arguments", "total_channels"]
 
 # Widest tile of channels, and elements of a tile: 16 a thread with 4 warps, two 128-bit accesses of 16-bit values.
 _WIDEST = 256
-_ELEMENTS = 2048
+ELEMENTS = 2048
 
 
 @triton.jit
@@ -71,12 +71,12 @@ def store_squares(
     tl.store(squares_ptr + places[:, None] * parts + part[None, :], sums, mask=mask)
 
 
-def place_tile(places: int, channels: int, groups: int = 1) -> Config:
+def place_tile(places: int, channels: int, groups: int = 1, elements: int = ELEMENTS) -> Config:
     """The tile of a kernel that touches each element once: as many channels as fit, then places."""
     width = min(triton.next_power_of_2(channels // groups), _WIDEST)
     # Small groups share a tile, so that neighbouring threads still read neighbouring channels.
     width *= max(1, min(triton.next_power_of_2(groups), _WIDEST // width))
-    return Config(min(max(_ELEMENTS // width, 1), max(triton.next_power_of_2(places), 1)), width)
+    return Config(min(max(elements // width, 1), max(triton.next_power_of_2(places), 1)), width)
 
 
 def tile_arguments(channels: int, groups: int, tile: Config) -> tuple[int, int, dict[str, Any]]:

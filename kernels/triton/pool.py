@@ -24,11 +24,22 @@ import triton.language as tl
 from torch import Tensor
 
 from bcos_rt.kernels.reference_layers import pooled_size, window_index_dtype
-from bcos_rt.kernels.triton.channel_tiles import channel_tile, place_tile, store_squares, tile_arguments, total_channels
+from bcos_rt.kernels.triton.channel_tiles import (
+    ELEMENTS,
+    channel_tile,
+    place_tile,
+    store_squares,
+    tile_arguments,
+    total_channels,
+)
 from bcos_rt.kernels.triton.common import empty, nhwc, unpack_bits
 from bcos_rt.kernels.triton.launch import Config, launch
 
 __all__ = ["avg_pool2d", "avg_pool2d_transposed", "max_pool2d", "max_pool2d_transposed"]
+
+# Bytes of values in a tile of max pooling: 16 a thread with 4 warps. With more, the bytes of the index would be read
+# and written by other threads than their values, and shuffled between them for every window.
+_VECTORS = 2048
 
 
 @triton.jit
@@ -405,7 +416,7 @@ def max_pool2d(
     batch, height, width, channels = x.shape
     groups = groups if want_squares else 1
     places = batch * out_height * out_width
-    tile = config or place_tile(places, channels, groups)
+    tile = config or place_tile(places, channels, groups, _VECTORS // x.element_size())
     programs, parts, arguments = tile_arguments(channels, groups, tile)
     y = empty(x, (batch, out_height, out_width, channels))
     index = empty(x, y.shape, window_index_dtype(kernel_size)) if want_index else None
@@ -462,7 +473,8 @@ def _transposed(
             per_image = batch // saved.shape[0]
     extents = [dilation[i] * (kernel_size[i] - 1) + 1 for i in range(2)]
     bits = gate is not None and gate.dtype == torch.uint8
-    tile = config or place_tile(places, channels)
+    elements = ELEMENTS if index is None else _VECTORS // grad.element_size()
+    tile = config or place_tile(places, channels, 1, elements)
     programs, _, arguments = tile_arguments(channels, 1, tile)
     out = empty(grad, (batch, height, width, channels))
     raw = empty(grad, out.shape) if want_raw else None
