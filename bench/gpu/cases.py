@@ -192,7 +192,7 @@ class Case:
             norm = reference.patch_norm(self.x, s.weight[2:], s.stride, s.padding, s.dilation, s.groups, self.eps)
         else:
             norm = reference.row_norm(self.x, self.eps)
-        return norm.reciprocal()
+        return norm.reciprocal().contiguous()
 
     @property
     def geometry(self) -> dict[str, object]:

@@ -36,7 +36,9 @@ def seconds_for(stage: str, options: Options, remaining: float) -> float:
     cap, share = CAPS[stage]
     if stage == "plots":
         return cap  # a few seconds, and without them the run was for less
-    return min(cap, share * options.minutes * 60, max(remaining, 5.0))
+    if "benchmark" not in options.stages:
+        share = 1.0  # nothing has to be left over
+    return min(cap, share * options.minutes * 60, remaining)
 
 
 def run(
