@@ -37,7 +37,7 @@ from bcos_rt.kernels.triton.conv import tile_for
 from bcos_rt.kernels.triton.gemm_loop import implicit_gemm, inside_bits, swizzle
 from bcos_rt.kernels.triton.launch import Config, current_arch, launch
 
-__all__ = ["class_taps", "conv2d_transposed", "launch_transposed", "linear_transposed"]
+__all__ = ["class_taps", "conv2d_transposed", "launch_transposed", "linear_transposed", "pack_transposed"]
 
 
 @triton.jit
@@ -135,8 +135,6 @@ def conv2d_transposed_kernel(
     PATCHES: tl.constexpr,
     SINGLE: tl.constexpr,
     EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    PACKED: tl.constexpr,
     GATE_BITS: tl.constexpr,
     UNIT_K: tl.constexpr,
     UNIT_N: tl.constexpr,
@@ -153,9 +151,7 @@ def conv2d_transposed_kernel(
     group = tl.program_id(2)
     all_channels = channels * groups
     all_filters = filters * groups
-    # The weight is [O, kh, kw, C], or PACKED with the sum's index innermost: [C, kh, kw, O].
-    tap_size = filters if PACKED else channels
-    filter_size = kernel_h * kernel_w * channels
+    taps = kernel_h * kernel_w
 
     # Rows: the places of this parity class; or patches, or rows of a token matrix.
     if PATCHES or SINGLE:
@@ -170,7 +166,7 @@ def conv2d_transposed_kernel(
         rows_w = tl.cdiv(width, stride_w)
     columns = channels
     if PATCHES:
-        columns = filter_size
+        columns = taps * channels
     rows_total = batch * rows_h * rows_w
     tile_m, tile_n = swizzle(tl.cdiv(rows_total, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -181,6 +177,14 @@ def conv2d_transposed_kernel(
     sample = safe // (rows_w * rows_h)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     column_in = column < columns
+
+    # The weight is [G, C, kh, kw, O]; the columns of patches run over places, then channels.
+    weight_column = tl.where(column_in, column, 0)
+    if PATCHES:
+        weight_column = weight_column % channels * taps + weight_column // channels
+    elif not SINGLE:
+        weight_column *= taps
+    weight_column *= filters
 
     inside_p = row_in.to(tl.int32)
     inside_q = inside_p
@@ -195,7 +199,7 @@ def conv2d_transposed_kernel(
     else:
         first_h, taps_h, p_offset = class_taps(parity_h, padding_h, dilation_h, kernel_h, stride_h, STEP_H)
         first_w, taps_w, q_offset = class_taps(parity_w, padding_w, dilation_w, kernel_w, stride_w, STEP_W)
-        first_tap = (first_h * kernel_w + first_w) * tap_size
+        first_tap = (first_h * kernel_w + first_w) * filters
         h = row_h * stride_h + parity_h
         w = row_w * stride_w + parity_w
         row_in = row_in & (h < height) & (w < width)
@@ -208,13 +212,12 @@ def conv2d_transposed_kernel(
 
     acc = implicit_gemm(
         grad_ptr,
-        weight_ptr + group * filters * filter_size + first_tap,
+        weight_ptr + group * channels * taps * filters + first_tap,
         place * all_filters + group * filters,
         inside_p,
         inside_q,
         q,
-        column * (kernel_h * kernel_w * filters) if PACKED else column,
-        column_in,
+        weight_column,
         out_width,
         all_filters,
         filters,
@@ -222,14 +225,12 @@ def conv2d_transposed_kernel(
         taps_w,
         -p_step,
         -q_step,
-        STEP_H * kernel_w * tap_size,
-        STEP_W * tap_size,
-        1 if PACKED else filter_size,
+        STEP_H * kernel_w * filters,
+        STEP_W * filters,
         not (PATCHES or SINGLE),
         EVEN_K,
         0,
         PATCHES or SINGLE,
-        not EVEN_N,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
@@ -294,13 +295,13 @@ def launch_transposed(
     config: Config | None,
     name: str,
 ) -> tuple[Tensor, Tensor]:
-    """Launch on contiguous NHWC tensors: grad [M, H', W', O], weight [O, kh, kw, C / groups], the others [., H, W, C].
+    """Launch on contiguous NHWC tensors: grad [M, H', W', O], the others [., H, W, C]; weight [O, C / groups, kh, kw].
 
     Returns:
         out and raw [M, H, W, C]; raw empty if not wanted.
     """
     batch, out_height, out_width, all_filters = grad.shape
-    _, kernel_h, kernel_w, channels = weight.shape
+    _, channels, kernel_h, kernel_w = weight.shape
     height, width = input_size
     filters = all_filters // groups
     single = kernel_h == kernel_w == 1 and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
@@ -322,11 +323,10 @@ def launch_transposed(
     arch = current_arch(grad.device)
     op = "linear_transposed" if single or patches else "conv2d_transposed"
     tile = tile_for(config or tune.pick(op, arch, rows, columns, filters, grad.dtype), columns, filters)
-    # Tensor cores take fp32 operands only with the sum's index innermost; 16-bit ones are transposed as they go.
-    packed = grad.dtype == torch.float32 and not patches
-    if packed:
-        by_group = weight.view(groups, filters, kernel_h, kernel_w, channels)
-        weight = by_group.permute(0, 4, 2, 3, 1).contiguous()
+    # [G, C, kh, kw, O], the sum's index innermost as in the forward kernel: the same loads, and the only order in which
+    # tensor cores take fp32 operands. A weight kept by :func:`pack_transposed` is not copied here.
+    by_group = weight.reshape(groups, filters, channels, kernel_h, kernel_w)
+    packed = by_group.permute(0, 2, 3, 4, 1).contiguous()
 
     out = empty(grad, (batch, height, width, channels * groups))
     raw = empty(grad, out.shape) if want_raw else grad.new_empty(0)
@@ -341,7 +341,7 @@ def launch_transposed(
         tile,
         {
             "grad_ptr": grad,
-            "weight_ptr": weight,
+            "weight_ptr": packed,
             "identity_ptr": identity,
             "multiplier_ptr": multiplier,
             "gate_ptr": gate if want_raw else None,
@@ -374,8 +374,6 @@ def launch_transposed(
             "PATCHES": patches,
             "SINGLE": single,
             "EVEN_K": filters % tile.block_k == 0,
-            "EVEN_N": columns % tile.block_n == 0,
-            "PACKED": packed,
             "GATE_BITS": gate is not None and gate.dtype == torch.uint8,
             "UNIT_K": unit(filters),
             "UNIT_N": unit(channels),
@@ -391,6 +389,11 @@ def launch_transposed(
         dtype=grad.dtype,
     )
     return out, raw
+
+
+def pack_transposed(weight: Tensor) -> Tensor:
+    """``weight`` [O, C, kh, kw] or [O, C] (one group), equal in value, in the memory order its adjoint is read in."""
+    return weight.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
 def _nhwc(tensor: Tensor | None) -> Tensor | None:
@@ -421,7 +424,7 @@ def conv2d_transposed(
             grad, weight, input_size, stride, padding, dilation, groups, multiplier, identity, gate, want_raw
         )
     out = launch_transposed(
-        nhwc(grad), nhwc(weight), input_size, stride, padding, dilation, groups, _nhwc(multiplier), _nhwc(identity),
+        nhwc(grad), weight, input_size, stride, padding, dilation, groups, _nhwc(multiplier), _nhwc(identity),
         _nhwc(gate), want_raw, _nhwc(x), _nhwc(norm_grad), config, "conv2d_transposed",
     )  # fmt: skip
     first, raw = (t.permute(0, 3, 1, 2) if t.ndim == 4 else t for t in out)
@@ -453,7 +456,7 @@ def linear_transposed(
 
     tokens = math.prod(lead[1:])
     out = launch_transposed(
-        grad.reshape(batch, 1, tokens, grad.shape[-1]).contiguous(), weight[:, None, None, :].contiguous(), (1, tokens),
+        grad.reshape(batch, 1, tokens, grad.shape[-1]).contiguous(), weight[:, :, None, None], (1, tokens),
         (1, 1), (0, 0), (1, 1), 1, image(multiplier), image(identity), image(gate), want_raw, image(x),
         image(norm_grad), config, "linear_transposed",
     )  # fmt: skip

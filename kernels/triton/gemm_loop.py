@@ -48,7 +48,6 @@ def implicit_gemm(
     inside_w,
     w,
     column_offset,
-    column_in,
     width,
     x_stride,
     channels,
@@ -58,12 +57,10 @@ def implicit_gemm(
     step_w,
     weight_step_h,
     weight_step_w,
-    weight_k_stride,
     CHECK: tl.constexpr,
     EVEN_K: tl.constexpr,
     FOLD: tl.constexpr,
     SINGLE: tl.constexpr,
-    MASK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -74,10 +71,10 @@ def implicit_gemm(
     Args:
         row_offset: [BLOCK_M], offset of each row's first place in x.
         inside_h, inside_w: [BLOCK_M], :func:`inside_bits` along both axes (CHECK). w: its column (FOLD).
-        column_offset, column_in: [BLOCK_N], offset of each column in the weight, and whether it may be read (MASK_N).
+        column_offset: [BLOCK_N], offset of each column in the weight, whose innermost dimension is the sum's.
         x_stride: elements from one place of x to the next.
         channels: length of the innermost sum; taps_h, taps_w: how many places.
-        weight_step_h, weight_step_w, weight_k_stride: weight elements from one place, one channel to the next.
+        weight_step_h, weight_step_w: weight elements from one place to the next.
         CHECK: places may lie outside x. EVEN_K: BLOCK_K divides ``channels``.
         SINGLE: one place only, so that there is nothing to count but channels.
         FOLD: not 0: x's channels; ``channels`` then runs over the places of one kernel row and their channels, which
@@ -90,13 +87,11 @@ def implicit_gemm(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     x_rows = x_ptr + row_offset
     weight_columns = weight_ptr + column_offset
-    offsets_weight = offsets_k * weight_k_stride
     blocks = tl.cdiv(channels, BLOCK_K)
     # How far the operands move from one block of channels to the next, from the last block of a place to the next
     # place, and how much further at the end of a kernel row.
-    weight_step = BLOCK_K * weight_k_stride
     x_jump = step_w * x_stride - (blocks - 1) * BLOCK_K
-    weight_jump = weight_step_w - (blocks - 1) * weight_step
+    weight_jump = weight_step_w - (blocks - 1) * BLOCK_K
     x_row_jump = (step_h * width - taps_w * step_w) * x_stride
     weight_row_jump = weight_step_h - taps_w * weight_step_w
     c = 0
@@ -106,7 +101,7 @@ def implicit_gemm(
     weight_delta = 0
     for _ in range(taps_h * taps_w * blocks):
         x_tile = (x_rows + x_delta)[:, None] + offsets_k[None, :]
-        weight_tile = (weight_columns + weight_delta)[None, :] + offsets_weight[:, None]
+        weight_tile = (weight_columns + weight_delta)[None, :] + offsets_k[:, None]
         if FOLD:
             k = c + offsets_k
             w_here = w[:, None] + (k // FOLD)[None, :]
@@ -122,24 +117,20 @@ def implicit_gemm(
             a = tl.load(x_tile)
         else:
             a = tl.load(x_tile, mask=(c + offsets_k < channels)[None, :], other=0.0)
-        if EVEN_K and not MASK_N:
+        if EVEN_K:
             b = tl.load(weight_tile)
-        elif EVEN_K:
-            b = tl.load(weight_tile, mask=column_in[None, :], other=0.0)
-        elif not MASK_N:
-            b = tl.load(weight_tile, mask=(c + offsets_k < channels)[:, None], other=0.0)
         else:
-            b = tl.load(weight_tile, mask=(c + offsets_k < channels)[:, None] & column_in[None, :], other=0.0)
+            b = tl.load(weight_tile, mask=(c + offsets_k < channels)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         c += BLOCK_K
         if SINGLE:
             x_delta += BLOCK_K
-            weight_delta += weight_step
+            weight_delta += BLOCK_K
         else:
             place_done = c >= channels
             c = tl.multiple_of(tl.where(place_done, 0, c), BLOCK_K)
             x_delta += tl.where(place_done, x_jump, BLOCK_K)
-            weight_delta += tl.where(place_done, weight_jump, weight_step)
+            weight_delta += tl.where(place_done, weight_jump, BLOCK_K)
             j += tl.where(place_done, 1, 0)
             row_done = j >= taps_w
             j = tl.where(row_done, 0, j)

@@ -387,8 +387,8 @@ def backward(
     grad_x = grad_w = grad_bias = grad_b = None
     if needs[0]:
         grad_x = launch_transposed(
-            grad_z, weight, size, stride, padding, dilation, groups, None, None, None, False, x, norm_grad, None,
-            f"{name}_transposed",
+            grad_z, weight.permute(0, 3, 1, 2), size, stride, padding, dilation, groups, None, None, None, False,
+            x, norm_grad, None, f"{name}_transposed",
         )[0]  # fmt: skip
     if needs[1]:
         grad_w = grad_weight(grad_z, x, kernel, stride, padding, dilation, groups).to(weight.dtype)
