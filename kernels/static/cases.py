@@ -2,7 +2,8 @@
 
 The real launchers are called on ``meta`` tensors, so that types, specialisation and tile are theirs. Every kernel that
 multiplies matrices is built at every tile of the table, for every storage type, with the epilogue that needs most
-registers; epilogues that are code of their own are added at one tile. Each B-cos and transposed kernel comes with the
+registers; epilogues that are code of their own are added at one tile, and there fp16, whose code differs from bf16's
+in conversions only, is left out. Each B-cos and transposed kernel comes with the
 plain convolution of the same source, tile, type and shape of sum, which its main loop is compared with.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ __all__ = ["Case", "cases"]
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (BF16, FP16, FP32)
+_FEWER = (BF16, FP32)
+_ONE = (BF16,)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class _Problem:
     build: Build
     plain: Build | None = None
     classes: Sequence[str] = ("wide",)
-    dtypes: Sequence[torch.dtype] = DTYPES
+    dtypes: Sequence[torch.dtype] = _FEWER
 
 
 def _tensor(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
@@ -219,48 +223,45 @@ _ALL = tune.SHAPE_CLASSES
 def _gemms() -> Iterator[_Problem]:
     conv, point = _Conv(), _Conv(kernel=1, padding=0)
     # Every tile, with everything that an explanation's forward pass can ask for.
-    everything = {"residual": True, "map_tiles": 2}
-    yield _Problem("conv2d", "3x3, all outputs", conv.forward(**everything), conv.plain(), _ALL)
-    yield _Problem("linear", "1x1, all outputs", point.forward(**everything), point.plain(), _ALL)
+    yield _Problem("conv2d", "3x3, all outputs", conv.forward(residual=True), conv.plain(), _ALL, DTYPES)
+    some = ("wide", "narrow")
+    yield _Problem("linear", "1x1, all outputs", point.forward(residual=True), point.plain(), some)
     tokens = _Linear()
-    yield _Problem("linear", "tokens, all outputs", tokens.forward(residual=True), tokens.plain(), _ALL)
+    yield _Problem("linear", "tokens, all outputs", tokens.forward(residual=True), tokens.plain(), _ALL, DTYPES)
     yield _Problem(
         "conv2d_transposed", "3x3, identity, multiplier, raw with bit mask",
-        conv.transposed(identity=True, gate="bits"), conv.reversed_plain(), _ALL,
+        conv.transposed(identity=True, gate="bits"), conv.reversed_plain(), _ALL, DTYPES,
     )  # fmt: skip
     yield _Problem(
         "linear_transposed", "1x1, identity, multiplier, raw with bit mask",
-        point.transposed(identity=True, gate="bits"), point.reversed_plain(), _ALL,
+        point.transposed(identity=True, gate="bits"), point.reversed_plain(), some,
     )  # fmt: skip
     yield _Problem(
         "linear_transposed", "tokens, identity, multiplier, raw with gate", tokens.transposed(identity=True, gate=True),
-        tokens.reversed_plain(), _ALL,
+        tokens.reversed_plain(), _ALL, DTYPES,
     )  # fmt: skip
 
     # Forward: inference; other B; other activations; other shapes.
     yield _Problem("conv2d", "3x3, inference", conv.forward(residual=True, want=False), conv.plain())
     yield _Problem("linear", "tokens, inference", tokens.forward(want=False), tokens.plain())
     yield _Problem("conv2d", "3x3, B = 1.5, GELU", conv.forward(b=1.5, activation="gelu", bias=True), conv.plain())
-    one = (BF16,)
     yield _Problem(
-        "conv2d", "3x3, B in memory, SiLU", conv.forward(b=_tensor(1), activation="silu"), conv.plain(), dtypes=one
+        "conv2d", "3x3, B in memory, SiLU", conv.forward(b=_tensor(1), activation="silu"), conv.plain(), dtypes=_ONE
     )
     for activation in ("none", "relu6", "hardswish"):
-        yield _Problem("conv2d", f"3x3, {activation}", conv.forward(activation=activation), conv.plain(), dtypes=one)
+        yield _Problem("conv2d", f"3x3, {activation}", conv.forward(activation=activation), conv.plain(), dtypes=_ONE)
     stem = _Conv(8, 64, 224, 7, 2, 3)
     yield _Problem("conv2d", "7x7 stem, stride 2", stem.forward(map_tiles=1), stem.plain(), ("narrow",))
     patch = _Conv(8, 768, 224, 16, 16, 0)
-    yield _Problem("conv2d", "16x16 patches", patch.forward(map_tiles=1), patch.plain(), dtypes=one)
+    yield _Problem("conv2d", "16x16 patches", patch.forward(map_tiles=1), patch.plain(), dtypes=_ONE)
     down = _Conv(256, 512, 56, 1, 2, 0)
-    yield _Problem("conv2d", "1x1, stride 2", down.forward(), down.plain(), dtypes=(BF16, FP32))
+    yield _Problem("conv2d", "1x1, stride 2", down.forward(), down.plain())
     grouped = _Conv(groups=8)
     yield _Problem("conv2d", "3x3, 8 groups", grouped.forward(map_tiles=1), grouped.plain(), ("narrow",))
     uneven = _Conv(channels=40, filters=328)
-    yield _Problem(
-        "conv2d", "3x3, channels no tile divides", uneven.forward(map_tiles=1), uneven.plain(), dtypes=(BF16, FP32)
-    )
+    yield _Problem("conv2d", "3x3, channels no tile divides", uneven.forward(map_tiles=1), uneven.plain())
     odd = _Conv(channels=33, filters=37)
-    yield _Problem("conv2d", "3x3, odd channels", odd.forward(map_tiles=1), odd.plain(), ("small",), (BF16, FP32))
+    yield _Problem("conv2d", "3x3, odd channels", odd.forward(map_tiles=1), odd.plain(), ("small",))
 
     # Transposed: other strides, epilogues and shapes; training.
     halved = _Conv(size=56, stride=2)
@@ -270,10 +271,10 @@ def _gemms() -> Iterator[_Problem]:
         "3x3, multiplier, raw with gate",
         conv.transposed(gate="tensor"),
         conv.reversed_plain(),
-        dtypes=one,
+        dtypes=_ONE,
     )
     yield _Problem(
-        "conv2d_transposed", "3x3, nothing else", conv.transposed(multiplier=False), conv.reversed_plain(), dtypes=one
+        "conv2d_transposed", "3x3, nothing else", conv.transposed(multiplier=False), conv.reversed_plain(), dtypes=_ONE
     )
     yield _Problem(
         "conv2d_transposed", "3x3, training", conv.transposed(multiplier=False, training=True), conv.reversed_plain()
@@ -286,7 +287,6 @@ def _gemms() -> Iterator[_Problem]:
         "3x3, channels no tile divides",
         uneven.transposed(),
         uneven.reversed_plain(),
-        dtypes=(BF16, FP32),
     )
     yield _Problem("linear_transposed", "tokens, training", tokens.transposed(training=True), tokens.reversed_plain())
 
@@ -310,23 +310,173 @@ def _contributions() -> Iterator[_Problem]:
         "conv2d_transposed", "7x7 stem, with weights", build(stem, 6, FP32, True), classes=("narrow", "small")
     )
     yield _Problem("conv2d_transposed", "16x16 patches", build(patch, 6, torch.uint8, False))
-    yield _Problem("conv2d_transposed", "7x7 stem, 3 channels", build(stem, 3, FP32, False), dtypes=(BF16,))
+    yield _Problem("conv2d_transposed", "7x7 stem, 3 channels", build(stem, 3, FP32, False), dtypes=_ONE)
+
+
+def _untiled(variant: str, call: Callable[[torch.dtype], object], dtypes: Sequence[torch.dtype] = DTYPES) -> _Problem:
+    """A kernel that chooses its tile by its own rule."""
+    return _Problem("", variant, lambda dtype, _: call(dtype), dtypes=dtypes)
 
 
 def _square_sums() -> Iterator[_Problem]:
-    def build(*shape: int) -> Build:
-        def run(dtype: torch.dtype, config: Config | None) -> object:
-            from bcos_rt.kernels.triton.square_sum import row_square_sum
+    from bcos_rt.kernels.triton.square_sum import row_square_sum
 
-            return row_square_sum(_tensor(*shape, dtype=dtype))
+    yield _untiled("256 channels", lambda dtype: row_square_sum(_tensor(32 * 28 * 28, 256, dtype=dtype)))
+    yield _untiled("64 channels", lambda dtype: row_square_sum(_tensor(32 * 56 * 56, 64, dtype=dtype)), _ONE)
+
+
+def _stem() -> Iterator[_Problem]:
+    from bcos_rt.kernels.triton.stem import encode_image
+
+    def call(image_type: torch.dtype, six: bool) -> Callable[[torch.dtype], object]:
+        channels = 6 if six else 3
+        image = _tensor(32, 3, 224, 224, dtype=image_type)
+        return lambda dtype: encode_image(image, _tensor(channels), _tensor(channels), six, dtype)
+
+    yield _untiled("uint8, 6 channels", call(torch.uint8, True))
+    yield _untiled("float, 6 channels", call(FP32, True), _ONE)
+    yield _untiled("float, 3 channels", call(FP32, False), _ONE)
+
+
+def _pools() -> Iterator[_Problem]:
+    from bcos_rt.kernels.triton import pool
+
+    def x(dtype: torch.dtype, size: int, images: int = 32) -> Tensor:
+        return _image(images, 256, size, size, dtype)
+
+    bits = _image(32, 32, 56, 56, torch.uint8)
+    index = _image(32, 256, 28, 28, torch.uint8)
+    square, two, one, none = (3, 3), (2, 2), (1, 1), (0, 0)
+    yield _untiled("3x3, stride 2, squares", lambda d: pool.avg_pool2d(x(d, 56), square, two, one, want_squares=True))
+    yield _untiled(
+        "2x2, 4 groups", lambda d: pool.avg_pool2d(x(d, 56), two, two, none, want_squares=True, groups=4), _ONE
+    )
+    yield _untiled("global", lambda d: pool.avg_pool2d(x(d, 7), (7, 7), one, none, want_squares=True))
+    yield _untiled(
+        "3x3, stride 2, index, squares",
+        lambda d: pool.max_pool2d(x(d, 56), square, two, one, want_index=True, want_squares=True),
+    )
+    yield _untiled("3x3, stride 2", lambda d: pool.max_pool2d(x(d, 56), square, two, one), _ONE)
+    yield _untiled(
+        "average, identity, multiplier, raw with bit mask",
+        lambda d: pool.avg_pool2d_transposed(
+            x(d, 28, 96),
+            (56, 56),
+            square,
+            two,
+            one,
+            multiplier=x(d, 56),
+            identity=x(d, 56, 96),
+            gate=bits,
+            want_raw=True,
+        ),
+    )
+    yield _untiled(
+        "maximum, identity, multiplier, raw with bit mask",
+        lambda d: pool.max_pool2d_transposed(
+            x(d, 28, 96), index, (56, 56), square, two, one, multiplier=x(d, 56), identity=x(d, 56, 96), gate=bits,
+            want_raw=True,
+        ),
+    )  # fmt: skip
+    yield _untiled(
+        "maximum, multiplier",
+        lambda d: pool.max_pool2d_transposed(x(d, 28, 96), index, (56, 56), square, two, one, multiplier=x(d, 56)),
+        _ONE,
+    )
+
+
+def _pointwise() -> Iterator[_Problem]:
+    from bcos_rt.kernels.triton.scale_act import scale_act, scale_act_transposed
+
+    def x(dtype: torch.dtype, images: int = 32) -> Tensor:
+        return _image(images, 256, 28, 28, dtype)
+
+    v = _tensor(256)
+    yield _untiled("ReLU, squares", lambda d: scale_act(x(d), v, v, "relu", True))
+    yield _untiled("GELU, squares of 4 groups", lambda d: scale_act(x(d), v, v, "gelu", True, 4), _ONE)
+    yield _untiled("ReLU, identity", lambda d: scale_act_transposed(x(d, 96), x(d), v, v, "relu", x(d, 96)))
+    yield _untiled("GELU", lambda d: scale_act_transposed(x(d, 96), x(d), v, v, "gelu"), _ONE)
+
+
+def _norms() -> Iterator[_Problem]:
+    from bcos_rt.kernels.triton import norms
+
+    def tokens(dtype: torch.dtype, samples: int = 32, width: int = 768) -> Tensor:
+        return _tensor(samples, 197, width, dtype=dtype)
+
+    def x(dtype: torch.dtype, images: int = 32) -> Tensor:
+        return _image(images, 256, 28, 28, dtype)
+
+    v, wide, c, rstd, group_rstd = _tensor(768), _tensor(4096), _tensor(256), _tensor(32, 197), _tensor(32, 32)
+    yield _untiled("768 channels, squares", lambda d: norms.layer_norm(tokens(d), v, v, 1e-6, True))
+    yield _untiled("4096 channels", lambda d: norms.layer_norm(tokens(d, 32, 4096), wide, wide, 1e-6), _ONE)
+    yield _untiled(
+        "768 channels, identity", lambda d: norms.layer_norm_transposed(tokens(d, 96), rstd, v, tokens(d, 96))
+    )
+    yield _untiled("32 groups, squares", lambda d: norms.group_norm(x(d), 32, c, c, 1e-5, True))
+    yield _untiled("32 groups, identity", lambda d: norms.group_norm_transposed(x(d, 96), group_rstd, c, 32, x(d, 96)))
+
+
+def _training() -> Iterator[_Problem]:
+    """Weight gradients, on the table's tiles, and what turns grad_y into grad_z; see also "training" above."""
+    from bcos_rt.kernels.triton import training
+
+    def weights(conv: _Conv) -> Build:
+        def run(dtype: torch.dtype, config: Config | None) -> object:
+            g = conv.geometry
+            kernel = (conv.kernel, conv.kernel)
+            grad, x = (t.permute(0, 2, 3, 1) for t in (conv.output(dtype), conv.input(dtype)))
+            return training.grad_weight(
+                grad, x, kernel, g["stride"], g["padding"], g["dilation"], conv.groups, config=config
+            )
 
         return run
 
-    yield _Problem("", "256 channels", build(32 * 28 * 28, 256))
-    yield _Problem("", "64 channels", build(32 * 56 * 56, 64), dtypes=(BF16,))
+    def response(conv: _Conv, b: float | Tensor, kept: str, row_norm: bool) -> Callable[[torch.dtype], object]:
+        def run(dtype: torch.dtype) -> object:
+            g, out = conv.geometry, conv.output(dtype).permute(0, 2, 3, 1)
+            y, z = (out, None) if kept == "y" else (None, out)
+            squares = _tensor(conv.batch, conv.size, conv.size, conv.groups)
+            size, kernel = (conv.size, conv.size), (conv.kernel, conv.kernel)
+            return training.grad_response(
+                out, y, z, squares, size, kernel, g["stride"], g["padding"], g["dilation"], b, 1e-6, row_norm
+            )
+
+        return run
+
+    conv, point, stem = _Conv(), _Conv(kernel=1, padding=0), _Conv(8, 64, 224, 7, 2, 3)
+    yield _Problem("grad_weight", "3x3", weights(conv), None, _ALL, DTYPES)
+    yield _Problem("grad_weight", "1x1", weights(point))
+    yield _Problem("grad_weight", "7x7 stem", weights(stem), None, ("narrow",))
+    yield _untiled("3x3, B = 2 from y", response(conv, 2.0, "y", False))
+    yield _untiled("3x3, learned B from z", response(conv, _tensor(1), "z", False), _ONE)
+    yield _untiled("rows, B = 2 from y", response(point, 2.0, "y", True), _ONE)
 
 
-_SOURCES: tuple[Callable[[], Iterator[_Problem]], ...] = (_gemms, _contributions, _square_sums)
+def _depthwise() -> Iterator[_Problem]:
+    if find_spec("bcos_rt.kernels.triton.depthwise") is None:
+        return
+    conv = _Conv(groups=256)
+    halved = _Conv(size=56, kernel=5, stride=2, padding=2, groups=256)
+    for name, shape in (("3x3", conv), ("5x5, stride 2", halved)):
+        forward, plain = shape.forward(residual=True, map_tiles=1), shape.plain()
+        back = shape.transposed(identity=True, gate="bits")
+        dtypes = DTYPES if shape is conv else _ONE
+        yield _Problem("", f"{name}, all outputs", forward, dtypes=dtypes)
+        yield _Problem("", name, plain, dtypes=dtypes)
+        yield _Problem("", f"{name}, identity, multiplier, raw with bit mask", back, dtypes=dtypes)
+
+    def weights(dtype: torch.dtype) -> object:
+        from bcos_rt.kernels.triton.depthwise import depthwise_grad_weight
+
+        return depthwise_grad_weight(conv.output(dtype), conv.input(dtype), (3, 3), (1, 1), (1, 1), (1, 1))
+
+    yield _untiled("3x3, weight gradient", weights)
+
+
+_SOURCES: tuple[Callable[[], Iterator[_Problem]], ...] = (
+    _gemms, _contributions, _training, _depthwise, _square_sums, _stem, _pools, _pointwise, _norms,
+)  # fmt: skip
 
 
 def cases(archs: Iterable[str] = tuple(TARGETS)) -> list[Case]:

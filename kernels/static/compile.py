@@ -40,6 +40,7 @@ __all__ = [
     "cache_key",
     "compile_launch",
     "narrow_accesses",
+    "operand_tiles",
 ]
 
 CACHE = Path("build/kernels")
@@ -108,7 +109,7 @@ def compile_launch(launch: Launch, arch: str, **options: Any) -> Any:
     """Triton's compiled kernel for ``launch``, for a GPU that need not be there.
 
     Args:
-        options: further compiler options, such as ``maxnreg``.
+        options: compiler options instead of the launch's, such as ``maxnreg``.
 
     Raises:
         RuntimeError: Triton's interpreter is on, which cannot compile.
@@ -121,7 +122,7 @@ def compile_launch(launch: Launch, arch: str, **options: Any) -> Any:
     return triton.compile(
         ASTSource(launch.function, dict(launch.types), constants, attributes),
         target=_target(arch).triton_target(),
-        options={"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages, **options},
+        options={**launch.options, **options},
     )
 
 
@@ -161,9 +162,7 @@ def analyse(launch: Launch, arch: str, **options: Any) -> Analysis:
     if columns:
         blocks = min(blocks, 512 // columns)
     loop = disassembly.main_loop(code)
-    # Only two-dimensional tiles of the storage type are operands and outputs: bit masks, indices and maps of squares
-    # are of other types, and per-channel vectors have one dimension.
-    tiles = [t for t in disassembly.tile_accesses(kernel.asm["ttgir"]) if t.element == launch.dtype]
+    tiles = operand_tiles(disassembly.tile_accesses(kernel.asm["ttgir"]), launch.dtype)
     threads = launch.config.num_warps * target.warp_size
     return Analysis(
         registers=registers,
@@ -177,20 +176,32 @@ def analyse(launch: Launch, arch: str, **options: Any) -> Analysis:
         mma_instructions=sum(instruction.kind == "mma" for instruction in code),
         loop_instructions=len(loop),
         loop=disassembly.count_kinds(loop),
-        narrow=narrow_accesses(tiles, memory, launch.dtype, threads),
+        narrow=narrow_accesses(tiles, memory, threads),
         tile_loads=len({tile.place for tile in tiles if tile.direction == "load"}),
         tile_stores=len({tile.place for tile in tiles if tile.direction == "store"}),
     )
 
 
+def operand_tiles(tiles: Iterable[disassembly.TileAccess], dtype: str) -> list[disassembly.TileAccess]:
+    """The accesses that are to operands and outputs: to two-dimensional tiles of the storage type.
+
+    Bit masks, indices and maps of squares are of other types, and per-channel vectors have one dimension. Only where no
+    tile of the storage type is stored at all, as in a weight gradient, are fp32 tiles the output.
+    """
+    found = list(tiles)
+    stored = {t.element for t in found if t.direction == "store"}
+    output = dtype if dtype in stored else "fp32"
+    return [t for t in found if t.element == (output if t.direction == "store" else dtype)]
+
+
 def narrow_accesses(
-    tiles: Iterable[disassembly.TileAccess], memory: Sequence[disassembly.Access], dtype: str, threads: int
+    tiles: Iterable[disassembly.TileAccess], memory: Sequence[disassembly.Access], threads: int
 ) -> tuple[NarrowAccess, ...]:
     """Tiles that are not moved 16 bytes at a time, or by all that a thread has of them if that is less."""
     found: dict[tuple[str, str], NarrowAccess] = {}
     for tile in tiles:
-        available = tile.elements * _STORAGE_BYTES[dtype] // threads
-        expected = max(min(VECTOR_BYTES, available), _STORAGE_BYTES[dtype])
+        element = _STORAGE_BYTES[tile.element]
+        expected = max(min(VECTOR_BYTES, tile.elements * element // threads), element)
         sizes = [a.size for a in memory if a.place == tile.place and a.direction == tile.direction]
         size = min(sizes, default=0)
         if size < expected:

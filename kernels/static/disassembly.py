@@ -168,7 +168,7 @@ def natural_loops(code: list[Instruction]) -> list[frozenset[int]]:
     for end in ends:
         last = code[end - 1]
         after = [block_of[end]] if last.falls_through and end < len(code) else []
-        successors.append(after + ([block_of[last.target]] if last.target in block_of else []))  # type: ignore[index]
+        successors.append(after + ([block_of[last.target]] if last.target in block_of else []))
     order = _reverse_postorder(successors)
     predecessors: dict[int, list[int]] = {b: [] for b in order}
     for b in order:
