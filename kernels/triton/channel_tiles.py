@@ -13,14 +13,23 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.kernels.triton.common import unit
-from bcos_rt.kernels.triton.launch import Config
+from bcos_rt.kernels.triton.launch import Config, current_arch
 
-__all__ = ["ELEMENTS", "channel_tile", "place_tile", "store_squares", "tile_arguments", "total_channels"]
+__all__ = [
+    "ELEMENTS",
+    "channel_tile",
+    "place_tile",
+    "store_squares",
+    "tile_arguments",
+    "total_channels",
+    "vector_elements",
+]
 
-# Widest tile of channels, and elements of a tile: 16 a thread with 4 warps, two 128-bit accesses of 16-bit values.
+# Widest tile of channels, and elements of a tile: with 4 warps 16 a thread, two 128-bit accesses of 16-bit values.
 _WIDEST = 256
 ELEMENTS = 2048
 
@@ -71,12 +80,18 @@ def store_squares(
     tl.store(squares_ptr + places[:, None] * parts + part[None, :], sums, mask=mask)
 
 
-def place_tile(places: int, channels: int, groups: int = 1, elements: int = ELEMENTS) -> Config:
+def place_tile(channels: int, groups: int = 1, elements: int = ELEMENTS) -> Config:
     """The tile of a kernel that touches each element once: as many channels as fit, then places."""
     width = min(triton.next_power_of_2(channels // groups), _WIDEST)
     # Small groups share a tile, so that neighbouring threads still read neighbouring channels.
     width *= max(1, min(triton.next_power_of_2(groups), _WIDEST // width))
-    return Config(min(max(elements // width, 1), max(triton.next_power_of_2(places), 1)), width)
+    return Config(max(elements // width, 1), width)
+
+
+def vector_elements(x: Tensor) -> int:
+    """Elements of a tile that is one 128-bit vector for each thread of 4 warps."""
+    threads = 4 * (64 if current_arch(x.device).startswith("gfx") else 32)
+    return threads * 16 // x.element_size()
 
 
 def tile_arguments(channels: int, groups: int, tile: Config) -> tuple[int, int, dict[str, Any]]:

@@ -31,15 +31,12 @@ from bcos_rt.kernels.triton.channel_tiles import (
     store_squares,
     tile_arguments,
     total_channels,
+    vector_elements,
 )
 from bcos_rt.kernels.triton.common import empty, nhwc, unpack_bits
 from bcos_rt.kernels.triton.launch import Config, launch
 
 __all__ = ["avg_pool2d", "avg_pool2d_transposed", "max_pool2d", "max_pool2d_transposed"]
-
-# Bytes of values in a tile of max pooling: 16 a thread with 4 warps. With more, the bytes of the index would be read
-# and written by other threads than their values, and shuffled between them for every window.
-_VECTORS = 2048
 
 
 @triton.jit
@@ -323,7 +320,7 @@ def _global_avg_pool2d(
 ) -> tuple[Tensor, Tensor]:
     batch, height, width, channels = x.shape
     # 64 channels are whole 128-byte lines; so many programs keep a small batch's few images from leaving the GPU idle.
-    wide = min(place_tile(1, channels, groups).block_n, 64)
+    wide = min(place_tile(channels, groups).block_n, 64)
     tile = config or Config(min(64, triton.next_power_of_2(height * width)), wide)
     programs, parts, arguments = tile_arguments(channels, groups, tile)
     y = empty(x, (batch, 1, 1, channels))
@@ -370,7 +367,7 @@ def avg_pool2d(
             divisor = (min(ends[0], height + padding[0]) + padding[0]) * (min(ends[1], width + padding[1]) + padding[1])
         return _global_avg_pool2d(x, divisor, want_squares, groups, config)
     places = batch * out_height * out_width
-    tile = config or place_tile(places, channels, groups)
+    tile = config or place_tile(channels, groups)
     programs, parts, arguments = tile_arguments(channels, groups, tile)
     y = empty(x, (batch, out_height, out_width, channels))
     squares = empty(x, (batch, out_height, out_width, parts), torch.float32) if want_squares else None
@@ -416,7 +413,8 @@ def max_pool2d(
     batch, height, width, channels = x.shape
     groups = groups if want_squares else 1
     places = batch * out_height * out_width
-    tile = config or place_tile(places, channels, groups, _VECTORS // x.element_size())
+    # With more than a vector a thread, the index's bytes would be shuffled to other threads than their values.
+    tile = config or place_tile(channels, groups, vector_elements(x))
     programs, parts, arguments = tile_arguments(channels, groups, tile)
     y = empty(x, (batch, out_height, out_width, channels))
     index = empty(x, y.shape, window_index_dtype(kernel_size)) if want_index else None
@@ -473,8 +471,9 @@ def _transposed(
             per_image = batch // saved.shape[0]
     extents = [dilation[i] * (kernel_size[i] - 1) + 1 for i in range(2)]
     bits = gate is not None and gate.dtype == torch.uint8
-    elements = ELEMENTS if index is None else _VECTORS // grad.element_size()
-    tile = config or place_tile(places, channels, 1, elements)
+    # As in max_pool2d.
+    elements = ELEMENTS if index is None else vector_elements(grad)
+    tile = config or place_tile(channels, 1, elements)
     programs, _, arguments = tile_arguments(channels, 1, tile)
     out = empty(grad, (batch, height, width, channels))
     raw = empty(grad, out.shape) if want_raw else None

@@ -122,7 +122,7 @@ def scale_act(
     batch, height, width, channels = x.shape
     places = batch * height * width
     groups = groups if want_squares else 1
-    tile = config or place_tile(places, channels, groups)
+    tile = config or place_tile(channels, groups)
     programs, parts, arguments = tile_arguments(channels, groups, tile)
     y = empty(x, x.shape)
     squares = empty(x, (batch, height, width, parts), torch.float32) if want_squares else None
@@ -161,7 +161,7 @@ def scale_act_transposed(
     grad, x = nhwc(grad), nhwc(x)
     batch, height, width, channels = grad.shape
     places = batch * height * width
-    tile = config or place_tile(places, channels)
+    tile = config or place_tile(channels)
     programs, _, arguments = tile_arguments(channels, 1, tile)
     out = empty(grad, grad.shape)
     launch(
