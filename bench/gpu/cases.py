@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +155,7 @@ class Case:
     def weight(self) -> Tensor:
         """Filters of norm 1."""
         values = self._normal(self.shape.weight)
-        norm = values.flatten(1).norm(dim=1).reshape(-1, *[1] * (values.ndim - 1))
+        norm: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1).reshape(-1, *[1] * (values.ndim - 1))
         return (values / norm).to(self.dtype)
 
     @cached_property
@@ -192,10 +193,11 @@ class Case:
             norm = reference.patch_norm(self.x, s.weight[2:], s.stride, s.padding, s.dilation, s.groups, self.eps)
         else:
             norm = reference.row_norm(self.x, self.eps)
-        return norm.reciprocal().contiguous()
+        inverse: Tensor = norm.reciprocal().contiguous()
+        return inverse
 
     @property
-    def geometry(self) -> dict[str, object]:
+    def geometry(self) -> dict[str, Any]:
         """Keyword arguments of a convolution; none of a linear layer."""
         s = self.shape
         if not s.is_conv:
@@ -217,7 +219,7 @@ class Case:
             if not self.shape.is_conv:
                 return reference.linear(self._wide(self.x), self.weight.double(), None, 2.0, self.eps)
             x, w = self._wide(self.x), self.weight.double()
-            y = reference.conv2d(x, w, None, *self.geometry.values(), 2.0, self.eps)  # type: ignore[arg-type]
+            y = reference.conv2d(x, w, None, **self.geometry, b=2.0, eps=self.eps)
         return self.affine(y).relu() if affine else y
 
     def expected_plain(self) -> Tensor:
@@ -225,7 +227,7 @@ class Case:
         with exact():
             if not self.shape.is_conv:
                 return F.linear(self._wide(self.x), self.weight.double())
-            z = F.conv2d(self._wide(self.x), self.weight.double(), None, **self.geometry)  # type: ignore[arg-type]
+            z = F.conv2d(self._wide(self.x), self.weight.double(), None, **self.geometry)
         return self.affine(z).relu()
 
     def affine(self, y: Tensor) -> Tensor:
@@ -253,7 +255,7 @@ class Case:
         """The published layer multiplies before its transpose: ``transpose(grad * |z| / n)``."""
         with exact():
             x, w = self._wide(self.x), self.weight.double()
-            z = F.conv2d(x, w, None, **self.geometry) if self.shape.is_conv else F.linear(x, w)  # type: ignore[arg-type]
+            z = F.conv2d(x, w, None, **self.geometry) if self.shape.is_conv else F.linear(x, w)
             norm = self.ends(self.inverse_norm).double()
             if self.shape.is_conv and self.shape.groups > 1:
                 norm = norm.repeat_interleave(self.shape.weight[0] // self.shape.groups, 1)
@@ -270,9 +272,8 @@ class Case:
                 y = reference.linear(x, w, None, b, self.eps)
                 out = reference.linear_backward(grad, x, w, None, y, b, self.eps, needs)[0]
             else:
-                g = tuple(self.geometry.values())
-                y = reference.conv2d(x, w, None, *g, b, self.eps)  # type: ignore[arg-type]
-                out = reference.conv2d_backward(grad, x, w, None, y, *g, b, self.eps, needs)[0]  # type: ignore[arg-type]
+                y = reference.conv2d(x, w, None, **self.geometry, b=b, eps=self.eps)
+                out = reference.conv2d_backward(grad, x, w, None, y, **self.geometry, b=b, eps=self.eps, needs=needs)[0]
         if out is None:
             raise RuntimeError("the reference returned no gradient for x")
         return out

@@ -67,7 +67,7 @@ def _fused(case: Case, **wants: bool) -> Callable[[], tuple[Tensor, ...]]:
     x, weight, squares = case.x, case.weight, case.squares
     if not case.shape.is_conv:
         return lambda: ops.linear_fused(x, weight, squares, **wants)
-    geometry: dict[str, Any] = case.geometry
+    geometry = case.geometry
     scale, shift = case.scale, case.shift
     return lambda: ops.conv2d_fused(
         x, weight, squares, scale=scale, shift=shift, activation="relu", **geometry, **wants
@@ -105,7 +105,7 @@ def _response(case: Case) -> Tensor:
     x, w = case.ends(case.x).double(), case.weight.double()
     if not case.shape.is_conv:
         return F.linear(x, w)
-    geometry: dict[str, Any] = case.geometry
+    geometry = case.geometry
     return F.conv2d(x, w, None, **geometry)
 
 
@@ -128,7 +128,7 @@ def _ours_explain(case: Case) -> Prepared:
 def _ours_train(case: Case) -> Prepared:
     if not case.shape.is_conv:
         return _training(case, lambda x, w: ops.linear(x, w), 2.0)
-    geometry: dict[str, Any] = case.geometry
+    geometry = case.geometry
     return _training(case, lambda x, w: ops.conv2d(x, w, **geometry), 2.0)
 
 
@@ -158,9 +158,8 @@ def _expected_grad_w(case: Case, b: float) -> Tensor:
             y = reference.linear(x, w, None, b, case.eps)
             out = reference.linear_backward(grad, x, w, None, y, b, case.eps, needs)[1]
         else:
-            g: tuple[Any, ...] = tuple(case.geometry.values())
-            y = reference.conv2d(x, w, None, *g, b, case.eps)
-            out = reference.conv2d_backward(grad, x, w, None, y, *g, b, case.eps, needs)[1]
+            y = reference.conv2d(x, w, None, **case.geometry, b=b, eps=case.eps)
+            out = reference.conv2d_backward(grad, x, w, None, y, **case.geometry, b=b, eps=case.eps, needs=needs)[1]
     if out is None:
         raise RuntimeError("the reference returned no gradient for the weight")
     return out
@@ -174,7 +173,7 @@ def _library_forward(case: Case) -> Prepared:
     x, weight = case.x, case.weight
     if not case.shape.is_conv:
         return _one(case, lambda: F.linear(x, weight), case.expected_plain)
-    geometry: dict[str, Any] = case.geometry
+    geometry = case.geometry
     scale, shift = case.scale.to(case.dtype), case.shift.to(case.dtype)
     mean, var = torch.zeros_like(case.scale).to(case.dtype), torch.ones_like(case.scale).to(case.dtype)
     return _one(
@@ -188,8 +187,8 @@ def _cudnn_fused_forward(case: Case) -> Prepared:
     """cuDNN's own fused convolution + bias + ReLU, the BatchNorm folded into filters and bias."""
     if not case.shape.is_conv:
         raise UnsupportedError("convolutions only")
-    if case.device != "cuda" or not torch.backends.cudnn.is_available():
-        raise UnsupportedError("needs cuDNN")
+    if case.device != "cuda":
+        raise UnsupportedError("needs a GPU")
     s = case.shape
     folded = (case.weight.float() * case.scale[:, None, None, None]).to(case.dtype)
     folded, shift, x = folded.contiguous(memory_format=torch.channels_last), case.shift.to(case.dtype), case.x
@@ -208,7 +207,7 @@ def _library_explain(case: Case) -> Prepared:
 def _library_train(case: Case) -> Prepared:
     if not case.shape.is_conv:
         return _training(case, F.linear, 1.0)
-    geometry: dict[str, Any] = case.geometry
+    geometry = case.geometry
     return _training(case, lambda x, w: F.conv2d(x, w, None, **geometry), 1.0)
 
 

@@ -119,7 +119,7 @@ def describe() -> dict[str, Any]:
         "packages": {p: v for p in _PACKAGES if (v := _version(p)) is not None},
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "compute_sanitizer": shutil.which("compute-sanitizer"),
         "git": _commit(),
         "sources_sha256": _sources(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,10 +151,9 @@ def every_op(device: str, dtype: torch.dtype, kernels: Any = ops) -> dict[str, C
     }
     for activation in ("none", "relu", "relu6", "gelu", "silu", "hardswish"):
         for b in (1.0, 1.5, 2.0):
-            calls[f"conv2d_fused {activation} B={b}"] = lambda activation=activation, b=b: k.conv2d_fused(
-                x, w, None, None, scale, shift, None, stride, padding, activation=activation, b=b, **wants
+            settings: dict[str, Any] = {"scale": scale, "shift": shift, "activation": activation, "b": b, **wants}
+            calls[f"conv2d_fused {activation} B={b}"] = partial(
+                k.conv2d_fused, x, w, stride=stride, padding=padding, **settings
             )
-            calls[f"linear_fused {activation} B={b}"] = lambda activation=activation, b=b: k.linear_fused(
-                tokens, wl, None, None, scale, shift, activation=activation, b=b, **wants
-            )
+            calls[f"linear_fused {activation} B={b}"] = partial(k.linear_fused, tokens, wl, **settings)
     return calls

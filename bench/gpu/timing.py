@@ -69,7 +69,7 @@ class DeviceTimer:
 
 def captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     """``run`` as a CUDA graph, captured after three calls on a side stream (libraries set themselves up in them)."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
