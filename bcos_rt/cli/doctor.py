@@ -67,15 +67,27 @@ def examine() -> dict[str, Any]:
         "machine": _machine(),
         "extras": _extras(),
         "onnxruntime": _onnxruntime(problems),
-        "kernels": {
-            "used": "plain PyTorch",
-            "cpp": "not part of this version",
-            "triton": "not part of this version",
-        },
+        "kernels": _kernels(),
         "writable": _writable(problems),
         "self_check": _self_check(problems),
     }
     return {**data, "problems": problems}
+
+
+def _kernels() -> dict[str, str]:
+    """Which kernels a network on this machine runs, by device; see :mod:`bcos_rt.kernels.ops`."""
+    import torch
+
+    triton = _installed("triton") or _installed("pytorch-triton-rocm")
+    cuda = "no CUDA device"
+    if torch.cuda.is_available():
+        cuda = "Triton" if triton else "plain PyTorch: Triton is not installed"
+    return {
+        "cuda": cuda,
+        "cpu": "plain PyTorch",
+        "triton": triton or "not installed",
+        "cpp": "not part of this version",
+    }
 
 
 def _installed(distribution: str) -> str | None:
@@ -237,7 +249,7 @@ def _shown(data: dict[str, Any]) -> list[Table | Text]:
         "threads": f"{machine['torch_threads']} within an op, {machine['torch_interop_threads']} between ops",
         "CUDA": ", ".join(devices) or f"no device (PyTorch built for CUDA {machine['cuda_build'] or 'none'})",
         "onnxruntime": ", ".join(runtime["providers"]) or "not installed",
-        "kernels": f"{data['kernels']['used']}; C++ and Triton kernels are {data['kernels']['cpp']}",
+        "kernels": "CUDA: {cuda}; CPU: {cpu} (Triton {triton}; C++ kernels are {cpp})".format(**data["kernels"]),
         "self-check": "passed" if data["self_check"]["ok"] else "FAILED",
     }
     for name, text in rows.items():

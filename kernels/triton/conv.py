@@ -330,7 +330,15 @@ def launch_forward(
 
     arch = current_arch(x.device)
     length = kernel_h * kernel_w * group_in
-    picked = config or tune.pick("linear" if length == group_in else "conv2d", arch, rows, group_out, length, x.dtype)
+
+    def again(candidate: Config) -> object:
+        return launch_forward(
+            x, weight, squares, bias, scale, shift, residual, stride, padding, dilation, groups, b, eps, activation,
+            want_multiplier, want_gate, want_squares, row_norm, candidate, name,
+        )  # fmt: skip
+
+    op = "linear" if length == group_in else "conv2d"
+    picked = config or tune.choose(op, again, arch, rows, group_out, length, x.dtype)
     fold = kernel_w > 1 and groups == 1 and dilation[1] == 1 and 2 * channels <= picked.block_k
     inner = kernel_w * channels if fold else group_in
     tile = tile_for(picked, group_out, inner)

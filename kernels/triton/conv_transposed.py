@@ -322,7 +322,15 @@ def launch_transposed(
     steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     arch = current_arch(grad.device)
     op = "linear_transposed" if single or patches else "conv2d_transposed"
-    tile = tile_for(config or tune.pick(op, arch, rows, columns, filters, grad.dtype), columns, filters)
+
+    def again(candidate: Config) -> object:
+        return launch_transposed(
+            grad, weight, input_size, stride, padding, dilation, groups, multiplier, identity, gate, want_raw, x,
+            norm_grad, candidate, name,
+        )  # fmt: skip
+
+    picked = config or tune.choose(op, again, arch, rows, columns, filters, grad.dtype)
+    tile = tile_for(picked, columns, filters)
     # [G, C, kh, kw, O], the sum's index innermost as in the forward kernel: the same loads, and the only order in which
     # tensor cores take fp32 operands. A weight kept by :func:`pack_transposed` is not copied here.
     by_group = weight.reshape(groups, filters, channels, kernel_h, kernel_w)

@@ -295,7 +295,11 @@ def grad_weight(
     arch = current_arch(x.device)
     fold = kernel_w > 1 and groups == 1 and dilation[1] == 1 and channels <= 16
     columns = channels * kernel_w if fold else channels
-    picked = config or tune.pick("grad_weight", arch, filters, columns, rows, x.dtype)
+
+    def again(candidate: Config) -> object:
+        return grad_weight(grad_z, x, kernel, stride, padding, dilation, groups, candidate)
+
+    picked = config or tune.choose("grad_weight", again, arch, filters, columns, rows, x.dtype)
     tile = Config(
         min(picked.block_m, max(16, triton.next_power_of_2(filters))),
         min(picked.block_n, max(16, triton.next_power_of_2(columns))),

@@ -43,6 +43,7 @@ __all__ = [
     "autotuning",
     "autotuning_enabled",
     "candidates",
+    "choose",
     "clear",
     "family",
     "load",
@@ -236,6 +237,13 @@ def autotuning() -> Iterator[None]:
 def autotuning_enabled() -> bool:
     """Whether the caller is inside :func:`autotuning`."""
     return _enabled.get()
+
+
+def choose(op: str, run: Callable[[Config], object], arch: str, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
+    """The launchers' way in: :func:`autotune` inside :func:`autotuning`, else :func:`pick`."""
+    if autotuning_enabled():
+        return autotune(op, run, arch, m, n, k, dtype)
+    return pick(op, arch, m, n, k, dtype)
 
 
 def autotune(

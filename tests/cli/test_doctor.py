@@ -18,6 +18,9 @@ def test_json_says_what_is_there(bcos):
     assert data["machine"]["torch_threads"] == torch.get_num_threads()
     assert data["machine"]["cuda_available"] == torch.cuda.is_available()
     assert set(data["extras"]) == set(doctor.EXTRAS)
+    assert data["kernels"]["cpu"] == "plain PyTorch"
+    if not torch.cuda.is_available():
+        assert data["kernels"]["cuda"] == "no CUDA device"
     assert data["kernels"]["cpp"] == "not part of this version"
     assert data["self_check"]["ok"] is True
     assert data["self_check"]["completeness_error"] < 1e-4
