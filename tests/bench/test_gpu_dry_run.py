@@ -274,14 +274,24 @@ def test_a_layers_transpose_is_its_gradient():
     torch.testing.assert_close(case.transpose(case.grad, case.weight), expected)
 
 
-def test_layers_of_a_network_are_those_that_become_bcos_layers():
+def test_layers_of_a_network():
     from bench.gpu.networks import layer_shapes
 
     shapes = layer_shapes("resnet18", 4, 64)
     assert len(shapes) == 21  # 20 convolutions and the classifier
-    assert shapes[0].x == (4, 8, 64, 64)
-    assert shapes[0].weight == (64, 8, 7, 7)
-    assert shapes[0].out == (4, 64, 32, 32)
+    assert (shapes[0].x, shapes[0].weight, shapes[0].out) == ((4, 8, 64, 64), (64, 8, 7, 7), (4, 64, 32, 32))
+    assert (shapes[-1].x, shapes[-1].out) == ((4, 1, 512), (4, 1, 1000))
+
+
+def test_plots_of_measured_rows(tmp_path):
+    group = [contender("bcos_rt"), contender("published"), contender("plain")]
+    measured(tmp_path, group, shapes=TOY_SHAPES)
+    write_json(tmp_path / "measured_with.json", {"ceilings": {"copy_gbps": 1000.0, "gemm_tflops": {"fp32": 10.0}}})
+    assert stages.plots(Options(folder=tmp_path, dtypes=("fp32",)), 0.0).status == PASSED
+    for name in ("totals.png", "roofline.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    empty = tmp_path / "empty"
+    assert stages.plots(Options(folder=empty), 0.0).status == SKIPPED
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
