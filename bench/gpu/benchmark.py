@@ -273,13 +273,16 @@ def totals(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Per model, dtype and mode: each contender's sum over layers (times their counts).
 
     Only layers that our own kernels and the contender both have are summed, and our sum over the same layers stands
-    beside it: sums over different layers would not be comparable.
+    beside it: sums over different layers would not be comparable. ``how`` tells if some could only be timed as launched
+    from Python, which counts the launches as well.
     """
     times: dict[tuple[str, str, str], dict[str, dict[tuple[str, str], float]]] = {}
+    how: dict[tuple[str, str, str, str], set[str]] = {}
     for row in rows:
         if row["status"] == OK and row["ms"] not in (None, ""):
             group = times.setdefault((row["model"], row["dtype"], row["mode"]), {})
             layer = (row["layer"], row["shape"])
+            how.setdefault((row["model"], row["dtype"], row["mode"], row["contender"]), set()).add(row["how"])
             group.setdefault(row["contender"], {})[layer] = int(row["count"]) * float(row["ms"])
     out = []
     for (model, dtype, mode), group in times.items():
@@ -293,6 +296,7 @@ def totals(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "model": model, "dtype": dtype, "mode": mode, "contender": contender, "layers": len(common),
                     "of_layers": len(ours), "ms": total, "bcos_rt_ms": own, "times_bcos_rt": total / own,
+                    "how": "+".join(sorted(how[model, dtype, mode, contender])),
                 }
             )  # fmt: skip
     return out

@@ -26,6 +26,7 @@ COLOURS = {
     "published": "#D55E00",
     "published_compiled": "#CC79A7",
 }
+BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
 LABELS = {
     "bcos_rt": "bcos-rt",
     "bcos_rt+multiplier": "bcos-rt, multiplier stored",
@@ -53,13 +54,12 @@ def totals_plot(totals: Sequence[Mapping[str, Any]], path: Path, gpu: str, dry_r
             color=[COLOURS.get(r["contender"], "#777777") for r in rows],
         )
         axis.axvline(1.0, color=COLOURS["bcos_rt"], linewidth=2)
-        axis.set_title(
-            f"{model}, {dtype}, {mode}: time relative to bcos-rt on the same layers (right: slower)", fontsize=9
-        )
+        axis.set_title(f"{model}, {dtype}, {mode}", fontsize=10)
         axis.tick_params(labelsize=8)
         for i, row in enumerate(rows):
-            axis.text(row["times_bcos_rt"], i, f" {row['times_bcos_rt']:.2f}", va="center", fontsize=8)
+            axis.text(row["times_bcos_rt"], i, f" {row['times_bcos_rt']:.2f}", va="center", fontsize=8, bbox=BEHIND)
         axis.margins(x=0.12)
+    axes[-1, 0].set_xlabel("time relative to bcos-rt on the same layers (1: equal, more: slower)", fontsize=8)
     if not groups:
         axes[0, 0].text(0.5, 0.5, "nothing was measured", ha="center")
     _finish(figure, path, gpu, dry_run)
@@ -102,7 +102,7 @@ def roofline_plot(
 
 def _finish(figure: Figure, path: Path, gpu: str, dry_run: bool) -> None:
     figure.suptitle(f"dry run on a CPU: no times ({gpu})" if dry_run else gpu, fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
     temporary = path.with_name(f".{path.stem}.tmp.png")
     figure.savefig(temporary, dpi=130)
     temporary.replace(path)

@@ -252,7 +252,7 @@ def test_sums_are_over_layers_that_both_have():
     def row(name, layer, ms, count=2, status="ok"):
         return {
             "model": "m", "dtype": "bf16", "mode": "forward", "contender": name, "layer": layer, "shape": layer,
-            "count": count, "ms": ms, "status": status,
+            "count": count, "ms": ms, "status": status, "how": "graph",
         }  # fmt: skip
 
     rows = [
