@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bcos_rt.errors import InvalidArgumentError
-from bcos_rt.kernels.reference import activation_gate, square_sum, transposed_epilogue
+from bcos_rt.kernels.reference import MAP_COLUMNS, activation_gate, map_entries, square_sum, transposed_epilogue
 
 __all__ = [
     "ENCODED_CHANNELS",
@@ -55,9 +55,17 @@ def _per_row(factor: Tensor, rows: int) -> Tensor:
 
 
 def _maybe_squares(y: Tensor, groups: int, want: bool) -> Tensor:
-    if want and y.shape[1] % groups:
-        raise InvalidArgumentError("groups", groups, f"a divisor of the {y.shape[1]} channels")
-    return square_sum(y, groups) if want else y.new_empty(0)
+    """Map of sums of squares as a convolution's: an entry for each ``MAP_COLUMNS`` channels of a group."""
+    if not want:
+        return y.new_empty(0)
+    batch, channels, height, width = y.shape
+    if groups < 1 or channels % groups:
+        raise InvalidArgumentError("groups", groups, f"a divisor of the {channels} channels")
+    size = channels // groups
+    entries = map_entries(size)
+    by_group = y.reshape(batch, groups, size, height, width)
+    padded = F.pad(by_group, (0, 0, 0, 0, 0, entries * MAP_COLUMNS - size))
+    return square_sum(padded.reshape(batch, groups * entries * MAP_COLUMNS, height, width), groups * entries)
 
 
 def _transposed(
@@ -154,7 +162,7 @@ def avg_pool2d(
     """Average pooling as :func:`torch.nn.functional.avg_pool2d`, with the result's map of sums of squares.
 
     Returns:
-        y [N, C, H', W'] and squares [N, groups, H', W'] (empty if not wanted).
+        y [N, C, H', W'] and squares [N, groups map_entries(C / groups), H', W'] (empty if not wanted).
     """
     pooled_size(x.shape[2:], kernel_size, stride, padding, (1, 1), ceil_mode)
     y = F.avg_pool2d(x.to(_wide(x)), tuple(kernel_size), tuple(stride), tuple(padding), ceil_mode, count_include_pad)
@@ -205,7 +213,7 @@ def max_pool2d(
 
     Returns:
         y [N, C, H', W']; the position ``r kw + s`` inside the window of what it picked (the first maximum; the last
-        NaN), uint8, int32 for more than 256 places; squares [N, groups, H', W']. Empty if not wanted.
+        NaN), uint8, int32 for more than 256 places; squares as :func:`avg_pool2d`'s. Empty if not wanted.
     """
     size = pooled_size(x.shape[2:], kernel_size, stride, padding, dilation, ceil_mode)
     y, flat = F.max_pool2d(

@@ -1,8 +1,8 @@
 """Tiles of the memory-bound kernels: places times channels, cut so that a tile's sums of squares belong to groups.
 
 A kernel that reads and writes images sees [places, C]. Programs along the grid's first axis share out the places, along
-its second the channels: ``GROUPS`` whole groups of up to ``WIDTH`` channels each, or one of the ``chunks`` that a wider
-group is cut into. Each part (a group, or a chunk of one) is one column of the map of sums of squares::
+its second the channels, ``PARTS`` parts of up to ``WIDTH`` each: a part is a group, or one of the ``chunks`` of
+``MAP_COLUMNS`` channels that a wider group is cut into. Each part is one entry of the map of sums of squares::
 
     squares[place, part] = sum over the part's channels of y[place, c]^2        (fp32, y as rounded)
 """
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bcos_rt.errors import InvalidArgumentError
+from bcos_rt.kernels.reference import MAP_COLUMNS, map_entries
 from bcos_rt.kernels.triton.common import unit
 from bcos_rt.kernels.triton.launch import Config, current_arch
 
@@ -42,17 +43,17 @@ def total_channels(units, groups, UNIT: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def channel_tile(
-    units, groups, chunks, UNIT: tl.constexpr, EXACT: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr
+    units, groups, chunks, UNIT: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """The channels [GROUPS * WIDTH] of this program's tile, and which of them exist."""
-    lane = tl.arange(0, GROUPS * WIDTH)
+    """The channels [PARTS * WIDTH] of this program's tile, and which of them exist."""
+    lane = tl.arange(0, PARTS * WIDTH)
     if EXACT:
-        # Parts fill their columns of the tile: channels follow each other.
-        channel = tl.program_id(1) * (GROUPS * WIDTH) + lane
+        # Parts fill their columns of the tile (but the last of a single group): channels follow each other.
+        channel = tl.program_id(1) * (PARTS * WIDTH) + lane
         inside = channel < units * UNIT
     else:
         size = units * UNIT
-        part = tl.program_id(1) * GROUPS + lane // WIDTH
+        part = tl.program_id(1) * PARTS + lane // WIDTH
         within = (part % chunks) * WIDTH + lane % WIDTH
         channel = (part // chunks) * size + within
         inside = (within < size) & (part < groups * chunks)
@@ -68,23 +69,31 @@ def store_squares(
     channel_in,
     parts,
     BLOCK_M: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Store the sums of squares of a tile y [BLOCK_M, GROUPS * WIDTH], already rounded to storage, fp32 again."""
+    """Store the sums of squares of a tile y [BLOCK_M, PARTS * WIDTH], already rounded to storage, fp32 again."""
     # Outside there may be anything: the -inf of an empty window, the activation of a missing shift.
     y = tl.where(channel_in[None, :], y, 0.0)
-    sums = tl.sum(tl.reshape(y * y, (BLOCK_M, GROUPS, WIDTH)), 2)
-    part = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    sums = tl.sum(tl.reshape(y * y, (BLOCK_M, PARTS, WIDTH)), 2)
+    part = tl.program_id(1) * PARTS + tl.arange(0, PARTS)
     mask = place_in[:, None] & (part < parts)[None, :]
     tl.store(squares_ptr + places[:, None] * parts + part[None, :], sums, mask=mask)
 
 
+def _part(channels: int, groups: int) -> tuple[int, int]:
+    """Columns that a part takes in a tile, and parts of a group."""
+    if groups < 1 or channels % groups:
+        raise InvalidArgumentError("groups", groups, f"a divisor of the {channels} channels")
+    size = channels // groups
+    return min(triton.next_power_of_2(size), MAP_COLUMNS), map_entries(size)
+
+
 def place_tile(channels: int, groups: int = 1, elements: int = ELEMENTS) -> Config:
     """The tile of a kernel that touches each element once: as many channels as fit, then places."""
-    width = min(triton.next_power_of_2(channels // groups), _WIDEST)
-    # Small groups share a tile, so that neighbouring threads still read neighbouring channels.
-    width *= max(1, min(triton.next_power_of_2(groups), _WIDEST // width))
+    width, chunks = _part(channels, groups)
+    # Parts share a tile, so that neighbouring threads read neighbouring channels of small groups as well.
+    width *= min(triton.next_power_of_2(groups * chunks), _WIDEST // width)
     return Config(max(elements // width, 1), width)
 
 
@@ -100,22 +109,18 @@ def tile_arguments(channels: int, groups: int, tile: Config) -> tuple[int, int, 
     Raises:
         InvalidArgumentError: ``groups`` does not divide ``channels``.
     """
-    if groups < 1 or channels % groups:
-        raise InvalidArgumentError("groups", groups, f"a divisor of the {channels} channels")
-    size = channels // groups
-    width = min(triton.next_power_of_2(size), tile.block_n)
-    chunks = -(-size // width)
-    in_tile = 1 if chunks > 1 else min(tile.block_n // width, triton.next_power_of_2(groups))
+    width, chunks = _part(channels, groups)
     parts = groups * chunks
-    exact = chunks * width == size
-    whole = channels if exact else size
+    in_tile = min(max(tile.block_n // width, 1), triton.next_power_of_2(parts))
+    exact = groups == 1 or chunks * width == channels // groups
+    whole = channels if exact else channels // groups
     arguments = {
         "units": whole // unit(whole),
         "groups": groups,
         "chunks": chunks,
         "UNIT": unit(whole),
         "EXACT": exact,
-        "GROUPS": in_tile,
+        "PARTS": in_tile,
         "WIDTH": width,
         "BLOCK_M": tile.block_m,
     }

@@ -209,13 +209,14 @@ def group_norm_transposed_kernel(
         total += tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(tl.sum(total, 0) * weight, 0) / (image_places * size * 1.0)
     rstd = tl.load(rstd_ptr + (sample // per_image) * groups + group)
+    weight *= rstd
+    mean *= rstd
 
     for first in range(0, image_places, BLOCK_M):
         place = first + tl.arange(0, BLOCK_M)
         mask = (place < image_places)[:, None] & column_in[None, :]
         offset = (sample * image_places + place)[:, None] * channels + channel[None, :]
-        g = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32) * weight[None, :]
-        out = (g - mean) * rstd
+        out = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32) * weight[None, :] - mean
         if identity_ptr is not None:
             out += tl.load(identity_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=mask)

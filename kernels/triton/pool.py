@@ -72,20 +72,20 @@ def avg_pool2d_kernel(
     INCLUDE_PAD: tl.constexpr,
     UNIT: tl.constexpr,
     EXACT: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """``y = sum / divisor`` of one tile of output places and channels; optionally its sums of squares."""
     places = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     place_in = places < places_total
-    channel, channel_in = channel_tile(units, groups, chunks, UNIT, EXACT, GROUPS, WIDTH)
+    channel, channel_in = channel_tile(units, groups, chunks, UNIT, EXACT, PARTS, WIDTH)
     channels = total_channels(units, groups, UNIT, EXACT)
     h0 = (places // out_width) % out_height * stride_h - padding_h
     w0 = places % out_width * stride_w - padding_w
     image = places // (out_width * out_height)
 
-    total = tl.zeros((BLOCK_M, GROUPS * WIDTH), tl.float32)
+    total = tl.zeros((BLOCK_M, PARTS * WIDTH), tl.float32)
     for r in range(kernel_h):
         for s in range(kernel_w):
             h = h0 + r
@@ -100,7 +100,7 @@ def avg_pool2d_kernel(
     tl.store(y_ptr + places[:, None] * channels + channel[None, :], y, mask=place_in[:, None] & channel_in[None, :])
     if squares_ptr is not None:
         store_squares(
-            y.to(tl.float32), squares_ptr, places, place_in, channel_in, groups * chunks, BLOCK_M, GROUPS, WIDTH
+            y.to(tl.float32), squares_ptr, places, place_in, channel_in, groups * chunks, BLOCK_M, PARTS, WIDTH
         )
 
 
@@ -116,15 +116,15 @@ def global_avg_pool2d_kernel(
     chunks,
     UNIT: tl.constexpr,
     EXACT: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """``y = sum / divisor`` where one window holds the image: BLOCK_M of its places at a time, one image a program."""
     image = tl.program_id(0)
-    channel, channel_in = channel_tile(units, groups, chunks, UNIT, EXACT, GROUPS, WIDTH)
+    channel, channel_in = channel_tile(units, groups, chunks, UNIT, EXACT, PARTS, WIDTH)
     channels = total_channels(units, groups, UNIT, EXACT)
-    total = tl.zeros((BLOCK_M, GROUPS * WIDTH), tl.float32)
+    total = tl.zeros((BLOCK_M, PARTS * WIDTH), tl.float32)
     for first in range(0, image_places, BLOCK_M):
         place = first + tl.arange(0, BLOCK_M)
         offset = (image * image_places + place)[:, None] * channels + channel[None, :]
@@ -135,7 +135,7 @@ def global_avg_pool2d_kernel(
     if squares_ptr is not None:
         one = image + tl.arange(0, 1)
         store_squares(
-            y.to(tl.float32)[None, :], squares_ptr, one, one >= 0, channel_in, groups * chunks, 1, GROUPS, WIDTH
+            y.to(tl.float32)[None, :], squares_ptr, one, one >= 0, channel_in, groups * chunks, 1, PARTS, WIDTH
         )
 
 
@@ -163,21 +163,21 @@ def max_pool2d_kernel(
     chunks,
     UNIT: tl.constexpr,
     EXACT: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """The maximum of one tile of windows; optionally which place it is at, and the sums of squares."""
     places = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     place_in = places < places_total
-    channel, channel_in = channel_tile(units, groups, chunks, UNIT, EXACT, GROUPS, WIDTH)
+    channel, channel_in = channel_tile(units, groups, chunks, UNIT, EXACT, PARTS, WIDTH)
     channels = total_channels(units, groups, UNIT, EXACT)
     h0 = (places // out_width) % out_height * stride_h - padding_h
     w0 = places % out_width * stride_w - padding_w
     image = places // (out_width * out_height)
 
-    best = tl.full((BLOCK_M, GROUPS * WIDTH), float("-inf"), tl.float32)
-    index = tl.full((BLOCK_M, GROUPS * WIDTH), -1, tl.int32)
+    best = tl.full((BLOCK_M, PARTS * WIDTH), float("-inf"), tl.float32)
+    index = tl.full((BLOCK_M, PARTS * WIDTH), -1, tl.int32)
     for r in range(kernel_h):
         for s in range(kernel_w):
             h = h0 + r * dilation_h
@@ -200,7 +200,7 @@ def max_pool2d_kernel(
         tl.store(index_ptr + offset, index.to(index_ptr.dtype.element_ty), mask=mask)
     if squares_ptr is not None:
         store_squares(
-            y.to(tl.float32), squares_ptr, places, place_in, channel_in, groups * chunks, BLOCK_M, GROUPS, WIDTH
+            y.to(tl.float32), squares_ptr, places, place_in, channel_in, groups * chunks, BLOCK_M, PARTS, WIDTH
         )
 
 
@@ -237,7 +237,7 @@ def pool2d_transposed_kernel(
     GATE_BITS: tl.constexpr,
     UNIT: tl.constexpr,
     EXACT: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -247,7 +247,7 @@ def pool2d_transposed_kernel(
     """
     places = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     place_in = places < places_total
-    channel, channel_in = channel_tile(units, groups, chunks, UNIT, EXACT, GROUPS, WIDTH)
+    channel, channel_in = channel_tile(units, groups, chunks, UNIT, EXACT, PARTS, WIDTH)
     channels = total_channels(units, groups, UNIT, EXACT)
     h = (places // width) % height + padding_h
     w = places % width + padding_w
@@ -256,7 +256,7 @@ def pool2d_transposed_kernel(
     last_p = tl.minimum(h // stride_h, out_height - 1)
     last_q = tl.minimum(w // stride_w, out_width - 1)
 
-    total = tl.zeros((BLOCK_M, GROUPS * WIDTH), tl.float32)
+    total = tl.zeros((BLOCK_M, PARTS * WIDTH), tl.float32)
     for i in range(windows_h):
         p = last_p - i
         down = h - p * stride_h

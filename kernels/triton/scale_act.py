@@ -37,14 +37,14 @@ def scale_act_kernel(
     ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr,
     EXACT: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """``y = gate(u) u`` with ``u = scale_c x + shift_c``, of one tile, and optionally its squares."""
     places = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     place_in = places < places_total
-    channel, channel_in = channel_tile(units, groups, chunks, UNIT, EXACT, GROUPS, WIDTH)
+    channel, channel_in = channel_tile(units, groups, chunks, UNIT, EXACT, PARTS, WIDTH)
     offset = places[:, None] * total_channels(units, groups, UNIT, EXACT) + channel[None, :]
     mask = place_in[:, None] & channel_in[None, :]
     scale = tl.load(scale_ptr + channel, mask=channel_in, other=0.0)
@@ -59,7 +59,7 @@ def scale_act_kernel(
     tl.store(y_ptr + offset, y, mask=mask)
     if squares_ptr is not None:
         store_squares(
-            y.to(tl.float32), squares_ptr, places, place_in, channel_in, groups * chunks, BLOCK_M, GROUPS, WIDTH
+            y.to(tl.float32), squares_ptr, places, place_in, channel_in, groups * chunks, BLOCK_M, PARTS, WIDTH
         )
 
 
@@ -80,14 +80,14 @@ def scale_act_transposed_kernel(
     ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr,
     EXACT: tl.constexpr,
-    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """``out = grad scale_c gate(scale_c x + shift_c) + identity``, of one tile; x of the gradient's image."""
     places = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     place_in = places < places_total
-    channel, channel_in = channel_tile(units, groups, chunks, UNIT, EXACT, GROUPS, WIDTH)
+    channel, channel_in = channel_tile(units, groups, chunks, UNIT, EXACT, PARTS, WIDTH)
     channels = total_channels(units, groups, UNIT, EXACT)
     offset = places[:, None] * channels + channel[None, :]
     x_places = places // (image_places * per_image) * image_places + places % image_places
