@@ -1024,10 +1024,13 @@ def _fused(name: str, check: Callable[..., None] | None, first: str = "x") -> Ca
             check(*args)
         else:
             _check(name, first, **_tensors(plain, args))
-        return _kernel(name, args[0])(*args)
+        return _distinct(_kernel(name, args[0])(*args))
+
+    def shapes(*args: Any) -> Any:
+        return _distinct(plain(*args))
 
     op = torch.library.custom_op(f"bcos_rt::{name}", run, mutates_args=(), schema=_schema(plain))
-    op.register_fake(plain)
+    op.register_fake(shapes)
 
     @functools.wraps(plain)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -1037,6 +1040,16 @@ def _fused(name: str, check: Callable[..., None] | None, first: str = "x") -> Ca
         return op(*bound.args)
 
     return call
+
+
+def _distinct(result: Any) -> Any:
+    """An op's results must not share memory, and what was not asked for is one empty tensor in several places."""
+    if not isinstance(result, tuple):
+        return result
+    # A static 0: asking a dynamic size whether it is 0 would pin it.
+    return tuple(
+        t.new_empty(0) if t.ndim == 1 and isinstance(t.shape[0], int) and t.shape[0] == 0 else t for t in result
+    )
 
 
 def _schema(function: Callable[..., Any]) -> str:
