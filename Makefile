@@ -1,5 +1,7 @@
 # make demo    the demonstration, into demo_out/ (report.html)
 # make test    the test suite; `make test TESTS=tests/cli` runs a part
+# make kernels compiles every GPU kernel for every target, without a GPU, and holds it to its rules
+# make gpu     on a machine with a GPU: tests there and the benchmark, into bench/results/<gpu>; GPU_ARGS="--minutes 30"
 # make lint    ruff; make types: mypy --strict; make format: lets ruff rewrite files
 # make clean   removes everything that was made here, .venv too
 #
@@ -15,6 +17,7 @@ PYTHON ?=
 PIP_ARGS ?=
 TESTS ?=
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 
 # The test processes, at most four (each may take 2 GB); each computes on one thread, so that they do not fight over cores.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
@@ -23,7 +26,7 @@ venv_python := .venv/bin/python
 pip_install := $(venv_python) -m pip install --no-input --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 requirements := pyproject.toml setup.py constraints.txt
 
-.PHONY: help demo test lint types format clean
+.PHONY: help demo test test-kernels kernels gpu lint types format clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -31,10 +34,26 @@ help:
 demo: .venv/.installed-demo
 	$(venv_python) examples/demo.py --out demo_out
 
+one_thread := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
 # Comparisons of wall times first and alone, the others side by side. No such test (pytest's exit code 5) is fine.
+# The GPU kernels' tests run in Triton's interpreter, which needs processes of its own.
 test: .venv/.installed-dev
-	@rc=0; $(venv_python) -m pytest -m timing $(PYTEST_ARGS) $(TESTS) || rc=$$?; [ $$rc = 0 ] || [ $$rc = 5 ] || exit $$rc
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(venv_python) -m pytest -m "not timing" -n $(WORKERS) $(PYTEST_ARGS) $(TESTS)
+	@rc=0; $(venv_python) -m pytest -m timing --ignore=tests/triton $(PYTEST_ARGS) $(TESTS) || rc=$$?; [ $$rc = 0 ] || [ $$rc = 5 ] || exit $$rc
+	$(one_thread) $(venv_python) -m pytest -m "not timing" --ignore=tests/triton -n $(WORKERS) $(PYTEST_ARGS) $(TESTS)
+	$(if $(TESTS),,@$(MAKE) --no-print-directory test-kernels)
+
+test-kernels: .venv/.installed-dev
+	TRITON_INTERPRET=1 $(one_thread) $(venv_python) -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests/triton
+
+kernels: .venv/.installed-dev
+	$(one_thread) $(venv_python) -m bcos_rt.kernels.static check
+
+# `python -m bench.gpu` ends with 3 on a machine without a GPU (which make reports as its own 2).
+gpu: .venv/.installed-dev
+	@$(venv_python) -m bench.gpu --check
+	@$(MAKE) --no-print-directory .venv/.installed-gpu .venv-onnx-gpu/.installed
+	$(venv_python) -m bench.gpu --onnx-python .venv-onnx-gpu/bin/python $(GPU_ARGS)
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .
@@ -54,7 +73,7 @@ types: .venv/.installed-dev
 	cd build/typed && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
 
 clean:
-	rm -rf .venv build dist demo_out .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-onnx-gpu build dist demo_out .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Without Debian's python3-venv there is no ensurepip: the environment is then made bare, and pip put in by python3-pip.
@@ -86,4 +105,16 @@ clean:
 .venv/.installed-dev: .venv/.created $(requirements)
 	$(pip_install) setuptools
 	$(pip_install) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# Without its dependencies (gigabytes of other kernels): its graphs need none of them.
+.venv/.installed-gpu: .venv/.installed-dev
+	$(pip_install) --no-deps nvidia-cudnn-frontend || echo "no nvidia-cudnn-frontend: its rows will say so"
+	@touch $@
+
+# An environment of its own, since onnxruntime-gpu breaks onnxruntime; CUDA's libraries come from .venv.
+.venv-onnx-gpu/.installed: .venv/.created
+	$(venv_python) -m venv --without-pip .venv-onnx-gpu
+	$(venv_python) -m pip --python .venv-onnx-gpu/bin/python install --no-input -c constraints.txt $(PIP_ARGS) \
+	  onnxruntime-gpu || echo "no onnxruntime-gpu: that stage will be skipped"
 	@touch $@
