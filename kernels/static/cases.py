@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -454,8 +453,6 @@ def _training() -> Iterator[_Problem]:
 
 
 def _depthwise() -> Iterator[_Problem]:
-    if find_spec("bcos_rt.kernels.triton.depthwise") is None:
-        return
     conv = _Conv(groups=256)
     halved = _Conv(size=56, kernel=5, stride=2, padding=2, groups=256)
     for name, shape in (("3x3", conv), ("5x5, stride 2", halved)):

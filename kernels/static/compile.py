@@ -335,7 +335,9 @@ def analyse_all(
             for future in as_completed(pending):
                 key = pending[future]
                 results[key], seconds = future.result()
-                _write(analysed / f"{key}.json", results[key])
+                # A refusal may be this machine's (no memory, no disk): it is tried again.
+                if not results[key].error:
+                    _write(analysed / f"{key}.json", results[key])
                 done += 1
                 if progress is not None:
                     job = missing[key]
