@@ -113,12 +113,16 @@ def watch(watcher: Watcher) -> Iterator[None]:
     """Show ``watcher`` the address of every element that a kernel loads or stores inside; it may raise."""
     load, store = Builder.create_masked_load, Builder.create_masked_store
 
+    def show(ptrs: Any, mask: Any) -> None:
+        # A mask may come as integers.
+        watcher(ptrs.data[mask.data.astype(bool)], max(1, ptrs.get_element_ty().primitive_bitwidth // 8))
+
     def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-        watcher(ptrs.data[mask.data], max(1, ptrs.get_element_ty().primitive_bitwidth // 8))
+        show(ptrs, mask)
         return load(self, ptrs, mask, *rest, **options)
 
     def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        watcher(ptrs.data[mask.data], max(1, ptrs.get_element_ty().primitive_bitwidth // 8))
+        show(ptrs, mask)
         return store(self, ptrs, value, mask, *rest)
 
     Builder.create_masked_load, Builder.create_masked_store = create_masked_load, create_masked_store
