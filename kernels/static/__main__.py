@@ -110,6 +110,21 @@ def plan(
     run(arch=arch, model=model, batch=batch, dtype=dtype, as_json=as_json)
 
 
+@app.command()
+def roofline(
+    model: Annotated[list[str] | None, typer.Option(help="torchvision network, may be repeated; resnet50.")] = None,
+    batch: Annotated[int, typer.Option(help="Images.")] = 32,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    arch: Annotated[str, typer.Option(help=f"Target: {', '.join(TARGETS)}.")] = "sm_90",
+    out: Annotated[Path | None, typer.Option(help="Folder for roofline.md and .json instead.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Bytes, operations and the least time of a model's forward pass and explanation. A bound, not a measurement."""
+    from bcos_rt.kernels.static.roofline import roofline as run
+
+    run(model=model or ["resnet50"], batch=batch, dtype=dtype, as_json=as_json, arch=arch, out=out)
+
+
 def main() -> None:
     """Run the command line; an argument that is no good ends with one line and exit code 2."""
     try:
