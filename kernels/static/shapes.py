@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from bcos_rt.errors import InvalidArgumentError, did_you_mean
 
-__all__ = ["Layer", "Network", "capture", "layers", "operation"]
+__all__ = ["Layer", "Network", "capture", "is_activation", "is_transparent", "layer", "layers", "operation", "shape"]
 
 # Of an encoded image: six, padded.
 IMAGE_CHANNELS = 8
@@ -116,6 +116,16 @@ def operation(node: fx.Node) -> str:
     """Name of a node's aten operation without overload and in-place mark: "relu" for ``aten.relu_.default``."""
     name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "")
     return str(name).rstrip("_")
+
+
+def is_transparent(node: fx.Node) -> bool:
+    """Whether a node moves no numbers in evaluation: a view, or nothing at all."""
+    return operation(node) in _TRANSPARENT
+
+
+def is_activation(node: fx.Node) -> bool:
+    """Whether a node is an activation function."""
+    return operation(node) in _ACTIVATIONS
 
 
 def _known_models() -> list[str]:
@@ -265,8 +275,8 @@ def _followers(node: fx.Node) -> Iterator[str]:
     while len(node.users) == 1:
         (node,) = node.users
         op = operation(node)
-        if op in _TRANSPARENT:
+        if is_transparent(node):
             continue
-        if op not in _ACTIVATIONS and op not in ("batch_norm", "layer_norm", "group_norm", "add"):
+        if not is_activation(node) and op not in ("batch_norm", "layer_norm", "group_norm", "add"):
             return
         yield op
