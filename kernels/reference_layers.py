@@ -137,8 +137,8 @@ def pooled_size(
         if dilation[axis] < 1:
             raise InvalidArgumentError("dilation", tuple(dilation), "two positive numbers")
         extent = dilation[axis] * (kernel - 1) + 1
-        if not 0 <= pad <= extent // 2:
-            raise InvalidArgumentError("padding", tuple(padding), f"at most half the window's extent of {extent}")
+        if not 0 <= pad <= kernel // 2:
+            raise InvalidArgumentError("padding", tuple(padding), f"at most half of {tuple(kernel_size)}")
         out = (size + 2 * pad - extent + (step - 1 if ceil_mode else 0)) // step + 1
         # The last window must start inside the image or its left padding.
         if ceil_mode and (out - 1) * step >= size + pad:
