@@ -633,11 +633,14 @@ def _total(kernels: Iterable[Kernel], target: Target, dtype: str) -> dict[str, A
 
 
 def _by_layer(kernels: Iterable[Kernel], names: Sequence[str]) -> dict[str, list[Kernel]]:
-    """Kernels by layer; what is no layer by itself (a normalisation, an addition) goes with the layer before it."""
+    """Kernels by layer; what is in none of them (a normalisation, an addition) goes with the layer before it."""
     known, here = set(names), names[0]
     found: dict[str, list[Kernel]] = {name: [] for name in names}
     for kernel in kernels:
-        here = kernel.layer if kernel.layer in known else here
+        name = kernel.layer
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        here = name or here
         found[here].append(kernel)
     return found
 
@@ -878,6 +881,6 @@ pointwise work counts as bytes only.
 * The part of a logit that does not come from the pixels (`residual`) is counted nowhere.
 
 "back": everything that runs after the forward pass. Layers of equal numbers share a row. In a row of the published
-network, what is no layer by itself (BatchNorm, ReLU, addition) belongs to the layer before; autograd's operations are
-not attributed to layers. "us" are bounds.
+network, what is no layer by itself (BatchNorm, ReLU, addition) belongs to the layer before and an attention's
+projections to the attention; autograd's operations are not attributed to layers. "us" are bounds.
 """
