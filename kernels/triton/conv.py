@@ -157,6 +157,7 @@ def conv2d_kernel(
     UNIT_IN: tl.constexpr,
     UNIT_OUT: tl.constexpr,
     PARTS: tl.constexpr,
+    ENTRY_PARTS: tl.constexpr,
     B_IN_MEMORY: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -241,7 +242,8 @@ def conv2d_kernel(
 
     # The epilogue works on a part of the columns at a time: with every option asked for, a whole tile of 128 x 128
     # would need more registers than there are.
-    squares = tl.zeros((BLOCK_M,), tl.float32)
+    nothing_yet = tl.zeros((BLOCK_M,), tl.float32)
+    squares = nothing_yet
     entries = tl.cdiv(columns, MAP_COLUMNS)
     parts = split_columns(acc, PARTS)
     WIDTH: tl.constexpr = BLOCK_N // PARTS
@@ -270,11 +272,11 @@ def conv2d_kernel(
             BLOCK_M,
             WIDTH,
         )
-        if out_squares_ptr is not None and (part == PARTS - 1 or (part + 1) * WIDTH % MAP_COLUMNS == 0):
+        if out_squares_ptr is not None and (part == PARTS - 1 or (part + 1) % ENTRY_PARTS == 0):
             entry = (tile_n * BLOCK_N + part * WIDTH) // MAP_COLUMNS
             offset = rows * (tl.num_programs(1) * entries) + group * entries + entry
             tl.store(out_squares_ptr + offset, squares, mask=row_in & (entry < entries))
-            squares = tl.zeros((BLOCK_M,), tl.float32)
+            squares = nothing_yet
 
 
 def tile_for(config: Config, columns: int, length: int) -> Config:
@@ -344,6 +346,7 @@ def launch_forward(
     tile = tile_for(picked, group_out, inner)
     tiles_n = -(-group_out // tile.block_n)
 
+    parts = column_parts(tile)
     shape = (batch, out_height, out_width, filters)
     y = empty(x, shape)
     nothing = x.new_empty(0)
@@ -406,7 +409,9 @@ def launch_forward(
             "FOLD": channels if fold else 0,
             "UNIT_IN": unit(group_in),
             "UNIT_OUT": unit(group_out),
-            "PARTS": column_parts(tile),
+            "PARTS": parts,
+            # Parts of a tile that make up one entry of the map.
+            "ENTRY_PARTS": max(1, MAP_COLUMNS.value * parts // tile.block_n),
             "SINGLE": kernel_h == kernel_w == 1,
             "B_IN_MEMORY": isinstance(b, Tensor),
             "PRECISION": dot_precision(x.dtype, arch),
