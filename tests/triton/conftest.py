@@ -22,6 +22,7 @@ else:
     INTERPRETING = interpreting()
     if INTERPRETING:
         interpreter.fix_bfloat16()
+        interpreter.save_time()
 
 ON_GPU = os.environ.get("BCOS_RT_TEST_DEVICE", "") == "cuda"
 
