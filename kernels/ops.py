@@ -1011,6 +1011,59 @@ def _check_conv2d_contributions(
     _check_shape(op, grad=(grad, _conv_size(op, shape, weight, stride, padding, dilation, 1)))
 
 
+def _check_rows(op: str, name: str, factor: Tensor | None, shape: Sequence[int]) -> None:
+    """A factor of N images for ``shape``'s N * K rows."""
+    if factor is None:
+        return
+    rows, count = shape[0], factor.shape[0] if factor.ndim else 0
+    if list(factor.shape[1:]) != list(shape[1:]) or not (rows == count or (count and rows % count == 0)):
+        raise InvalidArgumentError(
+            f"{op}: {name}", f"shape {tuple(factor.shape)}",
+            f"[N, {', '.join(map(str, shape[1:]))}] with N a divisor of {rows} rows",
+        )  # fmt: skip
+
+
+def _check_layer(op: str, first: str, given: dict[str, Any]) -> None:
+    """Pooling, norms and scale_act: what goes with their first argument. Windows are checked where they are used."""
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    # Their weights are parameters of float32, not operands.
+    _check(op, first, **{("parameter " * (name == "weight") + name): value for name, value in tensors.items()})
+    lead = given[first]
+    tokens = op.startswith("layer_norm")
+    if not tokens and lead.ndim != 4:
+        raise InvalidArgumentError(f"{op}: {first}", f"shape {tuple(lead.shape)}", "four dimensions")
+    if tokens and lead.ndim < 1:
+        raise InvalidArgumentError(f"{op}: {first}", "a number", "at least one dimension")
+    channels = lead.shape[-1 if tokens else 1]
+    for name in ("weight", "bias", "scale", "shift"):
+        _check_shape(op, **{name: (tensors.get(name), (channels,))})
+    if op == "encode_image":
+        count = 6 if given["six_channels"] else 3
+        _check_shape(op, image=(lead, (lead.shape[0], 3, *lead.shape[2:])))
+        _check_shape(op, mean=(given["mean"], (count,)), std=(given["std"], (count,)))
+        if lead.dtype != torch.uint8 and not lead.is_floating_point():
+            raise InvalidTypeError(f"{op}: image", f"dtype {lead.dtype}", "uint8 or floating point")
+    if "input_size" in given:
+        shape = (lead.shape[0], channels, *given["input_size"])
+        window = [given[name] for name in ("kernel_size", "stride", "padding")]
+        rest = (given["dilation"], False) if "dilation" in given else ((1, 1), given["ceil_mode"])
+        size = reference_layers.pooled_size(given["input_size"], *window, *rest)
+        if op == "avg_pool2d_transposed":
+            _check_shape(op, grad=(lead, (lead.shape[0], channels, *size)))
+        _check_rows(op, "index", tensors.get("index"), tuple(lead.shape))
+        _check_epilogue(op, shape, 1, *(given[name] for name in ("multiplier", "identity", "gate")))
+        _check_size(op, "the result", lead, math.prod(shape))
+    else:
+        _check_shape(op, identity=(tensors.get("identity"), tuple(lead.shape)))
+    _check_rows(op, "x", None if first == "x" else tensors.get("x"), tuple(lead.shape))
+    if "rstd" in given:
+        rows = tuple(lead.shape[:-1]) if tokens else (lead.shape[0], given["groups"])
+        if rows:
+            _check_rows(op, "rstd", given["rstd"], rows)
+    if "activation" in given:
+        _check_activation(op, given["activation"])
+
+
 def _fused(name: str, check: Callable[..., None] | None, first: str = "x") -> Callable[..., Any]:
     """Register ``bcos_rt::name``: the reference function's signature; checks; the kernels of the tensors' device.
 
@@ -1023,7 +1076,7 @@ def _fused(name: str, check: Callable[..., None] | None, first: str = "x") -> Ca
         if check is not None:
             check(*args)
         else:
-            _check(name, first, **_tensors(plain, args))
+            _check_layer(name, first, dict(zip(signature.parameters, args, strict=True)))
         return _distinct(_kernel(name, args[0])(*args))
 
     def shapes(*args: Any) -> Any:
@@ -1064,11 +1117,6 @@ def _schema(function: Callable[..., Any]) -> str:
 
     described.__signature__ = inspect.Signature(parameters, return_annotation=hints["return"])  # type: ignore[attr-defined]
     return torch.library.infer_schema(described, mutates_args=())
-
-
-def _tensors(function: Callable[..., Any], args: Sequence[Any]) -> dict[str, Tensor]:
-    names = inspect.signature(function).parameters
-    return {name: value for name, value in zip(names, args, strict=False) if isinstance(value, Tensor)}
 
 
 conv2d_fused = _fused("conv2d_fused", _check_conv2d_fused)

@@ -191,3 +191,42 @@ def test_fused_ops_compile_and_export():
     exported = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: batch}})
     more = torch.randn(5, 8, 6, 5)
     torch.testing.assert_close(exported.module()(more), layer(more))
+
+
+def _pool(**changes):
+    x = torch.randn(2, 8, 6, 6)
+    given = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0)}
+    return ops.avg_pool2d_transposed(**{"grad": x[:, :, :3, :3], "input_size": (6, 6), **given, **changes})
+
+
+BAD_LAYERS = {
+    "scale": lambda: ops.scale_act(torch.randn(2, 8, 6, 5), torch.ones(7), torch.ones(8), "relu"),
+    "activation": lambda: ops.scale_act(torch.randn(2, 8, 6, 5), torch.ones(8), torch.ones(8), "tanh"),
+    "groups": lambda: ops.group_norm(torch.randn(2, 8, 6, 5), 3, torch.ones(8), torch.ones(8), 1e-5),
+    "weight": lambda: ops.layer_norm(torch.randn(2, 8), torch.ones(7), torch.ones(8), 1e-5),
+    "rstd": lambda: ops.layer_norm_transposed(torch.randn(4, 3, 8), torch.ones(3, 3), torch.ones(8)),
+    "padding": lambda: ops.max_pool2d(torch.randn(2, 8, 6, 6), (2, 2), (2, 2), (2, 2), (1, 1)),
+    "grad": lambda: _pool(input_size=(8, 6)),
+    "identity": lambda: _pool(identity=torch.ones(1, 8, 6, 6)),
+    "multiplier": lambda: _pool(multiplier=torch.ones(2, 8, 6, 5)),
+    "image": lambda: ops.encode_image(torch.rand(2, 4, 6, 6), torch.ones(6), torch.ones(6)),
+    "std": lambda: ops.encode_image(torch.rand(2, 3, 6, 6), torch.ones(6), torch.ones(3)),
+    "image: got dtype": lambda: ops.encode_image(torch.ones(2, 3, 6, 6).int(), torch.ones(6), torch.ones(6)),
+}
+
+
+@pytest.mark.parametrize("named", BAD_LAYERS)
+def test_bad_arguments_of_the_layers_between_are_named(named):
+    with pytest.raises((ValueError, TypeError), match=named):
+        BAD_LAYERS[named]()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_half_precision_take_float32_parameters(dtype):
+    x, weight = torch.randn(2, 8, 4, 4), torch.rand(8)
+    y, rstd, _ = ops.group_norm(x.to(dtype), 2, weight, weight, 1e-5)
+    expected = torch.nn.functional.group_norm(x, 2, weight, weight)
+    torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.03)
+    assert ops.group_norm_transposed(y, rstd, weight, 2).dtype == dtype
+    rows, rstd, _ = ops.layer_norm(x.permute(0, 2, 3, 1).to(dtype), weight, weight, 1e-5)
+    assert ops.layer_norm_transposed(rows, rstd, weight).dtype == dtype
