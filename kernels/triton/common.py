@@ -125,13 +125,15 @@ def _halves(tile):
     return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
 
 
-def column_parts(config: Config) -> int:
+def column_parts(config: Config, arch: str) -> int:
     """Into how many parts an epilogue splits its columns: at most 16 values of a part per thread, 32 columns at least.
 
     With 32 values the epilogue, not the main loop, decides how many registers a kernel needs: 224 instead of 146 for
-    one tile on sm_90. A part never spans two entries of the sum-of-squares map.
+    one tile on sm_90. A part never spans two entries of the sum-of-squares map. On AMD there are two parts at least: a
+    result stored straight from the matrix cores' layout goes out 8 bytes at a time.
     """
-    parts = max(1, config.block_n // reference.MAP_COLUMNS)
+    least = 2 if arch.startswith("gfx") and config.block_n >= 32 else 1
+    parts = max(least, config.block_n // reference.MAP_COLUMNS)
     while (
         parts < 4
         and config.block_n // parts > 32

@@ -346,7 +346,7 @@ def launch_forward(
     tile = tile_for(picked, group_out, inner)
     tiles_n = -(-group_out // tile.block_n)
 
-    parts = column_parts(tile)
+    parts = column_parts(tile, arch)
     shape = (batch, out_height, out_width, filters)
     y = empty(x, shape)
     nothing = x.new_empty(0)

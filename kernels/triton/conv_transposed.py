@@ -385,7 +385,7 @@ def launch_transposed(
             "GATE_BITS": gate is not None and gate.dtype == torch.uint8,
             "UNIT_K": unit(filters),
             "UNIT_N": unit(channels),
-            "PARTS": column_parts(tile),
+            "PARTS": column_parts(tile, arch),
             "PRECISION": dot_precision(grad.dtype, arch),
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
