@@ -19,6 +19,8 @@ any kernel size works. The adjoint is the same walk over grad, kernel rows in re
 ``(h mod stride, w mod stride)``: those places meet the same kernel places, and no inserted zero is multiplied.
 """
 
+# ruff: noqa: RUF005 (Triton compiles a sum of tuples, not a starred element)
+
 from __future__ import annotations
 
 import math
@@ -49,8 +51,8 @@ from bcos_rt.kernels.triton.launch import Config, launch
 
 __all__ = ["depthwise_fused", "depthwise_grad_weight", "depthwise_transposed", "rows_and_taps"]
 
-# Image rows a thread holds at a time: what fits its registers without spilling, sums of squares included.
-_SPAN = 10
+# Vectors a thread holds at most (sums, image rows, the rows' sums of squares): 20 of 16-bit values spill.
+_HELD = 18
 # Programs below which fewer rows per thread fill the GPU better: two for each of an H100's 132 multiprocessors.
 _PROGRAMS = 264
 # Kernel places whose gradients a program sums at a time.
@@ -160,6 +162,7 @@ def depthwise_kernel(
     b,
     eps,
     lanes_total,
+    bands,
     height,
     width,
     out_height,
@@ -172,13 +175,13 @@ def depthwise_kernel(
     padding_w,
     row_unit,
     dilation_w,
-    kernel_h,
     kernel_w,
     POWER: tl.constexpr,
     ACTIVATION: tl.constexpr,
     B_IN_MEMORY: tl.constexpr,
     UNIT: tl.constexpr,
     MULTIPLE: tl.constexpr,
+    KERNEL_H: tl.constexpr,
     ROW_STEP: tl.constexpr,
     TAP_STEP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -192,10 +195,10 @@ def depthwise_kernel(
     filters = channel_units * (UNIT * MULTIPLE)
     lanes = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     lane_in = lanes < lanes_total
-    bands = tl.cdiv(out_height, ROWS)
     q = lanes % out_width
-    p = lanes // out_width % bands * ROWS
-    image = lanes // (out_width * bands)
+    band = lanes // out_width
+    p = band % bands * ROWS
+    image = band // bands
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     channel_in = channel < filters
 
@@ -214,7 +217,7 @@ def depthwise_kernel(
         channels,
         filters,
         0,
-        kernel_h,
+        KERNEL_H,
         kernel_w,
         kernel_w,
         1,
@@ -230,6 +233,7 @@ def depthwise_kernel(
         BLOCK_N,
     )
 
+    ENTRY: tl.constexpr = MAP_COLUMNS if BLOCK_N > MAP_COLUMNS else BLOCK_N
     exponent = b
     if B_IN_MEMORY:
         exponent = tl.load(b)
@@ -272,7 +276,6 @@ def depthwise_kernel(
         if squares_ptr is not None:
             # Of the rounded values: what the consumer reads. Past the channels there may be an activation of 0.
             stored = tl.where(channel_in[None, :], y.to(tl.float32), 0.0)
-            ENTRY: tl.constexpr = MAP_COLUMNS if BLOCK_N > MAP_COLUMNS else BLOCK_N
             parts = tl.sum(tl.reshape(stored * stored, (BLOCK_M, BLOCK_N // ENTRY, ENTRY)), 2)
             entry = tl.program_id(1) * (BLOCK_N // ENTRY) + tl.arange(0, BLOCK_N // ENTRY)
             entries = tl.cdiv(filters, MAP_COLUMNS)
@@ -289,7 +292,9 @@ def depthwise_transposed_kernel(
     gate_ptr,
     out_ptr,
     raw_ptr,
-    batch,
+    lanes_total,
+    bands,
+    class_width,
     per_image,
     height,
     width,
@@ -324,15 +329,13 @@ def depthwise_transposed_kernel(
     filters = channel_units * (UNIT * MULTIPLE)
     parity_h = tl.program_id(2) // stride_w
     parity_w = tl.program_id(2) % stride_w
-    class_h = tl.cdiv(height, stride_h)
-    class_w = tl.cdiv(width, stride_w)
-    bands = tl.cdiv(class_h, ROWS)
     lanes = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    class_column = lanes % class_w
-    class_row = lanes // class_w % bands * ROWS
-    sample = lanes // (class_w * bands)
+    class_column = lanes % class_width
+    band = lanes // class_width
+    class_row = band % bands * ROWS
+    sample = band // bands
     w = class_column * stride_w + parity_w
-    lane_in = (lanes < batch * bands * class_w) & (w < width)
+    lane_in = (lanes < lanes_total) & (w < width)
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     channel_in = channel < channels
 
@@ -452,33 +455,35 @@ def depthwise_grad_weight_kernel(
         tl.store(partial_ptr + at, tl.sum(sums[t], 0), mask=channel_in & (first_tap + t < taps))
 
 
-def _span(rows: int, taps: int, row_step: int, tap_step: int) -> int:
-    return (rows - 1) * row_step + (taps - 1) * tap_step + 1
-
-
-def rows_and_taps(rows: Sequence[int], taps: int, row_step: int, tap_step: int) -> tuple[int, int]:
+def rows_and_taps(rows: Sequence[int], taps: int, row_step: int, tap_step: int, norm: bool) -> tuple[int, int]:
     """Output rows a thread walks over at once (one of ``rows``) and kernel rows per step (a divisor of ``taps``).
 
-    Those with the fewest loads, of image rows and of weights, per product, as long as a thread's image rows fit its
-    registers. Rows of output are ``row_step`` image rows apart, kernel rows ``tap_step``.
+    Those with the fewest loads, of image rows and of weights, per product, as long as what a thread holds fits its
+    registers. Rows of output are ``row_step`` image rows apart, kernel rows ``tap_step``; with ``norm`` a sum of
+    squares is kept for each image row.
     """
-    found = (1, 1)
-    for count in (1, *rows):
-        for part in range(1, min(taps, _SPAN) + 1):
-            span = _span(count, part, row_step, tap_step)
-            if taps % part or span > _SPAN or (count not in rows and count > 1):
-                continue
-            best = (_span(*found, row_step, tap_step) + found[1]) / (found[0] * found[1])
-            if (span + part) / (count * part) < best:
-                found = (count, part)
-    return found
+    choices = []
+    for count in rows:
+        for part in range(1, taps + 1):
+            span = (count - 1) * row_step + (part - 1) * tap_step + 1
+            fits = count + span * (1 + norm) <= _HELD
+            # More than two rows are not worth their registers where no image row serves two of them.
+            fits = fits and (count <= 2 or span < count * part)
+            if taps % part == 0 and fits:
+                choices.append(((span + part) / (count * part), count, -part))
+    if not choices:
+        return rows[0], 1
+    _, count, part = min(choices)
+    return count, -part
 
 
-def _tile(x: Tensor, config: Config | None, channels: int, bands: tuple[int, int], taps: tuple[int, int, int]) -> Config:
+def _tile(
+    x: Tensor, config: Config | None, channels: int, places: tuple[int, int], taps: tuple[int, int, int, bool]
+) -> Config:
     """The tile rule: 64 channels (one entry of the map, 128 bytes of 16-bit values) or all of fewer, one 128-bit vector
     a thread, and in ``block_k`` as many output rows a thread as :func:`rows_and_taps` likes, fewer for small problems.
 
-    ``bands``: output rows, and columns of all images; ``taps``: as for :func:`rows_and_taps`.
+    ``places``: output rows, and columns of all images; ``taps``: as for :func:`rows_and_taps`.
     """
     widest = max(8, triton.next_power_of_2(channels))
     if config is not None:
@@ -487,8 +492,8 @@ def _tile(x: Tensor, config: Config | None, channels: int, bands: tuple[int, int
         return Config(config.block_m, block_n, max(config.block_k, 1), config.num_warps, config.num_stages)
     block_n = min(MAP_COLUMNS.value, widest)
     block_m = max(vector_elements(x) // block_n, 1)
-    programs = bands[0] * bands[1] * -(-channels // block_n) // block_m
-    rows, _ = rows_and_taps([n for n in (1, 2, 4) if programs // n >= _PROGRAMS or n == 1], *taps)
+    programs = places[0] * places[1] * -(-channels // block_n) // block_m
+    rows, _ = rows_and_taps([n for n in (1, 2, 4) if programs >= n * _PROGRAMS or n == 1], *taps)
     return Config(block_m, block_n, rows)
 
 
@@ -536,9 +541,11 @@ def depthwise_fused(
     out_height = (height + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
     out_width = (width + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1
     row_unit = math.gcd(stride[0], dilation[0])
-    taps = (kernel_h, stride[0] // row_unit, dilation[0] // row_unit)
+    power = 2 if isinstance(b, Tensor) else power_mode(b)
+    taps = (kernel_h, stride[0] // row_unit, dilation[0] // row_unit, power != 0)
     tile = _tile(x, config, filters, (out_height, batch * out_width), taps)
-    lanes = batch * -(-out_height // tile.block_k) * out_width
+    bands = -(-out_height // tile.block_k)
+    lanes = batch * bands * out_width
 
     shape = (batch, out_height, out_width, filters)
     y = empty(x, shape)
@@ -568,6 +575,7 @@ def depthwise_fused(
             "b": b,
             "eps": eps,
             "lanes_total": lanes,
+            "bands": bands,
             "height": height,
             "width": width,
             "out_height": out_height,
@@ -580,13 +588,13 @@ def depthwise_fused(
             "padding_w": padding[1],
             "row_unit": row_unit,
             "dilation_w": dilation[1],
-            "kernel_h": kernel_h,
             "kernel_w": kernel_w,
-            "POWER": 2 if isinstance(b, Tensor) else power_mode(b),
+            "POWER": power,
             "ACTIVATION": ACTIVATIONS[activation],
             "B_IN_MEMORY": isinstance(b, Tensor),
             "UNIT": unit(channels),
             "MULTIPLE": filters // channels,
+            "KERNEL_H": kernel_h,
             "ROW_STEP": taps[1],
             "TAP_STEP": taps[2],
             "ROWS": tile.block_k,
@@ -631,11 +639,12 @@ def depthwise_transposed(
     # Along p and q, the next kernel place that a class meets is this much further up.
     p_step, q_step = (d * step // s for s, d, step in zip(stride, dilation, steps, strict=True))
     # With a step of 1 a class meets every kernel row or none; otherwise their number differs between classes.
-    taps = (kernel_h if steps[0] == 1 else 1, 1, p_step)
+    taps = (kernel_h if steps[0] == 1 else 1, 1, p_step, False)
     class_h, class_w = -(-height // stride[0]), -(-width // stride[1])
     classes = stride[0] * stride[1]
     tile = _tile(grad, config, groups, (class_h, batch * class_w * classes), taps)
-    lanes = batch * -(-class_h // tile.block_k) * class_w
+    bands = -(-class_h // tile.block_k)
+    lanes = batch * bands * class_w
 
     out = empty(grad, (batch, height, width, groups))
     raw = empty(grad, out.shape) if want_raw else None
@@ -656,7 +665,9 @@ def depthwise_transposed(
             "gate_ptr": gate if want_raw else None,
             "out_ptr": out,
             "raw_ptr": raw,
-            "batch": batch,
+            "lanes_total": lanes,
+            "bands": bands,
+            "class_width": class_w,
             "per_image": per_image,
             "height": height,
             "width": width,
