@@ -190,6 +190,16 @@ def test_a_nan_stays_where_its_patches_are(activation, guards):
     assert torch.equal(y.isnan().cpu(), expected)
 
 
+def test_a_relu_closes_on_minus_infinity(guards):
+    """A gate of 0 times an infinity would be NaN."""
+    x = CONV.x()
+    x[1, 3, 2, 1] = float("inf")
+    tensors = {"x": x, "weight": CONV.weight()}
+    y = compare(guards, "conv2d_fused", torch.float32, tensors, b=1.0, activation="relu", **CONV.options)[0]
+    assert y.isinf().any()
+    assert not y.isnan().any()
+
+
 @pytest.mark.parametrize("batch", [0, 1, 3])
 @pytest.mark.parametrize("name", ["3x3", "grouped"])
 def test_batches(batch, name, guards):
