@@ -147,16 +147,17 @@ def current_arch(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def compiler_options(config: Config, arch: str, gemm: bool) -> dict[str, int]:
+def compiler_options(config: Config, arch: str) -> dict[str, int]:
     """Options of Triton's compiler for one launch.
 
     Left alone, ptxas saves registers for the sake of occupancy and pays by computing addresses anew inside the main
-    loop: 242 instructions instead of 150 for one tile on sm_120. A tile's occupancy is the table's decision, so kernels
-    with a main loop get all the registers they want. (AMD's compiler has no such option.)
+    loop (242 instructions instead of 150 for one tile on sm_120), or by spilling. A tile's occupancy is the table's
+    decision, so a kernel gets the registers it wants, up to what its warps can share. (AMD's compiler has no such
+    option.)
     """
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if gemm and arch.startswith("sm_"):
-        options["maxnreg"] = 255
+    if arch.startswith("sm_"):
+        options["maxnreg"] = min(255, 65536 // (32 * config.num_warps))
     return options
 
 
@@ -181,7 +182,7 @@ def launch(
         return
     recorder = _recorder.get()
     if recorder is not None:
-        options = compiler_options(config, recorder.arch, gemm)
+        options = compiler_options(config, recorder.arch)
         recorder.launches.append(
             _describe(name, function, grid, config, arguments, gemm, vector_operands, plain, dtype, options)
         )
@@ -195,7 +196,7 @@ def launch(
             f"kernel {name!r}: tensors are on {device}; Triton kernels need a GPU (or TRITON_INTERPRET=1, for tests)"
         )
     with torch.cuda.device(device):
-        function[grid](**arguments, **compiler_options(config, current_arch(device), gemm))
+        function[grid](**arguments, **compiler_options(config, current_arch(device)))
 
 
 def _describe(

@@ -1,4 +1,4 @@
-"""A whole small network's prediction and explanation on the Triton kernels, against the explanation graph in float64."""
+"""A small network's prediction and explanation on the Triton kernels, against the explanation graph in float64."""
 
 import torch
 
