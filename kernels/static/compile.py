@@ -77,7 +77,8 @@ class Analysis:
         shared_bytes: per block. tensor_columns: of Blackwell's tensor memory, per block.
         blocks_per_sm, occupancy: resident blocks, and their warps as a part of what there is room for.
         instructions: of the whole kernel. mma_instructions: matrix instructions in it.
-        loop_instructions: of the main loop, 0 if no loop has matrix instructions; loop: the same by kind.
+        loop_instructions: of the main loop, without register copies and waits, 0 if no loop has matrix instructions;
+            loop: all of them by kind.
         narrow: operand and output tiles not moved 16 bytes at a time, where a thread has that many.
         tile_loads, tile_stores: places in the source where such a tile is loaded or stored.
         error: why it did not compile; everything else is 0 then.
@@ -174,7 +175,7 @@ def analyse(launch: Launch, arch: str, **options: Any) -> Analysis:
         occupancy=round(blocks * launch.config.num_warps / target.max_warps, 3),
         instructions=len(code),
         mma_instructions=sum(instruction.kind == "mma" for instruction in code),
-        loop_instructions=len(loop),
+        loop_instructions=sum(instruction.kind not in disassembly.IDLE_KINDS for instruction in loop),
         loop=disassembly.count_kinds(loop),
         narrow=narrow_accesses(tiles, memory, threads),
         tile_loads=len({tile.place for tile in tiles if tile.direction == "load"}),

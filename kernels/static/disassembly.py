@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 __all__ = [
+    "IDLE_KINDS",
     "KINDS",
     "Access",
     "Instruction",
@@ -27,7 +28,12 @@ __all__ = [
     "tile_accesses",
 ]
 
-KINDS = ("mma", "global", "local", "shared", "barrier", "predicate", "float", "integer", "control", "other")
+KINDS = (
+    "mma", "global", "local", "shared", "barrier", "predicate", "float", "integer", "control", "other", "copy", "wait",
+)  # fmt: skip
+
+# What a register allocator and a scheduler put in to their own taste, from one build to the next: no part of the work.
+IDLE_KINDS = ("copy", "wait")
 
 
 @dataclass(frozen=True)
@@ -105,10 +111,13 @@ def read_sass(text: str) -> list[Instruction]:
             falls_through = predicate is not None or (jump is not None and bool(operands[: jump.start()].strip(" ,")))
         elif root in ("EXIT", "RET", "BRX"):
             falls_through = predicate is not None
-        instructions.append(Instruction(opcode, _sass_kind(opcode), target, falls_through))
+        # ptxas copies a register by a byte permutation that permutes nothing, for 8 or 16 of them at a time.
+        kind = "copy" if root == "PRMT" and _SASS_COPY.match(operands.strip()) else _sass_kind(opcode)
+        instructions.append(Instruction(opcode, kind, target, falls_through))
     return instructions
 
 
+_SASS_COPY = re.compile(r"R\d+, (R\d+)(?:\.reuse)?, 0x7610, \1(?:\.reuse)?$")
 _GCN_LABEL = re.compile(r"^(\.?L\w+):")
 _GCN_CODE = re.compile(r"^\s+([a-z]+_\w+)\b\s*([^;]*)")
 
@@ -122,11 +131,13 @@ def _gcn_kind(opcode: str) -> str:
         return "local"
     if opcode.startswith("ds_"):
         return "shared"
-    if opcode.startswith(("s_barrier", "s_waitcnt", "s_sleep")):
+    if opcode.startswith("s_barrier"):
         return "barrier"
+    if opcode.startswith(("s_waitcnt", "s_sleep", "s_nop")):
+        return "wait"
     if opcode.startswith(("v_cmp", "s_cmp", "s_bitcmp")) or "saveexec" in opcode:
         return "predicate"
-    if opcode.startswith(("s_branch", "s_cbranch", "s_endpgm", "s_setpc", "s_swappc", "s_nop", "s_setprio")):
+    if opcode.startswith(("s_branch", "s_cbranch", "s_endpgm", "s_setpc", "s_swappc", "s_setprio")):
         return "control"
     if opcode.startswith("v_") and re.search(r"_(f16|bf16|f32|f64)(_|$)", opcode):
         return "float"

@@ -27,7 +27,7 @@ from bcos_rt.kernels.static.compile import (
     narrow_accesses,
     operand_tiles,
 )
-from bcos_rt.kernels.static.disassembly import Access, TileAccess
+from bcos_rt.kernels.static.disassembly import IDLE_KINDS, Access, TileAccess
 from bcos_rt.kernels.static.report import KnownException, Result, rows, violations, write_report
 from bcos_rt.kernels.static.targets import TARGETS
 from bcos_rt.kernels.triton import tune
@@ -61,7 +61,7 @@ def test_an_ordinary_product_breaks_no_rule(arch: str):
     assert 0 < found.occupancy <= 1
     assert found.loop is not None
     assert found.loop["mma"] > 0
-    assert sum(found.loop.values()) == found.loop_instructions
+    assert sum(n for kind, n in found.loop.items() if kind not in IDLE_KINDS) == found.loop_instructions
     assert found.tile_loads == 2
     assert found.tile_stores == 1
 

@@ -81,8 +81,20 @@ def test_main_loop_of_sass():
     assert len(loop) == 10
     assert count_kinds(loop) == {
         "mma": 2, "global": 1, "local": 0, "shared": 0, "barrier": 1, "predicate": 1, "float": 1, "integer": 1,
-        "control": 3, "other": 0,
+        "control": 3, "other": 0, "copy": 0, "wait": 0,
     }  # fmt: skip
+
+
+def test_register_copies_and_waits_are_told_from_work():
+    code = read_sass(
+        "        /*0010*/                   PRMT R68, R140, 0x7610, R140 ;\n"
+        "        /*0020*/                   PRMT R69, R141.reuse, 0x7610, R141 ;\n"
+        "        /*0030*/                   PRMT R69, R141, 0x5410, R141 ;\n"
+        "        /*0040*/                   PRMT R69, R141, 0x7610, R142 ;\n"
+    )
+    assert [i.kind for i in code] == ["copy", "copy", "integer", "integer"]
+    waits = read_gcn("\ts_waitcnt vmcnt(0)\n\ts_nop 7\n\ts_barrier\n")
+    assert [i.kind for i in waits] == ["wait", "wait", "barrier"]
 
 
 def test_spills_show_as_local_accesses():
