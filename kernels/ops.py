@@ -129,6 +129,8 @@ def _triton_installed() -> bool:
 def use_backend(name: Backend) -> Iterator[None]:
     """Choose the kernels of every op called inside: ``"triton"``, ``"reference"``, or ``"auto"`` (by device).
 
+    A backward pass uses what its forward pass did, wherever it is called.
+
     ``"triton"`` on CPU tensors works in Triton's interpreter only (``TRITON_INTERPRET=1``, for tests).
 
     Raises:
@@ -532,11 +534,11 @@ def _(
 
 
 def _conv2d_backward(
-    saved: Sequence[Any], options: Sequence[Any], b: float | Tensor, grad: Tensor, needs: Sequence[bool]
+    triton: bool, saved: Sequence[Any], options: Sequence[Any], b: float | Tensor, grad: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     x, weight, bias, y = saved
     stride, padding, dilation, groups, eps = options
-    if not _use_triton(x):
+    if not triton:
         return reference.conv2d_backward(grad, x, weight, bias, y, stride, padding, dilation, groups, b, eps, needs)
     learned = b if isinstance(b, Tensor) else None
     grads = _conv2d_backward_op(
@@ -549,12 +551,14 @@ def _conv2d_backward(
 def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, stride, padding, dilation, groups, b, eps = inputs
     ctx.b, ctx.options = b, (stride, padding, dilation, groups, eps)
+    # Decided here: a backward pass runs in autograd's threads, which do not see use_backend.
+    ctx.triton = _use_triton(x)
     ctx.save_for_backward(x, weight, bias, output)
 
 
 def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = [*ctx.needs_input_grad[:3], False]
-    grads = _conv2d_backward(ctx.saved_tensors, ctx.options, ctx.b, grad, needs)
+    grads = _conv2d_backward(ctx.triton, ctx.saved_tensors, ctx.options, ctx.b, grad, needs)
     return (*grads[:3], None, None, None, None, None, None)
 
 
@@ -563,13 +567,13 @@ _conv2d.register_autograd(_conv2d_autograd, setup_context=_conv2d_setup)
 
 def _conv2d_learned_b_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, b, *options = inputs
-    ctx.options = options
+    ctx.options, ctx.triton = options, _use_triton(x)
     ctx.save_for_backward(x, weight, bias, output, b)
 
 
 def _conv2d_learned_b_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *saved, b = ctx.saved_tensors
-    grads = _conv2d_backward(saved, ctx.options, b, grad, ctx.needs_input_grad[:4])
+    grads = _conv2d_backward(ctx.triton, saved, ctx.options, b, grad, ctx.needs_input_grad[:4])
     return (*grads, None, None, None, None, None)
 
 
@@ -664,10 +668,10 @@ def _(
 
 
 def _linear_backward(
-    saved: Sequence[Any], eps: float, b: float | Tensor, grad: Tensor, needs: Sequence[bool]
+    triton: bool, saved: Sequence[Any], eps: float, b: float | Tensor, grad: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     x, weight, bias, y = saved
-    if not _use_triton(x):
+    if not triton:
         return reference.linear_backward(grad, x, weight, bias, y, b, eps, needs)
     learned = b if isinstance(b, Tensor) else None
     grads = _linear_backward_op(grad, x, weight, bias, y, 2.0 if learned is not None else b, learned, eps, list(needs))
@@ -676,12 +680,13 @@ def _linear_backward(
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, ctx.b, ctx.eps = inputs
+    ctx.triton = _use_triton(x)
     ctx.save_for_backward(x, weight, bias, output)
 
 
 def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = [*ctx.needs_input_grad[:3], False]
-    return (*_linear_backward(ctx.saved_tensors, ctx.eps, ctx.b, grad, needs)[:3], None, None)
+    return (*_linear_backward(ctx.triton, ctx.saved_tensors, ctx.eps, ctx.b, grad, needs)[:3], None, None)
 
 
 _linear.register_autograd(_linear_autograd, setup_context=_linear_setup)
@@ -689,12 +694,13 @@ _linear.register_autograd(_linear_autograd, setup_context=_linear_setup)
 
 def _linear_learned_b_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, b, ctx.eps = inputs
+    ctx.triton = _use_triton(x)
     ctx.save_for_backward(x, weight, bias, output, b)
 
 
 def _linear_learned_b_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *saved, b = ctx.saved_tensors
-    return (*_linear_backward(saved, ctx.eps, b, grad, ctx.needs_input_grad[:4]), None)
+    return (*_linear_backward(ctx.triton, saved, ctx.eps, b, grad, ctx.needs_input_grad[:4]), None)
 
 
 _linear_learned_b.register_autograd(_linear_learned_b_autograd, setup_context=_linear_learned_b_setup)
