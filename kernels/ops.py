@@ -245,7 +245,7 @@ def _conv_size(
         raise InvalidArgumentError(
             f"{op}: x", f"shape {tuple(x_shape)}", f"an image of at least one patch of {tuple(weight.shape[2:])}"
         )
-    if _use_triton(weight) and max(weight.shape[2:]) > MAX_TAPS and groups != channels:
+    if _use_triton(weight) and _too_many_taps(weight, groups) and not (op == "conv2d" and _backend.get() == "auto"):
         raise InvalidArgumentError(
             f"{op}: weight", f"kernel {tuple(weight.shape[2:])}", f"at most {MAX_TAPS} places along an axis"
         )
@@ -256,9 +256,33 @@ def _conv_size(
 MAX_TAPS = 31
 
 
+def _too_many_taps(weight: Tensor, groups: int) -> bool:
+    # A depthwise kernel has a loop of its own, without bits.
+    return max(weight.shape[2:]) > MAX_TAPS and not (groups > 1 and weight.shape[1] == 1)
+
+
+def _conv2d_uses_triton(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """As :func:`_use_triton`, but a layer takes the reference for kernels of over 31 places (ViT-B/32's patches)."""
+    return _use_triton(x) and not (_backend.get() == "auto" and _too_many_taps(weight, groups))
+
+
 def _check_b(op: str, b: float) -> None:
     if not b >= 1:
         raise InvalidArgumentError(f"{op}: b", b, "a number of at least 1")
+
+
+def _check_learned_b(op: str, b: float | Tensor, x: Tensor) -> None:
+    if isinstance(b, Tensor) and (b.ndim != 0 or b.device != x.device or not b.is_floating_point()):
+        raise InvalidArgumentError(
+            f"{op}: b", f"shape {tuple(b.shape)}, dtype {b.dtype}, device {b.device}",
+            f"a floating-point tensor without dimensions on {x.device}",
+        )  # fmt: skip
+
+
+def _padded(x: Tensor) -> int:
+    """Elements of an image whose channels the kernel pads to a multiple of 8."""
+    n, c, h, w = x.shape
+    return n * -(-c // 8) * 8 * h * w
 
 
 def _check_activation(op: str, activation: str) -> None:
@@ -278,7 +302,8 @@ def _check_map(op: str, squares: Tensor | None, shape: Sequence[int], groups: in
     given, wanted = list(squares.shape), list(shape)
     entries = given.pop(dim) if len(given) == len(wanted) else 0
     wanted.pop(dim)
-    if given != wanted or entries < 1 or entries % groups or squares.dtype not in (torch.float32, torch.float64):
+    dtypes = (torch.float32,) if _use_triton(squares) else (torch.float32, torch.float64)
+    if given != wanted or entries < 1 or entries % groups or squares.dtype not in dtypes:
         raise InvalidArgumentError(
             f"{op}: squares", f"shape {tuple(squares.shape)}, dtype {squares.dtype}",
             f"a float32 map of x's places with a multiple of {groups} entries along dimension {dim}",
@@ -322,12 +347,13 @@ def _conv2d_values(
 ) -> Tensor:
     _check("conv2d", "x", x=x, weight=weight, bias=bias)
     shape = _conv_size("conv2d", x.shape, weight, stride, padding, dilation, groups)
-    if not _use_triton(x):
+    _check_learned_b("conv2d", b, x)
+    if not _conv2d_uses_triton(x, weight, groups):
         return reference.conv2d(x, weight, bias, stride, padding, dilation, groups, b, eps)
-    n, c, h, w = shape
-    _check_size("conv2d", "the result", x, n * c * h * w)
+    _check_size("conv2d", "the result", x, math.prod(shape))
+    _check_size("conv2d", "x, its channels padded to 8,", x, _padded(x))
     y: Tensor = _triton("conv2d_fused")(
-        x, weight, None, None if bias is None else bias.float(), None, None, None,
+        x, weight, None, None if bias is None else bias.float().contiguous(), None, None, None,
         stride, padding, dilation, groups, b, eps,
     )[0]  # fmt: skip
     return y
@@ -343,7 +369,7 @@ def _conv2d_shape(
     groups: int,
 ) -> Tensor:
     out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return _channels_last_like(out.shape, out) if _use_triton(x) else out
+    return _channels_last_like(out.shape, out) if _conv2d_uses_triton(x, weight, groups) else out
 
 
 def _conv2d_grads(
@@ -539,7 +565,8 @@ def _conv2d_backward(
     x, weight, bias, y = saved
     stride, padding, dilation, groups, eps = options
     if not triton:
-        return reference.conv2d_backward(grad, x, weight, bias, y, stride, padding, dilation, groups, b, eps, needs)
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.conv2d_backward(grad, x, weight, bias, y, stride, padding, dilation, groups, b, eps, needs)
     learned = b if isinstance(b, Tensor) else None
     grads = _conv2d_backward_op(
         grad, x, weight, bias, y, 2.0 if learned is not None else b, learned, stride, padding, dilation, groups, eps,
@@ -552,7 +579,7 @@ def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, stride, padding, dilation, groups, b, eps = inputs
     ctx.b, ctx.options = b, (stride, padding, dilation, groups, eps)
     # Decided here: a backward pass runs in autograd's threads, which do not see use_backend.
-    ctx.triton = _use_triton(x)
+    ctx.triton = _conv2d_uses_triton(x, weight, groups)
     ctx.save_for_backward(x, weight, bias, output)
 
 
@@ -567,7 +594,7 @@ _conv2d.register_autograd(_conv2d_autograd, setup_context=_conv2d_setup)
 
 def _conv2d_learned_b_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, b, *options = inputs
-    ctx.options, ctx.triton = options, _use_triton(x)
+    ctx.options, ctx.triton = options, _conv2d_uses_triton(x, weight, options[3])
     ctx.save_for_backward(x, weight, bias, output, b)
 
 
@@ -586,11 +613,12 @@ def _linear_values(x: Tensor, weight: Tensor, bias: Tensor | None, b: float | Te
         raise InvalidArgumentError(
             "linear: x, weight", f"shapes {tuple(x.shape)}, {tuple(weight.shape)}", "[..., C] and [O, C]"
         )
+    _check_learned_b("linear", b, x)
     if not _use_triton(x):
         return reference.linear(x, weight, bias, b, eps)
     _check_size("linear", "the result", x, x.numel() // max(x.shape[-1], 1) * weight.shape[0])
     y: Tensor = _triton("linear_fused")(
-        x, weight, None, None if bias is None else bias.float(), None, None, None, b, eps
+        x, weight, None, None if bias is None else bias.float().contiguous(), None, None, None, b, eps
     )[0]
     return y
 
@@ -672,7 +700,8 @@ def _linear_backward(
 ) -> tuple[Tensor | None, ...]:
     x, weight, bias, y = saved
     if not triton:
-        return reference.linear_backward(grad, x, weight, bias, y, b, eps, needs)
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.linear_backward(grad, x, weight, bias, y, b, eps, needs)
     learned = b if isinstance(b, Tensor) else None
     grads = _linear_backward_op(grad, x, weight, bias, y, 2.0 if learned is not None else b, learned, eps, list(needs))
     return _needed(grads, needs)
@@ -748,7 +777,8 @@ def patch_norm(
     eps: float,
 ) -> Tensor:
     """Norm of every patch, [N, C, H, W] -> [N, groups, H', W'] (see :func:`reference.patch_norm`); inference only."""
-    return _own(reference.patch_norm(x, kernel_size, stride, padding, dilation, groups, eps), x)
+    with torch.autocast(x.device.type, enabled=False):
+        return _own(reference.patch_norm(x, kernel_size, stride, padding, dilation, groups, eps), x)
 
 
 @patch_norm.register_fake
@@ -866,6 +896,8 @@ def _checked_conv(
     )
     _check_map(op, squares, x.shape, groups, dim)
     _check_size(op, "the result", x, math.prod(out_shape))
+    if x.ndim == 4 and dim == 1:
+        _check_size(op, "x, its channels padded to 8,", x, _padded(x))
 
 
 def _check_conv2d_fused(
@@ -1006,7 +1038,8 @@ def _check_conv2d_contributions(
             f"{op}: weight, inverse_std", f"shapes {tuple(weight.shape)}, {tuple(inverse_std.shape)}",
             "the first layer's weight of 6 (or 3) input channels, and as many standard deviations",
         )  # fmt: skip
-    if image.ndim != 4 or image.shape[1] != 3 or not image.shape[0] or grad.shape[0] % image.shape[0]:
+    rows, count = grad.shape[0], image.shape[0] if image.ndim else 0
+    if image.ndim != 4 or image.shape[1] != 3 or not (rows == count or (count and rows % count == 0)):
         raise InvalidArgumentError(
             f"{op}: image", f"shape {tuple(image.shape)}",
             f"[N, 3, H, W] with N a divisor of the gradient's {grad.shape[0]} rows",
@@ -1014,6 +1047,7 @@ def _check_conv2d_contributions(
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise InvalidTypeError(f"{op}: image", f"dtype {image.dtype}", "uint8 or floating point")
     shape = (grad.shape[0], weight.shape[1], *image.shape[2:])
+    _check_size(op, "the result", grad, rows * channels * image.shape[2] * image.shape[3])
     _check_shape(op, grad=(grad, _conv_size(op, shape, weight, stride, padding, dilation, 1)))
 
 
@@ -1049,6 +1083,7 @@ def _check_layer(op: str, first: str, given: dict[str, Any]) -> None:
         _check_shape(op, mean=(given["mean"], (count,)), std=(given["std"], (count,)))
         if lead.dtype != torch.uint8 and not lead.is_floating_point():
             raise InvalidTypeError(f"{op}: image", f"dtype {lead.dtype}", "uint8 or floating point")
+        _check_size(op, "the result", lead, lead.numel() // 3 * 8)
     if "input_size" in given:
         shape = (lead.shape[0], channels, *given["input_size"])
         window = [given[name] for name in ("kernel_size", "stride", "padding")]
@@ -1083,7 +1118,12 @@ def _fused(name: str, check: Callable[..., None] | None, first: str = "x") -> Ca
             check(*args)
         else:
             _check_layer(name, first, dict(zip(signature.parameters, args, strict=True)))
-        return _distinct(_kernel(name, args[0])(*args))
+        kernel = _kernel(name, args[0])
+        if name == "encode_image" and args[-1] not in STORAGE_DTYPES:
+            kernel = _REFERENCES[name]
+        # Kernels read parameters through a bare pointer. Autocast has no business in here: norms are fp32.
+        with torch.autocast(args[0].device.type, enabled=False):
+            return _distinct(kernel(*(a.contiguous() if isinstance(a, Tensor) and a.ndim == 1 else a for a in args)))
 
     def shapes(*args: Any) -> Any:
         return _distinct(plain(*args))

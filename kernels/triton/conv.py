@@ -238,7 +238,7 @@ def conv2d_kernel(
         else:
             inverse_norm = 1.0 / tl.sqrt(square_sum + eps)
         if B_IN_MEMORY:
-            exponent = tl.load(b)
+            exponent = tl.load(b).to(tl.float32)
 
     # The epilogue works on a part of the columns at a time: with every option asked for, a whole tile of 128 x 128
     # would need more registers than there are.

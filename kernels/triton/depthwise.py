@@ -236,7 +236,7 @@ def depthwise_kernel(
     ENTRY: tl.constexpr = MAP_COLUMNS if BLOCK_N > MAP_COLUMNS else BLOCK_N
     exponent = b
     if B_IN_MEMORY:
-        exponent = tl.load(b)
+        exponent = tl.load(b).to(tl.float32)
     for i in tl.static_range(ROWS):
         z = sums[i]
         row_in = lane_in & (p + i < out_height)

@@ -92,7 +92,7 @@ def grad_response_kernel(
     if POWER == 2:
         exponent = b
         if B_IN_MEMORY:
-            exponent = tl.load(b)
+            exponent = tl.load(b).to(tl.float32)
 
     grad_norm = tl.zeros((BLOCK_M,), tl.float32)
     grad_b = tl.zeros((BLOCK_M,), tl.float32)

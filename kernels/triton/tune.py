@@ -17,7 +17,6 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -218,7 +217,8 @@ class Tuned:
 _tuned: dict[Problem, Tuned] = {}
 _lock = threading.RLock()
 _environment_read = False
-_enabled: ContextVar[bool] = ContextVar("bcos_rt_autotuning", default=False)
+# A count, not a context variable: backward passes run in autograd's own threads.
+_enabled = 0
 
 
 @contextmanager
@@ -227,16 +227,19 @@ def autotuning() -> Iterator[None]:
 
     The first call of each shape is slow (seconds: it compiles and times). Afterwards leave the block: the choices stay.
     """
-    token = _enabled.set(True)
+    global _enabled
+    with _lock:
+        _enabled += 1
     try:
         yield
     finally:
-        _enabled.reset(token)
+        with _lock:
+            _enabled -= 1
 
 
 def autotuning_enabled() -> bool:
-    """Whether the caller is inside :func:`autotuning`."""
-    return _enabled.get()
+    """Whether anyone is inside :func:`autotuning`, in whatever thread."""
+    return _enabled > 0
 
 
 def choose(op: str, run: Callable[[Config], object], arch: str, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
@@ -309,7 +312,7 @@ def _unusable(error: Exception) -> bool:
     if isinstance(error, TritonError):
         return True
     message = str(error).lower()
-    return "passmanager::run failed" in message or "out of resource" in message
+    return "passmanager::run failed" in message or "out of resource" in message or "too many resources" in message
 
 
 def tuned() -> Mapping[Problem, Tuned]:

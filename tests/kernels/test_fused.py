@@ -230,3 +230,33 @@ def test_norms_of_half_precision_take_float32_parameters(dtype):
     assert ops.group_norm_transposed(y, rstd, weight, 2).dtype == dtype
     rows, rstd, _ = ops.layer_norm(x.permute(0, 2, 3, 1).to(dtype), weight, weight, 1e-5)
     assert ops.layer_norm_transposed(rows, rstd, weight).dtype == dtype
+
+
+def test_expanded_and_strided_parameters():
+    x, w = torch.randn(2, 8, 6, 5), torch.randn(4, 8, 3, 3)
+    expected = ops.conv2d_fused(x, w, scale=torch.full((4,), 2.0), shift=torch.ones(4))[0]
+    found = ops.conv2d_fused(x, w, scale=torch.tensor([2.0]).expand(4), shift=torch.ones(8)[::2])[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_norms_stay_in_float32_under_autocast():
+    x = 300 * torch.rand(1, 4, 9, 9)
+    with torch.autocast("cpu", torch.float16):
+        n = ops.patch_norm(x, [3, 3], [1, 1], [2, 2], [2, 2], 1, 1e-6)
+        m = ops.conv2d_fused(x, torch.ones(2, 4, 3, 3), dilation=(2, 2), want_multiplier=True)[1]
+    assert n.dtype == m.dtype == torch.float32
+    assert bool(n.isfinite().all())
+    assert bool(m.isfinite().all())
+
+
+@pytest.mark.parametrize("b", [torch.tensor([1.5]), torch.tensor(2)])
+def test_a_learned_b_is_one_floating_point_number(b):
+    with pytest.raises(ValueError, match="b: got shape"):
+        ops.conv2d(torch.randn(1, 4, 5, 5), torch.randn(2, 4, 3, 3), b=b)
+
+
+def test_no_image_has_no_contributions():
+    out = ops.conv2d_contributions(
+        torch.randn(0, 4, 4, 3), torch.randn(4, 6, 3, 3), torch.rand(0, 3, 6, 5), torch.ones(6)
+    )
+    assert out[1].shape == (0, 6, 5)
