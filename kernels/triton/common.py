@@ -24,16 +24,19 @@ __all__ = [
     "RELU",
     "RELU6",
     "SILU",
+    "activate",
     "activation_gate",
     "bcos_multiplier",
     "column_parts",
     "dot_precision",
     "empty",
     "empty_nhwc",
+    "forward_epilogue",
     "nhwc",
     "pack_bits",
     "power_mode",
     "split_columns",
+    "transposed_epilogue",
     "unit",
     "unpack_bits",
 ]
@@ -79,6 +82,17 @@ def activation_gate(u, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def activate(u, gate, ACTIVATION: tl.constexpr):
+    """``act(u)`` where ``gate`` is :func:`activation_gate` of u."""
+    if ACTIVATION == RELU:
+        # Not u * gate: that would turn an infinity's zero gate into NaN, and a NaN into 0.
+        y = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        y = u * gate
+    return y
+
+
+@triton.jit
 def bcos_multiplier(z, inverse_norm, b, POWER: tl.constexpr):
     """``(|z| / n)^(B-1)``; other B than 1 and 2 as published, ``(|z| / n + 1e-6)^(B-1)``. fp32.
 
@@ -99,9 +113,113 @@ def pack_bits(on, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def unpack_bits(bytes_ptr, rows, columns, row_bytes, mask):
-    """fp32 0/1 of a bit mask made by :func:`pack_bits`: rows [M, 1], columns [1, N], ``row_bytes`` per row."""
+    """fp32 0/1 of a bit mask made by :func:`pack_bits`: rows [M, 1] or [M, N], columns [1, N]."""
     packed = tl.load(bytes_ptr + rows * row_bytes + columns // 8, mask=mask, other=0).to(tl.int32)
     return ((packed >> (columns % 8)) & 1).to(tl.float32)
+
+
+@triton.jit
+def forward_epilogue(
+    z,
+    inverse_norm,
+    exponent,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    y_ptr,
+    multiplier_ptr,
+    gate_ptr,
+    rows,
+    row_in,
+    channel,
+    column_in,
+    y_stride,
+    byte,
+    byte_in,
+    gate_stride,
+    POWER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Everything after the response z [BLOCK_M, BLOCK_N] of a B-cos layer, and its stores.
+
+    Args:
+        inverse_norm: [BLOCK_M, 1] or like z.
+        byte, byte_in: [BLOCK_N // 8], where the columns' bytes of a ReLU's bit mask go, and which of them exist.
+
+    Returns:
+        y as it was stored, fp32 again, zeros past the columns: what the map of sums of squares is made of.
+    """
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + channel, mask=column_in, other=0.0)[None, :]
+    scale = tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32)
+    if POWER != 0:
+        scale = bcos_multiplier(z, inverse_norm, exponent, POWER)
+    if scale_ptr is not None:
+        scale *= tl.load(scale_ptr + channel, mask=column_in, other=0.0)[None, :]
+    u = z * scale
+    if shift_ptr is not None:
+        u += tl.load(shift_ptr + channel, mask=column_in, other=0.0)[None, :]
+    offset = rows[:, None] * y_stride + channel[None, :]
+    inside = row_in[:, None] & column_in[None, :]
+    if residual_ptr is not None:
+        u += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    gate = activation_gate(u, ACTIVATION)
+    y = activate(u, gate, ACTIVATION).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offset, y, mask=inside)
+    if multiplier_ptr is not None:
+        tl.store(multiplier_ptr + offset, (scale * gate).to(multiplier_ptr.dtype.element_ty), mask=inside)
+    if gate_ptr is not None:
+        if ACTIVATION == RELU:
+            packed = pack_bits(tl.where(inside, u > 0, False).to(tl.int32), BLOCK_M, BLOCK_N)
+            byte_inside = row_in[:, None] & byte_in[None, :]
+            tl.store(gate_ptr + rows[:, None] * gate_stride + byte[None, :], packed, mask=byte_inside)
+        else:
+            tl.store(gate_ptr + offset, gate.to(gate_ptr.dtype.element_ty), mask=inside)
+    return tl.where(column_in[None, :], y.to(tl.float32), 0.0)
+
+
+@triton.jit
+def transposed_epilogue(
+    total,
+    identity_ptr,
+    multiplier_ptr,
+    gate_ptr,
+    out_ptr,
+    raw_ptr,
+    place,
+    image_place,
+    channel,
+    channels,
+    inside,
+    gate_stride,
+    GATE_BITS: tl.constexpr,
+):
+    """``G = total + identity``, ``out = G * multiplier``, ``raw = G * gate``: how every adjoint kernel ends.
+
+    Args:
+        total: [M, N], rows of places and columns of channels.
+        place, image_place: [M, 1] or [M, N], the place in the gradient's batch and in the images' (K gradients each).
+        channel: [N]. channels: elements from one place to the next.
+    """
+    offset = place * channels + channel[None, :]
+    image_offset = image_place * channels + channel[None, :]
+    if identity_ptr is not None:
+        total += tl.load(identity_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    out = total
+    if multiplier_ptr is not None:
+        out = total * tl.load(multiplier_ptr + image_offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
+    if raw_ptr is not None:
+        raw = total
+        if gate_ptr is not None:
+            if GATE_BITS:
+                raw = total * unpack_bits(gate_ptr, image_place, channel[None, :], gate_stride, inside)
+            else:
+                raw = total * tl.load(gate_ptr + image_offset, mask=inside, other=0.0).to(tl.float32)
+        tl.store(raw_ptr + offset, raw.to(raw_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

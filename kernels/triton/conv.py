@@ -26,14 +26,11 @@ from bcos_rt.kernels.triton import tune
 from bcos_rt.kernels.triton.common import (
     ACTIVATIONS,
     MAP_COLUMNS,
-    RELU,
-    activation_gate,
-    bcos_multiplier,
     column_parts,
     dot_precision,
     empty,
+    forward_epilogue,
     nhwc,
-    pack_bits,
     power_mode,
     split_columns,
     unit,
@@ -43,76 +40,6 @@ from bcos_rt.kernels.triton.launch import Config, current_arch, launch
 from bcos_rt.kernels.triton.square_sum import square_sum
 
 __all__ = ["conv2d_fused", "launch_forward"]
-
-
-@triton.jit
-def _finish(
-    z,
-    inverse_norm,
-    exponent,
-    bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    residual_ptr,
-    y_ptr,
-    multiplier_ptr,
-    gate_ptr,
-    rows,
-    row_in,
-    first_column,
-    group,
-    columns,
-    y_stride,
-    gate_stride,
-    WANT_SQUARES: tl.constexpr,
-    POWER: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The epilogue of one [BLOCK_M, BLOCK_N] part of z; returns each row's sum of squares of what it stored."""
-    column = first_column + tl.arange(0, BLOCK_N)
-    column_in = column < columns
-    channel = group * columns + column
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + channel, mask=column_in, other=0.0)[None, :]
-    scale = tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32)
-    if POWER != 0:
-        scale = bcos_multiplier(z, inverse_norm[:, None], exponent, POWER)
-    if scale_ptr is not None:
-        scale *= tl.load(scale_ptr + channel, mask=column_in, other=0.0)[None, :]
-    u = z * scale
-    if shift_ptr is not None:
-        u += tl.load(shift_ptr + channel, mask=column_in, other=0.0)[None, :]
-    out_offset = rows[:, None] * y_stride + channel[None, :]
-    out_in = row_in[:, None] & column_in[None, :]
-    if residual_ptr is not None:
-        u += tl.load(residual_ptr + out_offset, mask=out_in, other=0.0).to(tl.float32)
-    gate = activation_gate(u, ACTIVATION)
-    if ACTIVATION == RELU:
-        # Not u * gate: that would turn an infinity's zero gate into NaN, and a NaN into 0.
-        y = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        y = u * gate
-    y = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + out_offset, y, mask=out_in)
-    if multiplier_ptr is not None:
-        tl.store(multiplier_ptr + out_offset, (scale * gate).to(multiplier_ptr.dtype.element_ty), mask=out_in)
-    if gate_ptr is not None:
-        if ACTIVATION == RELU:
-            packed = pack_bits(tl.where(out_in, u > 0, False).to(tl.int32), BLOCK_M, BLOCK_N)
-            byte = first_column // 8 + tl.arange(0, BLOCK_N // 8)
-            byte_in = row_in[:, None] & (byte * 8 < columns)[None, :]
-            byte = group * (columns // 8) + byte
-            tl.store(gate_ptr + rows[:, None] * gate_stride + byte[None, :], packed, mask=byte_in)
-        else:
-            tl.store(gate_ptr + out_offset, gate.to(gate_ptr.dtype.element_ty), mask=out_in)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
-    if WANT_SQUARES:
-        # Of the rounded values: what the consumer reads.
-        stored = tl.where(column_in[None, :], y.to(tl.float32), 0.0)
-        squares = tl.sum(stored * stored, 1)
-    return squares
 
 
 @triton.jit
@@ -248,9 +175,12 @@ def conv2d_kernel(
     parts = split_columns(acc, PARTS)
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     for part in tl.static_range(PARTS):
-        squares += _finish(
+        first = tile_n * BLOCK_N + part * WIDTH
+        part_column = first + tl.arange(0, WIDTH)
+        byte = first // 8 + tl.arange(0, WIDTH // 8)
+        stored = forward_epilogue(
             parts[part],
-            inverse_norm,
+            inverse_norm[:, None],
             exponent,
             bias_ptr,
             scale_ptr,
@@ -261,19 +191,21 @@ def conv2d_kernel(
             gate_ptr,
             rows,
             row_in,
-            tile_n * BLOCK_N + part * WIDTH,
-            group,
-            columns,
+            group * columns + part_column,
+            part_column < columns,
             y_stride,
+            group * (columns // 8) + byte,
+            byte * 8 < columns,
             gate_stride,
-            out_squares_ptr is not None,
             POWER,
             ACTIVATION,
             BLOCK_M,
             WIDTH,
         )
+        if out_squares_ptr is not None:
+            squares += tl.sum(stored * stored, 1)
         if out_squares_ptr is not None and (part == PARTS - 1 or (part + 1) % ENTRY_PARTS == 0):
-            entry = (tile_n * BLOCK_N + part * WIDTH) // MAP_COLUMNS
+            entry = first // MAP_COLUMNS
             offset = rows * (tl.num_programs(1) * entries) + group * entries + entry
             tl.store(out_squares_ptr + offset, squares, mask=row_in & (entry < entries))
             squares = nothing_yet

@@ -30,8 +30,8 @@ from bcos_rt.kernels.triton.common import (
     empty,
     nhwc,
     split_columns,
+    transposed_epilogue,
     unit,
-    unpack_bits,
 )
 from bcos_rt.kernels.triton.conv import tile_for
 from bcos_rt.kernels.triton.gemm_loop import implicit_gemm, inside_bits, swizzle
@@ -55,49 +55,6 @@ def class_taps(parity, padding, dilation, kernel, stride, STEP: tl.constexpr):
     count = tl.maximum((kernel - first + STEP - 1) // STEP, 0)
     shifted = parity + padding - first * dilation
     return first, count, (shifted + first * dilation * stride) // stride - first * dilation
-
-
-@triton.jit
-def _finish(
-    total,
-    identity_ptr,
-    multiplier_ptr,
-    gate_ptr,
-    out_ptr,
-    raw_ptr,
-    x_ptr,
-    spread,
-    row_offset,
-    image_row_offset,
-    row_in,
-    column_offset,
-    column_in,
-    channel,
-    channels,
-    gate_stride,
-    GATE_BITS: tl.constexpr,
-):
-    """Identity, multiplier and raw output of one part of the columns."""
-    offset = row_offset[:, None] + column_offset[None, :]
-    inside = row_in[:, None] & column_in[None, :]
-    if identity_ptr is not None:
-        total += tl.load(identity_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    if x_ptr is not None:
-        total += tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32) * spread[:, None]
-    image_offset = image_row_offset[:, None] + column_offset[None, :]
-    out = total
-    if multiplier_ptr is not None:
-        out = total * tl.load(multiplier_ptr + image_offset, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
-    if raw_ptr is not None:
-        raw = total
-        if gate_ptr is not None:
-            if GATE_BITS:
-                place = image_offset // channels
-                raw = total * unpack_bits(gate_ptr, place, channel[None, :], gate_stride, inside)
-            else:
-                raw = total * tl.load(gate_ptr + image_offset, mask=inside, other=0.0).to(tl.float32)
-        tl.store(raw_ptr + offset, raw.to(raw_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -245,34 +202,35 @@ def conv2d_transposed_kernel(
                 here = (place - i * p_step * out_width - j * q_step) * groups + group
                 spread += tl.load(norm_grad_ptr + here, mask=met, other=0.0)
 
-    row_offset = ((sample * height + h) * width + w) * all_channels + group * channels
-    image_row_offset = (((sample // per_image) * height + h) * width + w) * all_channels + group * channels
+    out_place = ((sample * height + h) * width + w)[:, None]
+    image_place = (((sample // per_image) * height + h) * width + w)[:, None]
     parts = split_columns(acc, PARTS)
     for part in tl.static_range(PARTS):
         part_column = tile_n * BLOCK_N + part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+        part_in = row_in[:, None] & (part_column < columns)[None, :]
+        total = parts[part]
         if PATCHES:
             tap = part_column // channels
+            within = ((tap // kernel_w) * width + tap % kernel_w)[None, :]
             channel = part_column % channels
-            column_offset = ((tap // kernel_w) * width + tap % kernel_w) * channels + channel
         else:
+            within = tl.zeros((1, BLOCK_N // PARTS), tl.int32)
             channel = group * channels + part_column
-            column_offset = part_column
-        _finish(
-            parts[part],
+        if x_ptr is not None:
+            x = tl.load(x_ptr + out_place * all_channels + channel[None, :], mask=part_in, other=0.0)
+            total += x.to(tl.float32) * spread[:, None]
+        transposed_epilogue(
+            total,
             identity_ptr,
             multiplier_ptr,
             gate_ptr,
             out_ptr,
             raw_ptr,
-            x_ptr,
-            spread,
-            row_offset,
-            image_row_offset,
-            row_in,
-            column_offset,
-            part_column < columns,
+            out_place + within,
+            image_place + within,
             channel,
             all_channels,
+            part_in,
             gate_stride,
             GATE_BITS,
         )

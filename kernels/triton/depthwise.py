@@ -36,15 +36,12 @@ from bcos_rt.kernels.triton.channel_tiles import vector_elements
 from bcos_rt.kernels.triton.common import (
     ACTIVATIONS,
     MAP_COLUMNS,
-    RELU,
-    activation_gate,
-    bcos_multiplier,
     empty,
+    forward_epilogue,
     nhwc,
-    pack_bits,
     power_mode,
+    transposed_epilogue,
     unit,
-    unpack_bits,
 )
 from bcos_rt.kernels.triton.conv_transposed import class_taps
 from bcos_rt.kernels.triton.launch import Config, launch
@@ -238,44 +235,37 @@ def depthwise_kernel(
     if B_IN_MEMORY:
         exponent = tl.load(b).to(tl.float32)
     for i in tl.static_range(ROWS):
-        z = sums[i]
         row_in = lane_in & (p + i < out_height)
         rows = (image * out_height + p + i) * out_width + q
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + channel, mask=channel_in, other=0.0)[None, :]
-        scale = tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32)
+        inverse_norm = 1.0
         if POWER != 0:
-            scale = bcos_multiplier(z, tl.rsqrt(norms[i] + eps), exponent, POWER)
-        if scale_ptr is not None:
-            scale *= tl.load(scale_ptr + channel, mask=channel_in, other=0.0)[None, :]
-        u = z * scale
-        if shift_ptr is not None:
-            u += tl.load(shift_ptr + channel, mask=channel_in, other=0.0)[None, :]
-        offset = rows[:, None] * filters + channel[None, :]
-        inside = row_in[:, None] & channel_in[None, :]
-        if residual_ptr is not None:
-            u += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        gate = activation_gate(u, ACTIVATION)
-        if ACTIVATION == RELU:
-            # Not u * gate: that would turn an infinity's zero gate into NaN, and a NaN into 0.
-            y = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        else:
-            y = u * gate
-        y = y.to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + offset, y, mask=inside)
-        if multiplier_ptr is not None:
-            tl.store(multiplier_ptr + offset, (scale * gate).to(multiplier_ptr.dtype.element_ty), mask=inside)
-        if gate_ptr is not None:
-            if ACTIVATION == RELU:
-                packed = pack_bits(tl.where(inside, u > 0, False).to(tl.int32), BLOCK_M, BLOCK_N)
-                byte = tl.program_id(1) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
-                byte_in = row_in[:, None] & (byte < gate_stride)[None, :]
-                tl.store(gate_ptr + rows[:, None] * gate_stride + byte[None, :], packed, mask=byte_in)
-            else:
-                tl.store(gate_ptr + offset, gate.to(gate_ptr.dtype.element_ty), mask=inside)
+            inverse_norm = tl.rsqrt(norms[i] + eps)
+        byte = tl.program_id(1) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+        stored = forward_epilogue(
+            sums[i],
+            inverse_norm,
+            exponent,
+            bias_ptr,
+            scale_ptr,
+            shift_ptr,
+            residual_ptr,
+            y_ptr,
+            multiplier_ptr,
+            gate_ptr,
+            rows,
+            row_in,
+            channel,
+            channel_in,
+            filters,
+            byte,
+            byte < gate_stride,
+            gate_stride,
+            POWER,
+            ACTIVATION,
+            BLOCK_M,
+            BLOCK_N,
+        )
         if squares_ptr is not None:
-            # Of the rounded values: what the consumer reads. Past the channels there may be an activation of 0.
-            stored = tl.where(channel_in[None, :], y.to(tl.float32), 0.0)
             parts = tl.sum(tl.reshape(stored * stored, (BLOCK_M, BLOCK_N // ENTRY, ENTRY)), 2)
             entry = tl.program_id(1) * (BLOCK_N // ENTRY) + tl.arange(0, BLOCK_N // ENTRY)
             entries = tl.cdiv(filters, MAP_COLUMNS)
@@ -376,26 +366,22 @@ def depthwise_transposed_kernel(
     )
 
     for i in tl.static_range(ROWS):
-        total = sums[i]
         h = (class_row + i) * stride_h + parity_h
-        inside = (lane_in & (h < height))[:, None] & channel_in[None, :]
-        offset = ((sample * height + h) * width + w)[:, None] * channels + channel[None, :]
-        image_place = ((sample // per_image * height + h) * width + w)[:, None]
-        image_offset = image_place * channels + channel[None, :]
-        if identity_ptr is not None:
-            total += tl.load(identity_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        out = total
-        if multiplier_ptr is not None:
-            out = total * tl.load(multiplier_ptr + image_offset, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
-        if raw_ptr is not None:
-            raw = total
-            if gate_ptr is not None:
-                if GATE_BITS:
-                    raw = total * unpack_bits(gate_ptr, image_place, channel[None, :], gate_stride, inside)
-                else:
-                    raw = total * tl.load(gate_ptr + image_offset, mask=inside, other=0.0).to(tl.float32)
-            tl.store(raw_ptr + offset, raw.to(raw_ptr.dtype.element_ty), mask=inside)
+        transposed_epilogue(
+            sums[i],
+            identity_ptr,
+            multiplier_ptr,
+            gate_ptr,
+            out_ptr,
+            raw_ptr,
+            ((sample * height + h) * width + w)[:, None],
+            ((sample // per_image * height + h) * width + w)[:, None],
+            channel,
+            channels,
+            (lane_in & (h < height))[:, None] & channel_in[None, :],
+            gate_stride,
+            GATE_BITS,
+        )
 
 
 @triton.jit

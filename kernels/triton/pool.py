@@ -33,7 +33,7 @@ from bcos_rt.kernels.triton.channel_tiles import (
     total_channels,
     vector_elements,
 )
-from bcos_rt.kernels.triton.common import empty, nhwc, unpack_bits
+from bcos_rt.kernels.triton.common import empty, nhwc, transposed_epilogue
 from bcos_rt.kernels.triton.launch import Config, launch
 
 __all__ = ["avg_pool2d", "avg_pool2d_transposed", "max_pool2d", "max_pool2d_transposed"]
@@ -280,24 +280,21 @@ def pool2d_transposed_kernel(
                 value *= (1.0 / divisor)[:, None]
             total += value
 
-    mask = place_in[:, None] & channel_in[None, :]
-    offset = places[:, None] * channels + channel[None, :]
-    image_place = (image * (height * width) + places % (height * width))[:, None]
-    image_offset = image_place * channels + channel[None, :]
-    if identity_ptr is not None:
-        total += tl.load(identity_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    out = total
-    if multiplier_ptr is not None:
-        out = total * tl.load(multiplier_ptr + image_offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=mask)
-    if raw_ptr is not None:
-        raw = total
-        if gate_ptr is not None:
-            if GATE_BITS:
-                raw = total * unpack_bits(gate_ptr, image_place, channel[None, :], gate_stride, mask)
-            else:
-                raw = total * tl.load(gate_ptr + image_offset, mask=mask, other=0.0).to(tl.float32)
-        tl.store(raw_ptr + offset, raw.to(raw_ptr.dtype.element_ty), mask=mask)
+    transposed_epilogue(
+        total,
+        identity_ptr,
+        multiplier_ptr,
+        gate_ptr,
+        out_ptr,
+        raw_ptr,
+        places[:, None],
+        (image * (height * width) + places % (height * width))[:, None],
+        channel,
+        channels,
+        place_in[:, None] & channel_in[None, :],
+        gate_stride,
+        GATE_BITS,
+    )
 
 
 def _window(kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> dict[str, Any]:

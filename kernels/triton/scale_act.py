@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bcos_rt.errors import InvalidArgumentError, did_you_mean
 from bcos_rt.kernels.triton.channel_tiles import channel_tile, place_tile, store_squares, tile_arguments, total_channels
-from bcos_rt.kernels.triton.common import ACTIVATIONS, RELU, activation_gate, empty, nhwc
+from bcos_rt.kernels.triton.common import ACTIVATIONS, activate, activation_gate, empty, nhwc
 from bcos_rt.kernels.triton.launch import Config, launch
 
 __all__ = ["scale_act", "scale_act_transposed"]
@@ -50,11 +50,7 @@ def scale_act_kernel(
     scale = tl.load(scale_ptr + channel, mask=channel_in, other=0.0)
     shift = tl.load(shift_ptr + channel, mask=channel_in, other=0.0)
     u = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
-    if ACTIVATION == RELU:
-        # Not u * gate: that would turn an infinity's zero gate into NaN, and a NaN into 0.
-        y = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        y = u * activation_gate(u, ACTIVATION)
+    y = activate(u, activation_gate(u, ACTIVATION), ACTIVATION)
     y = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + offset, y, mask=mask)
     if squares_ptr is not None:
