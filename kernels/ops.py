@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.kernels import reference, reference_layers
-from bcos_rt.kernels.reference import CONV_EPS, LINEAR_EPS
+from bcos_rt.kernels.reference import ACTIVATIONS, CONV_EPS, LINEAR_EPS
 
 __all__ = [
     "ACTIVATIONS",
@@ -63,7 +63,6 @@ __all__ = [
 ]
 
 Backend = Literal["auto", "triton", "reference"]
-ACTIVATIONS = ("none", "relu", "relu6", "gelu", "silu", "hardswish")
 STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Offsets inside the kernels are 32-bit.
 MAX_ELEMENTS = 2**31 - 1
@@ -468,18 +467,8 @@ def _conv2d(
 
 
 @_conv2d.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    b: float,
-    eps: float,
-) -> Tensor:
-    return _conv2d_shape(x, weight, bias, stride, padding, dilation, groups)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    return _conv2d_shape(x, weight, bias, *options[:4])
 
 
 @torch.library.custom_op("bcos_rt::conv2d_learned_b", mutates_args=())
@@ -498,18 +487,8 @@ def _conv2d_learned_b(
 
 
 @_conv2d_learned_b.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    b: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    eps: float,
-) -> Tensor:
-    return _conv2d_shape(x, weight, bias, stride, padding, dilation, groups)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, *options: Any) -> Tensor:
+    return _conv2d_shape(x, weight, bias, *options[:4])
 
 
 @torch.library.custom_op("bcos_rt::conv2d_backward", mutates_args=())
@@ -635,7 +614,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, b: float, eps: float
 
 
 @_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, b: float, eps: float) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
     return _linear_shape(x, weight, bias)
 
 
@@ -645,7 +624,7 @@ def _linear_learned_b(x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor,
 
 
 @_linear_learned_b.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, eps: float) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
     return _linear_shape(x, weight, bias)
 
 

@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "ACTIVATIONS",
     "COLOUR_EPS",
     "CONV_EPS",
     "LINEAR_EPS",
     "MAP_COLUMNS",
     "POWER_EPS",
     "activation_gate",
+    "channels_last",
     "conv2d",
     "conv2d_backward",
     "conv2d_contributions",
@@ -36,8 +38,10 @@ __all__ = [
     "linear_fused",
     "linear_transposed",
     "map_entries",
+    "norm_dtype",
     "pack_mask",
     "patch_norm",
+    "per_row",
     "recover_z",
     "row_norm",
     "square_sum",
@@ -55,9 +59,12 @@ COLOUR_EPS = 1e-12
 # Channels that one entry of a sum-of-squares map written by a convolution is the sum of (within a group). Several
 # entries, because a GPU program sees a part of the channels; a fixed number, because shapes must not depend on tiles.
 MAP_COLUMNS = 64
+# What may follow a layer inside one fused op; a GPU kernel knows them by their position here.
+ACTIVATIONS = ("none", "relu", "relu6", "gelu", "silu", "hardswish")
 
 
-def _norm_dtype(x: Tensor) -> torch.dtype:
+def norm_dtype(x: Tensor) -> torch.dtype:
+    """What norms and sums of ``x`` are computed in: at least float32."""
     # fp16 squares overflow above 256 and lose everything below 1e-4; bf16 sums lose 16 bits. Norms live in fp32.
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -92,7 +99,7 @@ def patch_norm(
     Returns:
         [N, groups, H', W'] in float32 (float64 for float64 input).
     """
-    wide = x.to(_norm_dtype(x))
+    wide = x.to(norm_dtype(x))
     squares = wide * wide
     if groups == 1:
         squares = squares.sum(1, keepdim=True)
@@ -103,7 +110,7 @@ def patch_norm(
 
 def row_norm(x: Tensor, eps: float = LINEAR_EPS) -> Tensor:
     """Norm of the last dimension, ``||x|| + eps``: [..., C] -> [..., 1] in float32 (float64 for float64 input)."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_norm_dtype(x))
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=norm_dtype(x))
     return norm + eps
 
 
@@ -312,7 +319,7 @@ def unpack_mask(packed: Tensor, channels: int) -> Tensor:
     return bits.flatten(-2)[..., :channels].bool()
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     """[N, C, H, W] in channels-last memory, a copy only if it is not (torch's flag is ambiguous for C = 1 or 1 x 1)."""
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
@@ -324,8 +331,8 @@ def map_entries(channels: int) -> int:
 
 def square_sum(x: Tensor, groups: int = 1) -> Tensor:
     """Channel sums of squares per group, [N, C, H, W] -> [N, groups, H, W] in float32 (float64 for float64 input)."""
-    wide = x.to(_norm_dtype(x))
-    return _channels_last(torch.unflatten(wide * wide, 1, (groups, x.shape[1] // groups)).sum(2))
+    wide = x.to(norm_dtype(x))
+    return channels_last(torch.unflatten(wide * wide, 1, (groups, x.shape[1] // groups)).sum(2))
 
 
 def _epilogue(
@@ -363,7 +370,7 @@ def _epilogue(
         gate_out = pack_mask(u > 0) if activation == "relu" else gate.to(dtype)
     squares = nothing
     if want_squares:
-        wide = y.to(_norm_dtype(y))
+        wide = y.to(norm_dtype(y))
         per_group = torch.unflatten(wide * wide, -1, (groups, y.shape[-1] // groups))
         padded = F.pad(per_group, (0, -per_group.shape[-1] % MAP_COLUMNS))
         squares = torch.unflatten(padded, -1, (-1, MAP_COLUMNS)).sum(-1).flatten(-2)
@@ -390,7 +397,7 @@ def conv2d_fused(
     want_squares: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A convolution with its whole epilogue; see :func:`bcos_rt.kernels.ops.conv2d_fused`."""
-    wide = _norm_dtype(x)
+    wide = norm_dtype(x)
     z = F.conv2d(
         x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), stride, padding, dilation, groups
     )
@@ -428,7 +435,7 @@ def linear_fused(
     want_squares: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A linear layer with its whole epilogue; see :func:`bcos_rt.kernels.ops.linear_fused`."""
-    wide = _norm_dtype(x)
+    wide = norm_dtype(x)
     z = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     n = None
     if b != 1:
@@ -440,7 +447,7 @@ def linear_fused(
     return _epilogue(z, n, scale, shift, residual, b, activation, x.dtype, wants, 1)
 
 
-def _per_row(factor: Tensor, rows: int) -> Tensor:
+def per_row(factor: Tensor, rows: int) -> Tensor:
     """A forward value repeated to the rows of an adjoint: K classes of each image, class fastest."""
     return factor if factor.shape[0] == rows else factor.repeat_interleave(rows // factor.shape[0], 0)
 
@@ -459,13 +466,13 @@ def transposed_epilogue(
     """
     if identity is not None:
         total = total + identity.to(total.dtype)
-    out = total if multiplier is None else total * _per_row(multiplier, total.shape[0]).to(total.dtype)
+    out = total if multiplier is None else total * per_row(multiplier, total.shape[0]).to(total.dtype)
     raw = total.new_empty(0)
     if want_raw:
         raw = total
         if gate is not None:
             wide = unpack_mask(gate, total.shape[-1]) if gate.dtype == torch.uint8 else gate
-            raw = total * _per_row(wide, total.shape[0]).to(total.dtype)
+            raw = total * per_row(wide, total.shape[0]).to(total.dtype)
         if raw is out:
             raw = raw.clone()
     return out.to(dtype), raw.to(dtype)
@@ -485,7 +492,7 @@ def conv2d_transposed(
     want_raw: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The adjoint of a convolution with its epilogue; see :func:`bcos_rt.kernels.ops.conv2d_transposed`."""
-    wide = _norm_dtype(grad)
+    wide = norm_dtype(grad)
     total = _conv_adjoint(grad.to(wide), weight.to(wide), input_size, stride, padding, dilation, groups)
 
     def last(t: Tensor | None) -> Tensor | None:
@@ -527,7 +534,7 @@ def linear_transposed(
     want_raw: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The adjoint of a linear layer with its epilogue; see :func:`bcos_rt.kernels.ops.linear_transposed`."""
-    wide = _norm_dtype(grad)
+    wide = norm_dtype(grad)
     total = grad.to(wide) @ weight.to(wide)
     return transposed_epilogue(total, multiplier, identity, gate, want_raw, grad.dtype)
 
@@ -545,12 +552,12 @@ def conv2d_contributions(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The last step of an explanation; see :func:`bcos_rt.kernels.ops.conv2d_contributions`."""
     channels = inverse_std.numel()
-    wide = _norm_dtype(grad)
+    wide = norm_dtype(grad)
     total = _conv_adjoint(grad.to(wide), weight[:, :channels].to(wide), image.shape[2:], stride, padding, dilation, 1)
     weights = total * (inverse_std.to(wide) * scale)[:, None, None]
     x = image.to(wide) / 255 if image.dtype == torch.uint8 else image.to(wide)
     encoded = torch.cat([x, 1 - x], 1) if channels == 6 else x
-    contributions = (weights * _per_row(encoded, grad.shape[0])).sum(1)
+    contributions = (weights * per_row(encoded, grad.shape[0])).sum(1)
     colour = grad.new_empty(0, dtype=wide)
     if channels == 6:
         # The per-pixel terms of the colour picture (bcos_rt/explanation/picture.py).

@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bcos_rt.errors import InvalidArgumentError
-from bcos_rt.kernels.reference import MAP_COLUMNS, activation_gate, map_entries, square_sum, transposed_epilogue
+from bcos_rt.kernels.reference import (
+    MAP_COLUMNS,
+    activation_gate,
+    channels_last,
+    map_entries,
+    norm_dtype,
+    per_row,
+    square_sum,
+    transposed_epilogue,
+)
 
 __all__ = [
     "ENCODED_CHANNELS",
@@ -39,19 +48,6 @@ __all__ = [
 
 # What an encoded image is padded to with zeros: 16 bytes a pixel in 16-bit storage.
 ENCODED_CHANNELS = 8
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-
-
-def _per_row(factor: Tensor, rows: int) -> Tensor:
-    """A forward value repeated to the rows of an adjoint: K classes of each image, class fastest."""
-    return factor if factor.shape[0] == rows else factor.repeat_interleave(rows // factor.shape[0], 0)
 
 
 def _maybe_squares(y: Tensor, groups: int, want: bool) -> Tensor:
@@ -110,7 +106,7 @@ def encode_image(
     if six_channels:
         x = torch.cat([x, 1 - x], 1)
     x = (x - mean.to(wide)[:, None, None]) / std.to(wide)[:, None, None]
-    encoded = _channels_last(F.pad(x, (0, 0, 0, 0, 0, ENCODED_CHANNELS - x.shape[1])).to(dtype))
+    encoded = channels_last(F.pad(x, (0, 0, 0, 0, 0, ENCODED_CHANNELS - x.shape[1])).to(dtype))
     return encoded, square_sum(encoded)
 
 
@@ -165,8 +161,10 @@ def avg_pool2d(
         y [N, C, H', W'] and squares [N, groups map_entries(C / groups), H', W'] (empty if not wanted).
     """
     pooled_size(x.shape[2:], kernel_size, stride, padding, (1, 1), ceil_mode)
-    y = F.avg_pool2d(x.to(_wide(x)), tuple(kernel_size), tuple(stride), tuple(padding), ceil_mode, count_include_pad)
-    y = _channels_last(y.to(x.dtype))
+    y = F.avg_pool2d(
+        x.to(norm_dtype(x)), tuple(kernel_size), tuple(stride), tuple(padding), ceil_mode, count_include_pad
+    )
+    y = channels_last(y.to(x.dtype))
     return y, _maybe_squares(y, groups, want_squares)
 
 
@@ -185,7 +183,7 @@ def avg_pool2d_transposed(
 ) -> tuple[Tensor, Tensor]:
     """The adjoint of average pooling, [N K, C, H', W'] -> [N K, C, H, W], with the explanation's epilogue."""
     pooled_size(input_size, kernel_size, stride, padding, (1, 1), ceil_mode)
-    wide = grad.to(_wide(grad))
+    wide = grad.to(norm_dtype(grad))
     shape_of_input = wide.new_empty(*grad.shape[:2], *input_size)
     total = torch.ops.aten.avg_pool2d_backward(
         wide, shape_of_input, list(kernel_size), list(stride), list(padding), ceil_mode, count_include_pad, None
@@ -219,13 +217,13 @@ def max_pool2d(
     y, flat = F.max_pool2d(
         x, tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode, return_indices=True
     )
-    y = _channels_last(y)
+    y = channels_last(y)
     index = y.new_empty(0)
     if want_index:
         first_h, first_w = (torch.arange(size[i], device=x.device) * stride[i] - padding[i] for i in range(2))
         r = (flat // x.shape[3] - first_h[:, None]) // dilation[0]
         s = (flat % x.shape[3] - first_w) // dilation[1]
-        index = _channels_last((r * kernel_size[1] + s).to(window_index_dtype(kernel_size)))
+        index = channels_last((r * kernel_size[1] + s).to(window_index_dtype(kernel_size)))
     return y, index, _maybe_squares(y, groups, want_squares)
 
 
@@ -250,8 +248,8 @@ def max_pool2d_transposed(
     first_w = torch.arange(out_w, device=grad.device) * stride[1] - padding[1]
     h = first_h + place // kernel_size[1] * dilation[0]
     w = first_w + place % kernel_size[1] * dilation[1]
-    flat = _per_row((h * width + w).flatten(2), rows)
-    total = grad.new_zeros(rows, channels, height * width, dtype=_wide(grad))
+    flat = per_row((h * width + w).flatten(2), rows)
+    total = grad.new_zeros(rows, channels, height * width, dtype=norm_dtype(grad))
     total = total.scatter_add(2, flat, grad.to(total.dtype).flatten(2)).reshape(rows, channels, height, width)
     return _transposed(total, multiplier, identity, gate, want_raw, grad.dtype)
 
@@ -264,10 +262,10 @@ def scale_act(
     x: Tensor, scale: Tensor, shift: Tensor, activation: str, want_squares: bool = False, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
     """``y = act(scale_c x + shift_c)`` with its map of sums of squares: x [N, C, H, W], scale and shift [C]."""
-    wide = _wide(x)
+    wide = norm_dtype(x)
     u = x.to(wide) * _per_channel(scale, wide) + _per_channel(shift, wide)
     y = u.relu() if activation == "relu" else u * activation_gate(u, activation)
-    y = _channels_last(y.to(x.dtype))
+    y = channels_last(y.to(x.dtype))
     return y, _maybe_squares(y, groups, want_squares)
 
 
@@ -275,13 +273,13 @@ def scale_act_transposed(
     grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, activation: str, identity: Tensor | None = None
 ) -> Tensor:
     """``grad * scale_c * gate(scale_c x + shift_c) + identity``: grad [N K, C, H, W], x [N, C, H, W]."""
-    wide = _wide(grad)
+    wide = norm_dtype(grad)
     u = x.to(wide) * _per_channel(scale, wide) + _per_channel(shift, wide)
     slope = _per_channel(scale, wide) * activation_gate(u, activation)
-    out = grad.to(wide) * _per_row(slope, grad.shape[0])
+    out = grad.to(wide) * per_row(slope, grad.shape[0])
     if identity is not None:
         out = out + identity.to(wide)
-    return _channels_last(out.to(grad.dtype))
+    return channels_last(out.to(grad.dtype))
 
 
 def layer_norm(
@@ -296,7 +294,7 @@ def layer_norm(
     Returns:
         y [..., C]; ``rstd = 1 / sqrt(var + eps)`` [...]; squares [..., 1] (empty if not wanted).
     """
-    wide = x.to(_wide(x))
+    wide = x.to(norm_dtype(x))
     centred = wide - wide.mean(-1, keepdim=True)
     rstd = ((centred * centred).mean(-1, keepdim=True) + eps).rsqrt()
     y = centred * rstd
@@ -316,10 +314,10 @@ def layer_norm_transposed(grad: Tensor, rstd: Tensor, weight: Tensor | None, ide
         grad: [N K, ..., C].
         rstd: [N, ...].
     """
-    g = grad.to(_wide(grad))
+    g = grad.to(norm_dtype(grad))
     if weight is not None:
         g = g * weight.to(g.dtype)
-    rows = rstd.to(g.dtype) if grad.ndim == 1 else _per_row(rstd.to(g.dtype), grad.shape[0])
+    rows = rstd.to(g.dtype) if grad.ndim == 1 else per_row(rstd.to(g.dtype), grad.shape[0])
     out = rows[..., None] * (g - g.mean(-1, keepdim=True))
     if identity is not None:
         out = out + identity.to(g.dtype)
@@ -341,7 +339,7 @@ def group_norm(
     if groups < 1 or x.shape[1] % groups:
         raise InvalidArgumentError("groups", groups, f"a divisor of the {x.shape[1]} channels")
     n, channels, height, width = x.shape
-    wide = x.to(_wide(x)).reshape(n, groups, channels // groups, height, width)
+    wide = x.to(norm_dtype(x)).reshape(n, groups, channels // groups, height, width)
     centred = wide - wide.mean((2, 3, 4), keepdim=True)
     rstd = ((centred * centred).mean((2, 3, 4), keepdim=True) + eps).rsqrt()
     y = (centred * rstd).flatten(1, 2)
@@ -349,7 +347,7 @@ def group_norm(
         y = y * _per_channel(weight, y.dtype)
     if bias is not None:
         y = y + _per_channel(bias, y.dtype)
-    y = _channels_last(y.to(x.dtype))
+    y = channels_last(y.to(x.dtype))
     squares = square_sum(y, groups) if want_squares else y.new_empty(0)
     return y, rstd.flatten(1), squares
 
@@ -363,13 +361,13 @@ def group_norm_transposed(
         grad: [N K, C, H, W]; the mean is over each group's channels and pixels.
         rstd: [N, groups].
     """
-    g = grad.to(_wide(grad))
+    g = grad.to(norm_dtype(grad))
     if weight is not None:
         g = g * _per_channel(weight, g.dtype)
     n, channels, height, width = grad.shape
     g = g.reshape(n, groups, channels // groups, height, width)
-    rows = _per_row(rstd.to(g.dtype), grad.shape[0])[:, :, None, None, None]
+    rows = per_row(rstd.to(g.dtype), grad.shape[0])[:, :, None, None, None]
     out = (rows * (g - g.mean((2, 3, 4), keepdim=True))).flatten(1, 2)
     if identity is not None:
         out = out + identity.to(g.dtype)
-    return _channels_last(out.to(grad.dtype))
+    return channels_last(out.to(grad.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,18 +28,23 @@ __all__ = [
     "activate",
     "activation_gate",
     "bcos_multiplier",
+    "class_steps",
+    "classes_per_image",
     "column_parts",
     "dot_precision",
     "empty",
     "empty_nhwc",
     "forward_epilogue",
+    "nchw",
     "nhwc",
+    "optional_nhwc",
     "pack_bits",
     "power_mode",
     "split_columns",
     "transposed_epilogue",
     "unit",
     "unpack_bits",
+    "window_arguments",
 ]
 
 NONE = tl.constexpr(0)
@@ -47,7 +53,7 @@ RELU6 = tl.constexpr(2)
 GELU = tl.constexpr(3)
 SILU = tl.constexpr(4)
 HARDSWISH = tl.constexpr(5)
-ACTIVATIONS: dict[str, int] = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "silu": 4, "hardswish": 5}
+ACTIVATIONS: dict[str, int] = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
 # How B enters: not at all (B = 1), as the square (B = 2), or as a run-time exponent.
 POWER_PLAIN = tl.constexpr(0)
@@ -294,3 +300,38 @@ def empty_nhwc(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = N
     """Uninitialised [N, C, H, W] (``shape``) in channels-last memory, on ``like``'s device."""
     n, c, h, w = shape
     return empty(like, (n, h, w, c), dtype).permute(0, 3, 1, 2)
+
+
+def optional_nhwc(x: Tensor | None) -> Tensor | None:
+    """:func:`nhwc` of a tensor that may be missing."""
+    return None if x is None else nhwc(x)
+
+
+def nchw(x: Tensor) -> Tensor:
+    """A result [N, H, W, C] as [N, C, H, W] in channels-last memory; what was not asked for stays empty."""
+    return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+
+
+def classes_per_image(rows: int, *saved: Tensor | None) -> int:
+    """K, where ``rows`` gradients belong to the images that values were ``saved`` of in the forward pass."""
+    return next((rows // s.shape[0] for s in saved if s is not None and s.shape[0]), 1)
+
+
+def window_arguments(
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int] | None = None
+) -> dict[str, int]:
+    """A window's kernel arguments, ``kernel_h`` to ``dilation_w``; no dilation where a kernel knows none."""
+    pairs = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    return {f"{name}_{axis}": pair[i] for name, pair in pairs.items() if pair for i, axis in enumerate("hw")}
+
+
+def class_steps(stride: Sequence[int], dilation: Sequence[int]) -> dict[str, int]:
+    """An adjoint's kernel arguments: from one kernel place that a parity class meets to the next, and in its p and q.
+
+    See ``class_taps`` (``conv_transposed.py``).
+    """
+    arguments = {}
+    for axis, place, s, d in zip("HW", "pq", stride, dilation, strict=True):
+        arguments[f"STEP_{axis}"] = s // math.gcd(s, d)
+        arguments[f"{place}_step"] = d // math.gcd(s, d)
+    return arguments

@@ -21,7 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from bcos_rt.kernels.triton import tune
-from bcos_rt.kernels.triton.common import dot_precision, empty, nhwc, unit
+from bcos_rt.kernels.triton.common import (
+    class_steps,
+    dot_precision,
+    empty,
+    nhwc,
+    unit,
+    window_arguments,
+)
 from bcos_rt.kernels.triton.conv_transposed import class_taps
 from bcos_rt.kernels.triton.gemm_loop import implicit_gemm, inside_bits, swizzle
 from bcos_rt.kernels.triton.launch import Config, current_arch, launch
@@ -227,7 +234,6 @@ def conv2d_contributions(
         else math.prod(-(-n // s) for n, s in zip((height, width), stride, strict=True))
     )
     columns = 8 * kernel_h * kernel_w if patches else 8
-    steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     arch = current_arch(grad.device)
     picked = config or tune.pick("conv2d_transposed", arch, rows, 16, filters, grad.dtype)
     # The epilogue holds several values per pixel and channel: a narrow tile leaves it the registers.
@@ -259,18 +265,8 @@ def conv2d_contributions(
             "out_height": out_height,
             "out_width": out_width,
             "filter_units": filters // unit(filters),
-            "stride_h": stride[0],
-            "stride_w": stride[1],
-            "padding_h": padding[0],
-            "padding_w": padding[1],
-            "dilation_h": dilation[0],
-            "dilation_w": dilation[1],
-            "kernel_h": kernel_h,
-            "kernel_w": kernel_w,
-            "p_step": dilation[0] * steps[0] // stride[0],
-            "q_step": dilation[1] * steps[1] // stride[1],
-            "STEP_H": steps[0],
-            "STEP_W": steps[1],
+            **window_arguments((kernel_h, kernel_w), stride, padding, dilation),
+            **class_steps(stride, dilation),
             "PATCHES": patches,
             "USED": used,
             "EVEN_K": filters % tile.block_k == 0,

@@ -30,10 +30,12 @@ from bcos_rt.kernels.triton.common import (
     dot_precision,
     empty,
     forward_epilogue,
+    nchw,
     nhwc,
     power_mode,
     split_columns,
     unit,
+    window_arguments,
 )
 from bcos_rt.kernels.triton.gemm_loop import implicit_gemm, inside_bits, swizzle
 from bcos_rt.kernels.triton.launch import Config, current_arch, launch
@@ -325,14 +327,7 @@ def launch_forward(
             "column_units": group_out // unit(group_out),
             "map_tiles": squares.shape[-1] // groups if squares is not None and not plain else 1,
             "gate_stride": gate.shape[-1],
-            "stride_h": stride[0],
-            "stride_w": stride[1],
-            "padding_h": padding[0],
-            "padding_w": padding[1],
-            "dilation_h": dilation[0],
-            "dilation_w": dilation[1],
-            "kernel_h": kernel_h,
-            "kernel_w": kernel_w,
+            **window_arguments((kernel_h, kernel_w), stride, padding, dilation),
             "POWER": power,
             "ROW_NORM": row_norm,
             "ACTIVATION": ACTIVATIONS[activation],
@@ -401,5 +396,5 @@ def conv2d_fused(
         None if residual is None else nhwc(residual), stride, padding, dilation, groups, b, eps, activation,
         want_multiplier, want_gate, want_squares, False, config, "conv2d",
     )  # fmt: skip
-    y, multiplier, gate, out_squares = (t.permute(0, 3, 1, 2) if t.ndim == 4 else t for t in out)
+    y, multiplier, gate, out_squares = (nchw(t) for t in out)
     return y, multiplier, gate, out_squares

@@ -25,13 +25,18 @@ from torch import Tensor
 
 from bcos_rt.kernels.triton import tune
 from bcos_rt.kernels.triton.common import (
+    class_steps,
+    classes_per_image,
     column_parts,
     dot_precision,
     empty,
+    nchw,
     nhwc,
+    optional_nhwc,
     split_columns,
     transposed_epilogue,
     unit,
+    window_arguments,
 )
 from bcos_rt.kernels.triton.conv import tile_for
 from bcos_rt.kernels.triton.gemm_loop import implicit_gemm, inside_bits, swizzle
@@ -277,7 +282,6 @@ def launch_transposed(
         rows, columns = batch * out_height * out_width, channels * kernel_h * kernel_w
     else:
         rows, columns = batch * -(-height // stride[0]) * -(-width // stride[1]), channels
-    steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     arch = current_arch(grad.device)
     op = "linear_transposed" if single or patches else "conv2d_transposed"
 
@@ -296,10 +300,6 @@ def launch_transposed(
 
     out = empty(grad, (batch, height, width, channels * groups))
     raw = empty(grad, out.shape) if want_raw else grad.new_empty(0)
-    per_image = 1
-    for saved in (multiplier, gate):
-        if saved is not None and saved.shape[0]:
-            per_image = batch // saved.shape[0]
     launch(
         name,
         conv2d_transposed_kernel,
@@ -316,7 +316,7 @@ def launch_transposed(
             "out_ptr": out,
             "raw_ptr": raw if want_raw else None,
             "batch": batch,
-            "per_image": per_image,
+            "per_image": classes_per_image(batch, multiplier, gate),
             "height": height,
             "width": width,
             "out_height": out_height,
@@ -324,19 +324,8 @@ def launch_transposed(
             "filter_units": filters // unit(filters),
             "channel_units": channels // unit(channels),
             "gate_stride": gate.shape[-1] if gate is not None else 1,
-            "stride_h": stride[0],
-            "stride_w": stride[1],
-            "padding_h": padding[0],
-            "padding_w": padding[1],
-            "dilation_h": dilation[0],
-            "dilation_w": dilation[1],
-            "kernel_h": kernel_h,
-            "kernel_w": kernel_w,
-            # Along p, the next kernel place a class meets is this much further up.
-            "p_step": dilation[0] * steps[0] // stride[0],
-            "q_step": dilation[1] * steps[1] // stride[1],
-            "STEP_H": steps[0],
-            "STEP_W": steps[1],
+            **window_arguments((kernel_h, kernel_w), stride, padding, dilation),
+            **class_steps(stride, dilation),
             "PATCHES": patches,
             "SINGLE": single,
             "EVEN_K": filters % tile.block_k == 0,
@@ -360,10 +349,6 @@ def launch_transposed(
 def pack_transposed(weight: Tensor) -> Tensor:
     """``weight`` [O, C, kh, kw] or [O, C] (one group), equal in value, in the memory order its adjoint is read in."""
     return weight.movedim(0, -1).contiguous().movedim(-1, 0)
-
-
-def _nhwc(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else nhwc(tensor)
 
 
 def conv2d_transposed(
@@ -390,10 +375,11 @@ def conv2d_transposed(
             grad, weight, input_size, stride, padding, dilation, groups, multiplier, identity, gate, want_raw
         )
     out = launch_transposed(
-        nhwc(grad), weight, input_size, stride, padding, dilation, groups, _nhwc(multiplier), _nhwc(identity),
-        _nhwc(gate), want_raw, _nhwc(x), _nhwc(norm_grad), config, "conv2d_transposed",
+        nhwc(grad), weight, input_size, stride, padding, dilation, groups, optional_nhwc(multiplier),
+        optional_nhwc(identity), optional_nhwc(gate), want_raw, optional_nhwc(x),
+        optional_nhwc(norm_grad), config, "conv2d_transposed",
     )  # fmt: skip
-    first, raw = (t.permute(0, 3, 1, 2) if t.ndim == 4 else t for t in out)
+    first, raw = (nchw(t) for t in out)
     return first, raw
 
 

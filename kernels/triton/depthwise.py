@@ -36,12 +36,17 @@ from bcos_rt.kernels.triton.channel_tiles import vector_elements
 from bcos_rt.kernels.triton.common import (
     ACTIVATIONS,
     MAP_COLUMNS,
+    class_steps,
+    classes_per_image,
     empty,
     forward_epilogue,
+    nchw,
     nhwc,
+    optional_nhwc,
     power_mode,
     transposed_epilogue,
     unit,
+    window_arguments,
 )
 from bcos_rt.kernels.triton.conv_transposed import class_taps
 from bcos_rt.kernels.triton.launch import Config, launch
@@ -488,14 +493,6 @@ def _packed(weight: Tensor) -> Tensor:
     return weight[:, 0].permute(1, 2, 0).contiguous()
 
 
-def _optional_nhwc(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else nhwc(tensor)
-
-
-def _nchw(tensor: Tensor) -> Tensor:
-    return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
-
-
 def depthwise_fused(
     x: Tensor,
     weight: Tensor,
@@ -521,7 +518,7 @@ def depthwise_fused(
     Arguments and results are those of :func:`bcos_rt.kernels.ops.conv2d_fused`; ``squares`` is not read, the norm of
     each channel's patch being summed up in the same loop. The map returned has one group: an entry per 64 channels.
     """
-    x, residual = nhwc(x), _optional_nhwc(residual)
+    x, residual = nhwc(x), optional_nhwc(residual)
     batch, height, width, channels = x.shape
     filters, _, kernel_h, kernel_w = weight.shape
     out_height = (height + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
@@ -593,7 +590,7 @@ def depthwise_fused(
     )
     nothing = x.new_empty(0)
     y, multiplier, gate, out_squares = (
-        nothing if t is None else _nchw(t) for t in (y, multiplier, gate, out_squares)
+        nothing if t is None else nchw(t) for t in (y, multiplier, gate, out_squares)
     )  # fmt: skip
     return y, multiplier, gate, out_squares
 
@@ -617,15 +614,14 @@ def depthwise_transposed(
     Arguments and results are those of :func:`bcos_rt.kernels.ops.conv2d_transposed`.
     """
     grad = nhwc(grad)
-    multiplier, identity, gate = (_optional_nhwc(t) for t in (multiplier, identity, gate))
+    multiplier, identity, gate = (optional_nhwc(t) for t in (multiplier, identity, gate))
     batch, out_height, out_width, filters = grad.shape
     height, width = input_size
     kernel_h, kernel_w = weight.shape[2:]
-    steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
-    # Along p and q, the next kernel place that a class meets is this much further up.
-    p_step, q_step = (d * step // s for s, d, step in zip(stride, dilation, steps, strict=True))
+    steps = class_steps(stride, dilation)
+    p_step = steps.pop("p_step")
     # With a step of 1 a class meets every kernel row or none; otherwise their number differs between classes.
-    taps = (kernel_h if steps[0] == 1 else 1, 1, p_step, False)
+    taps = (kernel_h if steps["STEP_H"] == 1 else 1, 1, p_step, False)
     class_h, class_w = -(-height // stride[0]), -(-width // stride[1])
     classes = stride[0] * stride[1]
     tile = _tile(grad, config, groups, (class_h, batch * class_w * classes), taps)
@@ -634,10 +630,6 @@ def depthwise_transposed(
 
     out = empty(grad, (batch, height, width, groups))
     raw = empty(grad, out.shape) if want_raw else None
-    per_image = 1
-    for saved in (multiplier, gate):
-        if saved is not None and saved.shape[0]:
-            per_image = batch // saved.shape[0]
     launch(
         "depthwise_transposed",
         depthwise_transposed_kernel,
@@ -654,25 +646,16 @@ def depthwise_transposed(
             "lanes_total": lanes,
             "bands": bands,
             "class_width": class_w,
-            "per_image": per_image,
+            "per_image": classes_per_image(batch, multiplier, gate),
             "height": height,
             "width": width,
             "out_height": out_height,
             "out_width": out_width,
             "channel_units": groups // unit(groups),
             "gate_stride": 1 if gate is None else gate.shape[-1],
-            "stride_h": stride[0],
-            "stride_w": stride[1],
-            "padding_h": padding[0],
-            "padding_w": padding[1],
-            "dilation_h": dilation[0],
-            "dilation_w": dilation[1],
-            "kernel_h": kernel_h,
-            "kernel_w": kernel_w,
+            **window_arguments((kernel_h, kernel_w), stride, padding, dilation),
             "row_unit": 1,
-            "q_step": q_step,
-            "STEP_H": steps[0],
-            "STEP_W": steps[1],
+            **steps,
             "GATE_BITS": gate is not None and gate.dtype == torch.uint8,
             "UNIT": unit(groups),
             "MULTIPLE": filters // groups if groups else 1,
@@ -686,7 +669,7 @@ def depthwise_transposed(
         vector_operands=filters == groups and unit(groups) * grad.element_size() >= 16,
         dtype=grad.dtype,
     )
-    return _nchw(out), grad.new_empty(0) if raw is None else _nchw(raw)
+    return nchw(out), grad.new_empty(0) if raw is None else nchw(raw)
 
 
 def depthwise_grad_weight(

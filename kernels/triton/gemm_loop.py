@@ -9,10 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["MAX_TAPS", "implicit_gemm", "inside_bits", "swizzle"]
-
-# Places of a kernel along one axis: what fits the bits of an int32.
-MAX_TAPS = 31
+__all__ = ["implicit_gemm", "inside_bits", "swizzle"]
 
 
 @triton.jit
@@ -29,7 +26,7 @@ def swizzle(tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def inside_bits(first, step, taps, size):
-    """Bit i of each: whether ``first + i step`` lies in [0, size); ``step > 0``, ``taps <= MAX_TAPS``; int32.
+    """Bit i of each: whether ``first + i step`` lies in [0, size); ``step > 0``, ``taps <= 31``; int32.
 
     In closed form: a loop here would tie its result to one data layout, and the main loop would move it to another,
     through shared memory, in every iteration.

@@ -16,7 +16,6 @@ written once, in a fixed order of sums and without atomics:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -33,7 +32,14 @@ from bcos_rt.kernels.triton.channel_tiles import (
     total_channels,
     vector_elements,
 )
-from bcos_rt.kernels.triton.common import empty, nhwc, transposed_epilogue
+from bcos_rt.kernels.triton.common import (
+    classes_per_image,
+    empty,
+    nhwc,
+    optional_nhwc,
+    transposed_epilogue,
+    window_arguments,
+)
 from bcos_rt.kernels.triton.launch import Config, launch
 
 __all__ = ["avg_pool2d", "avg_pool2d_transposed", "max_pool2d", "max_pool2d_transposed"]
@@ -297,17 +303,6 @@ def pool2d_transposed_kernel(
     )
 
 
-def _window(kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> dict[str, Any]:
-    return {
-        "kernel_h": kernel_size[0],
-        "kernel_w": kernel_size[1],
-        "stride_h": stride[0],
-        "stride_w": stride[1],
-        "padding_h": padding[0],
-        "padding_w": padding[1],
-    }
-
-
 def _image(squares: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if squares is None else squares.permute(0, 3, 1, 2)
 
@@ -383,7 +378,7 @@ def avg_pool2d(
             "out_height": out_height,
             "out_width": out_width,
             "INCLUDE_PAD": count_include_pad,
-            **_window(kernel_size, stride, padding),
+            **window_arguments(kernel_size, stride, padding),
             **arguments,
         },
         vector_operands=arguments["UNIT"] * x.element_size() >= 16,
@@ -431,9 +426,7 @@ def max_pool2d(
             "width": width,
             "out_height": out_height,
             "out_width": out_width,
-            "dilation_h": dilation[0],
-            "dilation_w": dilation[1],
-            **_window(kernel_size, stride, padding),
+            **window_arguments(kernel_size, stride, padding, dilation),
             **arguments,
         },
         vector_operands=arguments["UNIT"] * x.element_size() >= 16,
@@ -462,10 +455,6 @@ def _transposed(
     batch, out_height, out_width, channels = grad.shape
     height, width = input_size
     places = batch * height * width
-    per_image = 1
-    for saved in (index, multiplier, gate):
-        if saved is not None and saved.shape[0]:
-            per_image = batch // saved.shape[0]
     extents = [dilation[i] * (kernel_size[i] - 1) + 1 for i in range(2)]
     bits = gate is not None and gate.dtype == torch.uint8
     # As in max_pool2d.
@@ -481,26 +470,24 @@ def _transposed(
         tile,
         {
             "grad_ptr": grad,
-            "index_ptr": None if index is None else nhwc(index),
-            "multiplier_ptr": None if multiplier is None else nhwc(multiplier),
-            "identity_ptr": None if identity is None else nhwc(identity),
+            "index_ptr": optional_nhwc(index),
+            "multiplier_ptr": optional_nhwc(multiplier),
+            "identity_ptr": optional_nhwc(identity),
             "gate_ptr": nhwc(gate) if gate is not None and want_raw else None,
             "out_ptr": out,
             "raw_ptr": raw,
             "places_total": places,
-            "per_image": per_image,
+            "per_image": classes_per_image(batch, index, multiplier, gate),
             "gate_stride": gate.shape[1] if gate is not None else 1,
             "height": height,
             "width": width,
             "out_height": out_height,
             "out_width": out_width,
-            "dilation_h": dilation[0],
-            "dilation_w": dilation[1],
             "windows_h": min(-(-extents[0] // stride[0]), out_height),
             "windows_w": min(-(-extents[1] // stride[1]), out_width),
             "INCLUDE_PAD": count_include_pad,
             "GATE_BITS": bits,
-            **_window(kernel_size, stride, padding),
+            **window_arguments(kernel_size, stride, padding, dilation),
             **arguments,
         },
         vector_operands=arguments["UNIT"] * grad.element_size() >= 16,

@@ -23,7 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from bcos_rt.kernels.triton import tune
-from bcos_rt.kernels.triton.common import dot_precision, empty, power_mode, unit
+from bcos_rt.kernels.triton.common import (
+    dot_precision,
+    empty,
+    power_mode,
+    unit,
+    window_arguments,
+)
 from bcos_rt.kernels.triton.conv import launch_forward
 from bcos_rt.kernels.triton.conv_transposed import launch_transposed
 from bcos_rt.kernels.triton.gemm_loop import inside_bits, swizzle
@@ -174,14 +180,7 @@ def grad_response(
             "out_height": out_height,
             "out_width": out_width,
             "column_units": columns // unit(columns),
-            "stride_h": stride[0],
-            "stride_w": stride[1],
-            "padding_h": padding[0],
-            "padding_w": padding[1],
-            "dilation_h": dilation[0],
-            "dilation_w": dilation[1],
-            "kernel_h": kernel[0],
-            "kernel_w": kernel[1],
+            **window_arguments(kernel, stride, padding, dilation),
             "POWER": 2 if isinstance(b, Tensor) else power_mode(b),
             "ROW_NORM": row_norm,
             "B_IN_MEMORY": isinstance(b, Tensor),
@@ -334,14 +333,7 @@ def grad_weight(
             "filter_units": filters // unit(filters),
             "channel_units": channels // unit(channels),
             "groups": groups,
-            "stride_h": stride[0],
-            "stride_w": stride[1],
-            "padding_h": padding[0],
-            "padding_w": padding[1],
-            "dilation_h": dilation[0],
-            "dilation_w": dilation[1],
-            "kernel_h": kernel_h,
-            "kernel_w": kernel_w,
+            **window_arguments((kernel_h, kernel_w), stride, padding, dilation),
             "SINGLE": kernel_h == kernel_w == 1 and tuple(stride) == (1, 1) and tuple(padding) == (0, 0),
             "FOLD": channels if fold else 0,
             "UNIT_M": unit(filters),
