@@ -13,8 +13,9 @@ from torch.fx import Node
 
 from bcos_rt.errors import UnsupportedOpError
 from bcos_rt.export.functions import DOMAIN
+from bcos_rt.graph.capture import module_of
 
-__all__ = ["OnnxBuilder", "is_dynamic", "module_of"]
+__all__ = ["OnnxBuilder", "is_dynamic"]
 
 Emitted = ir.Value | tuple[ir.Value, ...]
 
@@ -32,13 +33,6 @@ INT64_MAX = (1 << 63) - 1
 def is_dynamic(size: Any) -> bool:
     """Whether a size is only known when the file runs."""
     return not isinstance(size, int)
-
-
-def module_of(node: Node) -> str:
-    """The name of the module a node came from: ``backbone.layer1.0.conv1``; empty where it is not known."""
-    stack = node.meta.get("nn_module_stack") or {}
-    names = [entry[0] for entry in stack.values() if entry[0]]
-    return names[-1].removeprefix("net.") if names else ""
 
 
 class OnnxBuilder:
@@ -92,7 +86,7 @@ class OnnxBuilder:
         self._counter += 1
         base = self.current.name if self.current is not None else "x"
         results = [ir.Value(name=self._unique(f"{base}/{op_type}")) for _ in range(outputs)]
-        where = module_of(self.current) if self.current is not None else ""
+        where = module_of(self.current, "") if self.current is not None else ""
         node = ir.Node(
             domain,
             op_type,

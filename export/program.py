@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from bcos_rt.export import fused
-from bcos_rt.export.builder import module_of
 from bcos_rt.graph import ExplanationGraph
+from bcos_rt.graph import program as graph_program
 from bcos_rt.graph.capture import Captured
+from bcos_rt.graph.program import fold_constants, propagate
 from bcos_rt.nn.network import BcosNetwork
 
 __all__ = ["OUTPUTS", "Program", "build_program"]
@@ -26,91 +26,23 @@ OUTPUTS = ("logits", "class_used", "weights", "contributions", "residual", "pict
 
 
 @dataclass
-class Program:
-    """A flat graph, the values of its constants, and what goes in and out.
+class Program(graph_program.Program):
+    """The exported graph, with the two nodes the passes look for.
 
     Attributes:
-        graph: placeholders are the constants, then ``image``, then ``class_ids``.
-        constants: value of each constant placeholder.
-        names: a name for each constant, for the file's reader.
-        outputs: node by output name, in the order of the file.
         seed: the one-hot seed of the adjoint; None for a forward pass alone.
         adjoint: the raw adjoint of the image, before any output is derived from it.
     """
 
-    graph: Graph
-    constants: dict[Node, Tensor]
-    names: dict[Node, str]
-    image: Node
-    class_ids: Node | None
-    outputs: dict[str, Node] = field(default_factory=dict)
     seed: Node | None = None
     adjoint: Node | None = None
-    _made: int = 0
-
-    def add_constant(self, value: Tensor, name: str, fake_like: Node) -> Node:
-        """A new constant placeholder with a fake value."""
-        first = next(iter(self.graph.nodes))
-        with self.graph.inserting_before(first):
-            node = self.graph.placeholder(f"export_constant_{self._made}")
-        self._made += 1
-        with fake_like.meta["val"].fake_mode:
-            node.meta["val"] = torch.empty(tuple(value.shape), dtype=value.dtype)
-        self.constants[node] = value
-        self.names[node] = self._free_name(name)
-        return node
-
-    def _free_name(self, name: str) -> str:
-        used, candidate, n = set(self.names.values()), name, 1
-        while candidate in used:
-            n += 1
-            candidate = f"{name}_{n}"
-        return candidate
-
-    def set_outputs(self, outputs: Mapping[str, Node]) -> None:
-        """Choose the outputs; what only led to others is removed."""
-        for node in list(self.graph.nodes):
-            if node.op == "output":
-                self.graph.erase_node(node)
-        self.outputs = dict(outputs)
-        self.graph.output(self.outputs)
-        self.clean()
 
     def clean(self) -> None:
         """Remove dead nodes and constants nothing uses."""
-        self.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
-        for node in [n for n in self.constants if not n.users]:
-            del self.constants[node], self.names[node]
-            self.graph.erase_node(node)
+        super().clean()
         live = set(self.graph.nodes)
         self.seed = self.seed if self.seed in live else None
         self.adjoint = self.adjoint if self.adjoint in live else None
-
-    def run(
-        self, image: Tensor, class_ids: Tensor | None, watch: Callable[[Node, Any], None] | None = None
-    ) -> dict[str, Tensor]:
-        """Run in PyTorch; ``watch`` sees every node's value."""
-        module = GraphModule(torch.nn.Module(), self.graph)
-        feed: list[Tensor | None] = []
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                feed.append(self.constants.get(node, image if node is self.image else class_ids))
-        runner = _Watched(module, watch)
-        with torch.no_grad():
-            result: dict[str, Tensor] = runner.run(*feed)
-        return result
-
-
-class _Watched(Interpreter):
-    def __init__(self, module: GraphModule, watch: Callable[[Node, Any], None] | None) -> None:
-        super().__init__(module)
-        self.watch = watch
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if self.watch is not None:
-            self.watch(n, value)
-        return value
 
 
 def build_program(
@@ -173,15 +105,7 @@ def _free_classes(graph: Graph, encoded: Node, class_ids: Node) -> None:
     k = shapes.create_symintnode(symbol, hint=3, source=source)
     with like.fake_mode:
         class_ids.meta["val"] = torch.empty((like.shape[0], k), dtype=torch.int64)
-
-    def keep(node: Node, value: Any) -> None:
-        if node.op == "call_function":
-            node.meta["val"] = value
-
-    feed = [n.meta["val"] for n in graph.nodes if n.op == "placeholder"]
-    runner = _Watched(GraphModule(torch.nn.Module(), graph), keep)
-    with like.fake_mode, enable_python_dispatcher(), torch.no_grad():
-        runner.run(*feed)
+    propagate(graph, like.fake_mode)
 
 
 def _is_seed(node: Node) -> bool:
@@ -218,39 +142,3 @@ def _add_picture(program: Program, results: Mapping[str, Node]) -> Node:
     with like.fake_mode:
         picture.meta["val"] = torch.empty((*like.shape[:-3], *like.shape[-2:], 4), dtype=like.dtype)
     return picture
-
-
-def fold_constants(program: Program) -> None:
-    """Evaluate, with the real parameters, everything that does not depend on image or class ids."""
-    known: dict[Node, Any] = dict(program.constants)
-    for node in list(program.graph.nodes):
-        if node.op != "call_function" or not all(n in known for n in node.all_input_nodes):
-            continue
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
-        with torch.no_grad():
-            known[node] = node.target(*args, **kwargs)
-    for node in list(program.graph.nodes):
-        value = known.get(node)
-        if node.op != "call_function" or not isinstance(value, Tensor):
-            continue
-        if all(user in known for user in node.users):
-            continue
-        where = module_of(node)
-        constant = program.add_constant(value.contiguous(), f"{where}.{node.name}" if where else node.name, node)
-        node.replace_all_uses_with(constant)
-    program.clean()
-    _merge_equal_constants(program)
-
-
-def _merge_equal_constants(program: Program) -> None:
-    """One placeholder for constants of equal value: forward and adjoint then share theirs."""
-    seen: dict[Any, list[Node]] = {}
-    for node, value in list(program.constants.items()):
-        key = (value.dtype, tuple(value.shape), float(value.double().sum()) if value.numel() else 0.0)
-        for other in seen.setdefault(key, []):
-            if torch.equal(program.constants[other], value):
-                node.replace_all_uses_with(other)
-                break
-        else:
-            seen[key].append(node)
-    program.clean()

@@ -47,6 +47,7 @@ __all__ = [
     "encode_image",
     "group_norm",
     "group_norm_transposed",
+    "image_contributions",
     "layer_norm",
     "layer_norm_transposed",
     "linear",
@@ -59,6 +60,7 @@ __all__ = [
     "scale_act",
     "scale_act_transposed",
     "square_sum",
+    "transposed_epilogue",
     "use_backend",
 ]
 
@@ -100,6 +102,10 @@ _LAUNCHERS = {
 }
 
 
+# Ops that are plain PyTorch on every device: an engine's backends fuse them away or have kernels of their own.
+_PLAIN = ("image_contributions", "transposed_epilogue")
+
+
 @functools.cache
 def _triton(name: str) -> Callable[..., Any]:
     module = importlib.import_module(f"bcos_rt.kernels.triton.{_LAUNCHERS[name]}")
@@ -110,7 +116,7 @@ def _triton(name: str) -> Callable[..., Any]:
 _REFERENCES: dict[str, Callable[..., Any]] = {
     name: getattr(module, name)
     for module in (reference, reference_layers)
-    for name in _LAUNCHERS
+    for name in (*_LAUNCHERS, *_PLAIN)
     if hasattr(module, name)
 }
 
@@ -156,7 +162,7 @@ def _use_triton(x: Tensor) -> bool:
 
 def _kernel(name: str, x: Tensor) -> Callable[..., Any]:
     """The function that does op ``name`` for ``x``: a Triton launcher or the reference."""
-    return _triton(name) if _use_triton(x) else _REFERENCES[name]
+    return _triton(name) if name not in _PLAIN and _use_triton(x) else _REFERENCES[name]
 
 
 # --- checks, before anything is launched -----------------------------------------------------------------------------
@@ -1017,6 +1023,37 @@ def _check_conv2d_contributions(
             f"{op}: weight, inverse_std", f"shapes {tuple(weight.shape)}, {tuple(inverse_std.shape)}",
             "the first layer's weight of 6 (or 3) input channels, and as many standard deviations",
         )  # fmt: skip
+    _check_image(op, grad, image)
+    shape = (grad.shape[0], weight.shape[1], *image.shape[2:])
+    _check_size(op, "the result", grad, grad.shape[0] * channels * image.shape[2] * image.shape[3])
+    _check_shape(op, grad=(grad, _conv_size(op, shape, weight, stride, padding, dilation, 1)))
+
+
+def _check_image_contributions(
+    grad: Tensor, image: Tensor, inverse_std: Tensor, scale: float, want_weights: bool
+) -> None:
+    op = "image_contributions"
+    _check(op, "grad", grad=grad, image=image, inverse_std=inverse_std)
+    channels = inverse_std.numel()
+    _check_image(op, grad, image)
+    if channels not in (3, 6) or grad.shape[1] < channels or grad.shape[2:] != image.shape[2:]:
+        raise InvalidArgumentError(
+            f"{op}: grad, inverse_std", f"shapes {tuple(grad.shape)}, {tuple(inverse_std.shape)}",
+            f"[M, 6 (or 3) or more, {image.shape[2]}, {image.shape[3]}] and as many standard deviations",
+        )  # fmt: skip
+
+
+def _check_transposed_epilogue(
+    total: Tensor, multiplier: Tensor | None, identity: Tensor | None, gate: Tensor | None, want_raw: bool
+) -> None:
+    op = "transposed_epilogue"
+    _check(op, "total", total=total, multiplier=multiplier, identity=identity, gate=gate)
+    if total.ndim < 2:
+        raise InvalidArgumentError(f"{op}: total", f"shape {tuple(total.shape)}", "[M, C, H, W] or [M, ..., C]")
+    _check_epilogue(op, tuple(total.shape), 1 if total.ndim == 4 else -1, multiplier, identity, gate)
+
+
+def _check_image(op: str, grad: Tensor, image: Tensor) -> None:
     rows, count = grad.shape[0], image.shape[0] if image.ndim else 0
     if image.ndim != 4 or image.shape[1] != 3 or not (rows == count or (count and rows % count == 0)):
         raise InvalidArgumentError(
@@ -1025,9 +1062,6 @@ def _check_conv2d_contributions(
         )  # fmt: skip
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise InvalidTypeError(f"{op}: image", f"dtype {image.dtype}", "uint8 or floating point")
-    shape = (grad.shape[0], weight.shape[1], *image.shape[2:])
-    _check_size(op, "the result", grad, rows * channels * image.shape[2] * image.shape[3])
-    _check_shape(op, grad=(grad, _conv_size(op, shape, weight, stride, padding, dilation, 1)))
 
 
 def _check_rows(op: str, name: str, factor: Tensor | None, shape: Sequence[int]) -> None:
@@ -1149,6 +1183,8 @@ linear_fused = _fused("linear_fused", _check_linear_fused)
 conv2d_transposed = _fused("conv2d_transposed", _check_conv2d_transposed)
 linear_transposed = _fused("linear_transposed", _check_linear_transposed)
 conv2d_contributions = _fused("conv2d_contributions", _check_conv2d_contributions)
+image_contributions = _fused("image_contributions", _check_image_contributions, "grad")
+transposed_epilogue = _fused("transposed_epilogue", _check_transposed_epilogue, "total")
 square_sum = _fused("square_sum", None)
 encode_image = _fused("encode_image", None, "image")
 avg_pool2d = _fused("avg_pool2d", None)

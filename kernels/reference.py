@@ -33,6 +33,7 @@ __all__ = [
     "conv2d_transposed",
     "dynamic_scale",
     "grad_response",
+    "image_contributions",
     "linear",
     "linear_backward",
     "linear_fused",
@@ -45,7 +46,7 @@ __all__ = [
     "recover_z",
     "row_norm",
     "square_sum",
-    "transposed_epilogue",
+    "transposed_rows",
     "unpack_mask",
 ]
 
@@ -452,7 +453,7 @@ def per_row(factor: Tensor, rows: int) -> Tensor:
     return factor if factor.shape[0] == rows else factor.repeat_interleave(rows // factor.shape[0], 0)
 
 
-def transposed_epilogue(
+def transposed_rows(
     total: Tensor,
     multiplier: Tensor | None,
     identity: Tensor | None,
@@ -498,7 +499,7 @@ def conv2d_transposed(
     def last(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.permute(0, 2, 3, 1)
 
-    outs = transposed_epilogue(
+    outs = transposed_rows(
         total.permute(0, 2, 3, 1).contiguous(), last(multiplier), last(identity), last(gate), want_raw, grad.dtype
     )
     out, raw = (t.permute(0, 3, 1, 2) if t.ndim == 4 else t for t in outs)
@@ -536,7 +537,7 @@ def linear_transposed(
     """The adjoint of a linear layer with its epilogue; see :func:`bcos_rt.kernels.ops.linear_transposed`."""
     wide = norm_dtype(grad)
     total = grad.to(wide) @ weight.to(wide)
-    return transposed_epilogue(total, multiplier, identity, gate, want_raw, grad.dtype)
+    return transposed_rows(total, multiplier, identity, gate, want_raw, grad.dtype)
 
 
 def conv2d_contributions(
@@ -554,11 +555,21 @@ def conv2d_contributions(
     channels = inverse_std.numel()
     wide = norm_dtype(grad)
     total = _conv_adjoint(grad.to(wide), weight[:, :channels].to(wide), image.shape[2:], stride, padding, dilation, 1)
-    weights = total * (inverse_std.to(wide) * scale)[:, None, None]
+    weights, contributions, colour = image_contributions(total, image, inverse_std, scale, want_weights)
+    return weights, contributions, colour
+
+
+def image_contributions(
+    grad: Tensor, image: Tensor, inverse_std: Tensor, scale: float = 1.0, want_weights: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What an explanation is made of, from the adjoint of the normalised image; see :mod:`bcos_rt.kernels.ops`."""
+    channels = inverse_std.numel()
+    wide = norm_dtype(grad)
+    weights = grad[:, :channels].to(wide) * (inverse_std.to(wide) * scale)[:, None, None]
     x = image.to(wide) / 255 if image.dtype == torch.uint8 else image.to(wide)
     encoded = torch.cat([x, 1 - x], 1) if channels == 6 else x
     contributions = (weights * per_row(encoded, grad.shape[0])).sum(1)
-    colour = grad.new_empty(0, dtype=wide)
+    colour = weights.new_empty(0)
     if channels == 6:
         # The per-pixel terms of the colour picture (bcos_rt/explanation/picture.py).
         direction = (weights / (weights.abs().amax(1, keepdim=True) + COLOUR_EPS)).clamp(min=0)

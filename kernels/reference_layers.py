@@ -26,7 +26,7 @@ from bcos_rt.kernels.reference import (
     norm_dtype,
     per_row,
     square_sum,
-    transposed_epilogue,
+    transposed_rows,
 )
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "pooled_size",
     "scale_act",
     "scale_act_transposed",
+    "transposed_epilogue",
     "window_index_dtype",
 ]
 
@@ -72,16 +73,35 @@ def _transposed(
     want_raw: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`transposed_epilogue` on images."""
+    """:func:`transposed_rows` on images."""
 
     def last(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.permute(0, 2, 3, 1)
 
-    outs = transposed_epilogue(
+    outs = transposed_rows(
         total.permute(0, 2, 3, 1).contiguous(), last(multiplier), last(identity), last(gate), want_raw, dtype
     )
     out, raw = (t.permute(0, 3, 1, 2) if t.ndim == 4 else t for t in outs)
     return out, raw
+
+
+def transposed_epilogue(
+    total: Tensor,
+    multiplier: Tensor | None = None,
+    identity: Tensor | None = None,
+    gate: Tensor | None = None,
+    want_raw: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The epilogue of the adjoints by itself, ``G = total + identity``, ``(G multiplier, G gate)``.
+
+    Args:
+        total, identity: [M, C, H, W], or rows [M, ..., C].
+        multiplier: of N images for M = N K rows. ``gate``: the same, or a bit mask (uint8, C / 8 bytes a pixel).
+        want_raw: the second result is empty otherwise.
+    """
+    if total.ndim == 4:
+        return _transposed(total.to(norm_dtype(total)), multiplier, identity, gate, want_raw, total.dtype)
+    return transposed_rows(total.to(norm_dtype(total)), multiplier, identity, gate, want_raw, total.dtype)
 
 
 def encode_image(

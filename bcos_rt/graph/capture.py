@@ -111,11 +111,11 @@ class Captured:
     depends: set[Node]
 
 
-def module_of(node: Node) -> str:
-    """Name of the module a node came from, for messages: ``backbone.layer1.0.conv1``."""
+def module_of(node: Node, unknown: str = "the network") -> str:
+    """Name of the module a node came from: ``backbone.layer1.0.conv1``; ``unknown`` where it has none."""
     stack = node.meta.get("nn_module_stack") or {}
     names = [entry[0] for entry in stack.values() if entry[0]]
-    return names[-1].removeprefix("net.") if names else "the network"
+    return names[-1].removeprefix("net.") if names else unknown
 
 
 def bound_arguments(node: Node) -> dict[str, Any]:
