@@ -25,7 +25,7 @@ class _DefaultGroup(typer.core.TyperGroup):
 
 bench = typer.Typer(
     cls=_DefaultGroup,
-    help=f"Measure on this machine. `bcos-rt bench ...` without a command's name is `bcos-rt bench {DEFAULT_COMMAND} ...`.",
+    help=f"Measure on this machine; without a command, `{DEFAULT_COMMAND}` is meant.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
