@@ -99,9 +99,11 @@ def transposed_epilogue(
         multiplier: of N images for M = N K rows. ``gate``: the same, or a bit mask (uint8, C / 8 bytes a pixel).
         want_raw: the second result is empty otherwise.
     """
+    # A copy: an op's results share no memory with its arguments.
+    wide = total.to(norm_dtype(total), copy=True)
     if total.ndim == 4:
-        return _transposed(total.to(norm_dtype(total)), multiplier, identity, gate, want_raw, total.dtype)
-    return transposed_rows(total.to(norm_dtype(total)), multiplier, identity, gate, want_raw, total.dtype)
+        return _transposed(wide, multiplier, identity, gate, want_raw, total.dtype)
+    return transposed_rows(wide, multiplier, identity, gate, want_raw, total.dtype)
 
 
 def encode_image(

@@ -25,7 +25,7 @@ from bcos_rt.errors import UnsupportedOpError
 from bcos_rt.graph.capture import Captured, capture, module_of
 from bcos_rt.nn.network import BcosNetwork
 
-__all__ = ["Adjoint", "ExplanationGraph", "build_explanation_graph"]
+__all__ = ["Adjoint", "ExplanationGraph", "build_explanation_graph", "class_seed"]
 
 aten = torch.ops.aten
 
@@ -85,7 +85,7 @@ class Adjoint:
         self.residuals: list[Node] = []
         self.constants: dict[str, Tensor] = {}
         self._saved: dict[Node, Node] = {}
-        self._constant_nodes: dict[str, Node] = {}
+        self.constant_nodes: dict[str, Node] = {}
 
     # Inputs and seed -----------------------------------------------------------------------------------------------
 
@@ -161,14 +161,14 @@ class Adjoint:
 
     def constant(self, name: str, value: Tensor) -> Node:
         """A constant tensor as a graph input (made once per name)."""
-        if name not in self._constant_nodes:
+        if name not in self.constant_nodes:
             like = self.captured.encoded.meta["val"]
             value = value.to(device=like.device, dtype=like.dtype)
             self.constants[name] = value
             with self.builder.graph.inserting_before(self.captured.encoded), self.builder.fake_mode:
                 fake = torch.empty(tuple(value.shape), dtype=value.dtype, device=value.device)
-                self._constant_nodes[name] = self.builder.placeholder(f"constant_{len(self.constants)}", fake)
-        return self._constant_nodes[name]
+                self.constant_nodes[name] = self.builder.placeholder(f"constant_{len(self.constants)}", fake)
+        return self.constant_nodes[name]
 
     # Passing adjoints on -------------------------------------------------------------------------------------------
 
@@ -234,8 +234,9 @@ class Adjoint:
     def run(self, rules: dict[Any, Callable[[Adjoint, Node, Node], None]], seed: Node, forward: list[Node]) -> Node:
         """Walk ``forward`` backwards from the logits; returns the adjoint of the image."""
         self.grads[self.captured.logits] = [seed]
+        end = self.captured.entry or self.captured.encoded
         for node in reversed(forward):
-            if node is self.captured.encoded:
+            if node is end:
                 continue
             if node.target is operator.getitem and node in self.grads:
                 producer: Any = node.args[0]
@@ -257,9 +258,20 @@ class Adjoint:
             self.builder.origin = node
             rules[node.target](self, node, grad)
         self.builder.origin = None
-        if self.captured.encoded not in self.grads:
+        if end not in self.grads:
             raise UnsupportedOpError("the logits do not depend on the image through any dynamic-linear path")
-        return self.total(self.grads.pop(self.captured.encoded))
+        return self.total(self.grads.pop(end))
+
+
+def class_seed(adjoint: Adjoint, class_ids: Node) -> tuple[Node, Node]:
+    """The classes explained (-1 replaced by the top class), and the adjoint of the logits: a one-hot row for each."""
+    call, logits, multi = adjoint.call, adjoint.captured.logits, adjoint.multi
+    top = call(aten.argmax.default, logits, 1, multi)
+    used = call(aten.where.self, call(aten.lt.Scalar, class_ids, 0), top, class_ids)
+    flat = adjoint.reshape(used, [-1, 1])
+    value = logits.meta["val"]
+    classes = call(aten.arange.default, value.shape[1], dtype=torch.int64, device=value.device, pin_memory=False)
+    return used, call(aten._to_copy.default, call(aten.eq.Tensor, flat, classes), dtype=value.dtype)
 
 
 def build_explanation_graph(
@@ -290,13 +302,7 @@ def build_explanation_graph(
     captured.builder.begin_adjoint()
     class_ids = adjoint.add_inputs()
 
-    logits = captured.logits
-    top = call(aten.argmax.default, logits, 1, multi)
-    used = call(aten.where.self, call(aten.lt.Scalar, class_ids, 0), top, class_ids)
-    flat = adjoint.reshape(used, [-1, 1])
-    value = logits.meta["val"]
-    classes = call(aten.arange.default, value.shape[1], dtype=torch.int64, device=value.device, pin_memory=False)
-    seed = call(aten._to_copy.default, call(aten.eq.Tensor, flat, classes), dtype=value.dtype)
+    used, seed = class_seed(adjoint, class_ids)
 
     weights = adjoint.run(RULES if rules is None else rules, seed, forward)
     encoded = captured.encoded
@@ -315,7 +321,7 @@ def build_explanation_graph(
         residual = call(aten.mul.Scalar, call(aten.sum.dim_IntList, contributions, [-2, -1]), 0.0)
     captured.builder.graph.output(
         {
-            "logits": logits,
+            "logits": captured.logits,
             "class_used": used,
             "weights": weights,
             "contributions": contributions,
@@ -331,5 +337,5 @@ def build_explanation_graph(
         {**captured.constants, **adjoint.constants},
         image_size,
         multi,
-        int(value.shape[1]),
+        int(captured.logits.meta["val"].shape[1]),
     )

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 from bcos_rt.errors import UnsupportedOpError
 from bcos_rt.nn.network import BcosNetwork
 
-__all__ = ["Captured", "GraphBuilder", "bound_arguments", "capture", "eval_mode", "module_of"]
+__all__ = ["Captured", "GraphBuilder", "bound_arguments", "capture", "eval_mode", "image_dependent", "module_of"]
 
 aten = torch.ops.aten
 
@@ -57,11 +57,25 @@ class GraphBuilder:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """Append ``target(*args, **kwargs)``; arguments are nodes or plain values."""
+        return self._append(self.value(target, args, kwargs), target, args, kwargs)
+
+    def value(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The fake value of a call."""
         values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         # The Python dispatcher keeps sizes symbolic where the C++ shape code would pin the batch (constant_pad_nd).
         with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
-            value = target(*values[0], **values[1])
-        return self._append(value, target, args, kwargs)
+            return target(*values[0], **values[1])
+
+    @contextmanager
+    def in_place_of(self, node: Node) -> Iterator[None]:
+        """New nodes stand before ``node``, on its side of the graph and with its module stack."""
+        side, origin = self._side, self.origin
+        self._side, self.origin = node.meta.get("side", side), node
+        try:
+            with self.graph.inserting_before(node):
+                yield
+        finally:
+            self._side, self.origin = side, origin
 
     def call_like(self, like: Node, target: Callable[..., Any], *args: Any) -> Node:
         """:meth:`call` for an op whose result has ``like``'s shape and dtype: spares working them out."""
@@ -100,6 +114,8 @@ class Captured:
         encoded: the image placeholder, [N, C, H, W] with a symbolic N.
         logits: the output node, [N, classes].
         depends: forward nodes whose value depends on the image.
+        stem: the op that encodes and normalises the image, once a fusion pass has made one.
+        entry: the encoded image where a pass computes it in the graph: the adjoint ends there, else at ``encoded``.
     """
 
     builder: GraphBuilder
@@ -109,6 +125,8 @@ class Captured:
     encoded: Node
     logits: Node
     depends: set[Node]
+    stem: Node | None = None
+    entry: Node | None = None
 
 
 def module_of(node: Node, unknown: str = "the network") -> str:
@@ -292,10 +310,14 @@ def capture(net: BcosNetwork, image_size: tuple[int, int]) -> Captured:
     if logits is None:
         raise UnsupportedOpError("the captured network returns nothing")
 
-    depends: set[Node] = {encoded}
-    for node in builder.graph.nodes:
-        if node.target in _SHAPE_ONLY:
-            continue
-        if any(n in depends for n in node.all_input_nodes):
-            depends.add(node)
+    depends = image_dependent(builder.graph, encoded)
     return Captured(builder, tuple(names), tuple(parameter_nodes), constants, encoded, logits, depends)
+
+
+def image_dependent(graph: Graph, image: Node) -> set[Node]:
+    """The nodes whose value depends on the image."""
+    depends: set[Node] = {image}
+    for node in graph.nodes:
+        if node.target not in _SHAPE_ONLY and any(n in depends for n in node.all_input_nodes):
+            depends.add(node)
+    return depends

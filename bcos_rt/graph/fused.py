@@ -1,0 +1,186 @@
+"""A network as two programs of fused ops: its prediction alone, and its prediction with the explanation."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from bcos_rt.graph.adjoint import Adjoint, class_seed
+from bcos_rt.graph.capture import Captured, capture
+from bcos_rt.graph.fuse import fuse_adjoint, fuse_forward
+from bcos_rt.graph.fused_rules import FUSED_RULES
+from bcos_rt.graph.program import Program, fold_constants, propagate
+from bcos_rt.graph.rules import RULES
+from bcos_rt.nn.network import BcosNetwork
+
+__all__ = ["FusedPrograms", "build_fused"]
+
+aten = torch.ops.aten
+bcos = torch.ops.bcos_rt
+
+
+@dataclass(frozen=True)
+class FusedPrograms:
+    """Attributes:
+    predict: image -> ``logits``; computes no multipliers.
+    explain: image, class ids [N, K] (-1: the top class) -> ``logits`` [N, classes], ``class_used`` [N, K], ``weights``
+        [N, K, C, H, W], ``contributions`` [N, K, H, W], ``residual`` [N, K], and ``colour`` [N K, 4, H, W] (the colour
+        picture's terms) where the image has six channels.
+    passes: how often each fusion pass changed something.
+    """
+
+    predict: Program
+    explain: Program
+    passes: dict[str, int]
+
+
+def build_fused(
+    net: BcosNetwork, image_size: tuple[int, int], dtype: torch.dtype = torch.float32, seed_scale: float = 1.0
+) -> FusedPrograms:
+    """Capture a network, fuse its forward pass, derive the adjoint in fused ops, and fuse that.
+
+    Args:
+        net: captured in evaluation mode, in its own dtype (float32 or float64), with the weights it has now.
+        image_size: (H, W) the programs are made for; batch and number of classes stay free.
+        dtype: what activations, multipliers and layer weights are stored in; per-channel scales, norms and the
+            explanation's outputs stay in the network's dtype.
+        seed_scale: factor on the adjoint while it runs (half of |W| lies below fp16's smallest normal number).
+
+    Raises:
+        UnsupportedOpError: as :func:`bcos_rt.graph.build_explanation_graph`.
+    """
+    captured = capture(net, image_size)
+    six = net.encoding.six_channels
+    passes = fuse_forward(captured, six)
+    values: dict[str, Tensor] = dict(net.named_parameters(remove_duplicate=False))
+    values.update(net.named_buffers(remove_duplicate=False))
+
+    def program(outputs: dict[str, Node], class_ids: Node | None, made: dict[str, Tensor]) -> Program:
+        """The graph so far with other outputs, in nodes of its own."""
+        given = {**captured.constants, **made}
+        graph, copies = Graph(), dict[Node, Node]()
+        for node in captured.builder.graph.nodes:
+            if node.op != "output":
+                copies[node] = graph.node_copy(node, lambda n: copies[n])
+        named = dict(zip(captured.parameter_nodes, captured.parameter_names, strict=True))
+        named.update({n: name for n, name in constant_nodes.items()})
+        constants, names = {}, {}
+        for node, name in named.items():
+            constants[copies[node]] = given[name] if name in given else values[name].detach()
+            names[copies[node]] = name
+        ids = None if class_ids is None else copies[class_ids]
+        result = Program(graph, constants, names, copies[captured.encoded], ids)
+        result.set_outputs({name: copies[node] for name, node in outputs.items()})
+        fold_constants(result)
+        if dtype != values_dtype:
+            store_as(result, dtype)
+        return result
+
+    values_dtype = captured.encoded.meta["val"].dtype
+    constant_nodes: dict[Node, str] = {}
+    predict = program({"logits": captured.logits}, None, {})
+
+    adjoint = Adjoint(captured, multi=True)
+    forward = list(captured.builder.graph.nodes)
+    captured.builder.begin_adjoint()
+    class_ids = adjoint.add_inputs()
+    used, seed = class_seed(adjoint, class_ids)
+    if seed_scale != 1:
+        seed = adjoint.call(aten.mul.Scalar, seed, seed_scale)
+    grad = adjoint.run({**RULES, **FUSED_RULES}, seed, forward)
+    outputs = {"logits": captured.logits, "class_used": used, **_tail(adjoint, captured, grad, seed_scale)}
+    captured.builder.graph.output(outputs)
+    passes.update(fuse_adjoint(captured.builder))
+    output = next(iter(reversed(captured.builder.graph.nodes)))
+    outputs = dict(output.args[0])  # type: ignore[arg-type]
+    constant_nodes = {node: name for name, node in adjoint.constant_nodes.items()}
+    explain = program(outputs, class_ids, adjoint.constants)
+    return FusedPrograms(predict, explain, passes)
+
+
+def _tail(adjoint: Adjoint, captured: Captured, grad: Node, seed_scale: float) -> dict[str, Node]:
+    """Weights, contributions, residual and the picture's colours from the adjoint that arrived at the image."""
+    call, outputs = adjoint.call, dict[str, Node]()
+    image = captured.encoded
+    back = 1 / seed_scale
+    if captured.stem is not None:
+        _, mean, std, six, _ = captured.stem.args
+        inverse = call(aten.reciprocal.default, std)
+        parts = call(bcos.image_contributions.default, grad, image, inverse, back, True)
+        weights, contributions = (call(operator.getitem, parts, i) for i in range(2))
+        if six:
+            outputs["colour"] = call(operator.getitem, parts, 2)
+        # <grad, -mean / std> of the normalisation: the weights' pixel sums, negated, times the mean.
+        sums = call(aten.sum.dim_IntList, weights, [2, 3])
+        offset = call(aten.sum.dim_IntList, call(aten.mul.Tensor, sums, mean), [1])
+        offset = call(aten.neg.default, offset)
+    else:
+        weights = grad if seed_scale == 1 else call(aten.mul.Scalar, grad, back)
+        product = call(aten.mul.Tensor, weights, adjoint.saved(captured.entry or image))
+        contributions = call(aten.sum.dim_IntList, product, [1])
+        offset = None
+    if adjoint.residuals:
+        residual = adjoint.total(adjoint.residuals)
+        residual = residual if seed_scale == 1 else call(aten.mul.Scalar, residual, back)
+        residual = residual if offset is None else call(aten.add.Tensor, residual, offset)
+    elif offset is not None:
+        residual = offset
+    else:
+        residual = call(aten.mul.Scalar, call(aten.sum.dim_IntList, contributions, [-2, -1]), 0.0)
+    channels, height, width = (int(s) for s in weights.meta["val"].shape[1:])
+    lead = [adjoint.batch, adjoint.k]
+    outputs["weights"] = adjoint.reshape(weights, [*lead, channels, height, width])
+    outputs["contributions"] = adjoint.reshape(contributions, [*lead, height, width])
+    outputs["residual"] = adjoint.reshape(residual, lead)
+    return outputs
+
+
+# Arguments of fused ops that stay in the network's dtype: per channel, read once a kernel.
+_WIDE_ARGUMENTS = {"scale", "shift", "bias", "mean", "std", "inverse_std", "image"}
+
+
+def store_as(program: Program, dtype: torch.dtype) -> None:
+    """Store activations and weights as ``dtype``; scales, shifts, mean, std and outputs stay as they are."""
+    wide_dtype = program.image.meta["val"].dtype
+    for node in list(program.constants):
+        if node.meta["val"].dtype == wide_dtype and not _only_wide_uses(node):
+            value = program.constants[node].to(dtype)
+            wide_users = [u for u in node.users if _uses_wide(u, node)]
+            narrow = program.add_constant(value, program.names[node], node)
+            node.replace_all_uses_with(narrow, delete_user_cb=lambda u, wide=wide_users: u not in wide)
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            node.args = torch.fx.node.map_aggregate(node.args, lambda a: dtype if a is wide_dtype else a)
+            node.kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda a: dtype if a is wide_dtype else a)
+    program.clean()
+    propagate(program.graph, program.image.meta["val"].fake_mode)
+    outputs = dict(program.outputs)
+    for name, node in outputs.items():
+        if node.meta["val"].is_floating_point() and node.meta["val"].dtype != wide_dtype:
+            with program.graph.inserting_before(next(iter(reversed(program.graph.nodes)))):
+                outputs[name] = program.graph.call_function(aten._to_copy.default, (node,), {"dtype": wide_dtype})
+            outputs[name].meta.update(node.meta)
+            outputs[name].meta["val"] = node.meta["val"].to(wide_dtype)
+    program.set_outputs(outputs)
+
+
+def _uses_wide(user: Node, node: Node) -> bool:
+    if user.target is torch.ops.bcos_rt.encode_image.default:
+        return True
+    if not isinstance(user.target, torch._ops.OpOverload) or user.target.namespace != "bcos_rt":
+        return False
+    names = [a.name for a in user.target._schema.arguments]
+    given: dict[str, Any] = {**dict(zip(names, user.args, strict=False)), **user.kwargs}
+    return all(name in _WIDE_ARGUMENTS for name, value in given.items() if value is node)
+
+
+def _only_wide_uses(node: Node) -> bool:
+    """Used by kernels that read it wide alone, or a few numbers (mean, logit bias) in sums and products."""
+    few = node.meta["val"].numel() <= 8
+    simple = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
+    return all(_uses_wide(user, node) or (few and user.target in simple) for user in node.users)
