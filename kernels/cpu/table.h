@@ -1,0 +1,64 @@
+// The kernels of one instruction set, and how the module picks a set when it is loaded.
+#pragma once
+
+#include "depthwise.h"
+#include "epilogue.h"
+
+namespace bcos {
+
+struct Table {
+    void (*epilogue)(const Epilogue&);
+    void (*adjoint_end)(const AdjointEpilogue&);
+    void (*scale_act)(const ScaleAct&);
+    void (*square_sum)(const SquareSum&);
+    void (*encode)(const Encode&);
+    void (*contributions)(const Contributions&);
+    void (*depthwise)(const Depthwise&);
+    void (*depthwise_adjoint)(const DepthwiseAdjoint&);
+};
+
+#define BCOS_DECLARE(isa)                                   \
+    namespace isa {                                         \
+    void epilogue(const Epilogue&);                         \
+    void adjoint_end(const AdjointEpilogue&);               \
+    void scale_act(const ScaleAct&);                        \
+    void square_sum(const SquareSum&);                      \
+    void encode(const Encode&);                             \
+    void contributions(const Contributions&);               \
+    void depthwise(const Depthwise&);                       \
+    void depthwise_adjoint(const DepthwiseAdjoint&);        \
+    static inline Table table() {                           \
+        return {epilogue, adjoint_end,   scale_act, square_sum, \
+                encode,   contributions, depthwise, depthwise_adjoint}; \
+    }                                                       \
+    }
+
+BCOS_DECLARE(portable)
+#ifdef BCOS_X86
+BCOS_DECLARE(avx2)
+BCOS_DECLARE(avx512)
+#endif
+
+// The best set this processor has, or the one named ("avx512", "avx2", "portable") where it is not a better one.
+// `name` becomes the set's.
+static inline Table pick(const char* wanted, const char** name) {
+    const bool any = !wanted || !*wanted;
+    auto is = [wanted](const char* candidate) { return wanted && !__builtin_strcmp(wanted, candidate); };
+    (void)is;
+#ifdef BCOS_X86
+    if ((any || is("avx512")) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        *name = "avx512";
+        return avx512::table();
+    }
+    if ((any || is("avx512") || is("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        *name = "avx2";
+        return avx2::table();
+    }
+#endif
+    (void)any;
+    *name = "portable";
+    return portable::table();
+}
+
+}  // namespace bcos
