@@ -68,10 +68,10 @@ def isa() -> str:
     Raises:
         ImportError: the kernels are not there.
     """
-    return str(_native().isa())
+    return str(_kernels().isa())
 
 
-def _native() -> Any:
+def _kernels() -> Any:
     module, reason = _load()
     if module is None:
         raise ImportError(f"the C++ kernels of bcos-rt are not built: {reason}")
@@ -176,7 +176,7 @@ def conv_epilogue(
     gate = _gate_like(z, activation, want_gate, True)
     out_squares = _image_like((n, groups, oh, ow), torch.float32) if want_squares else None
     residual = None if residual is None else _readable(residual)
-    _native().epilogue(
+    _kernels().epilogue(
         (n, o, height, width, oh, ow), _window(kernel, stride, padding, dilation), _storage(z), z.data_ptr(),
         _pointer(squares) if wants else 0, squares.shape[1] if squares is not None else 1, groups, False,
         _pointer(scale), _pointer(shift), _operand(residual), b, eps, ACTIVATIONS.index(activation),
@@ -198,7 +198,7 @@ def linear_epilogue(
     want_gate: bool = False,
     want_squares: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`conv_epilogue` after a linear layer: ``z`` [..., O] contiguous, ``squares`` [..., T], ``n = ||x|| + eps``."""
+    """:func:`conv_epilogue` after a linear layer: ``z`` [..., O] contiguous, ``squares`` [..., T], ``n = norm + eps``."""
     o = z.shape[-1]
     rows = z.numel() // o if o else 0
     multiplier = torch.empty_like(z) if want_multiplier else None
@@ -207,7 +207,7 @@ def linear_epilogue(
     residual = None if residual is None else residual.contiguous()
     flat = None if residual is None else (residual.data_ptr(), 0, 0, o)
     wants = b != 1 and squares is not None
-    _native().epilogue(
+    _kernels().epilogue(
         (1, o, 1, rows, 1, rows), _WINDOW_OF_ONE, _storage(z), z.data_ptr(), _pointer(squares) if wants else 0,
         squares.shape[-1] if squares is not None else 1, 1, True, _pointer(scale), _pointer(shift), flat, b, eps,
         ACTIVATIONS.index(activation), _pointer(multiplier), _pointer(gate), _pointer(out_squares),
@@ -221,7 +221,7 @@ def square_sum(x: Tensor, groups: int = 1) -> Tensor:
     n, c, h, w = x.shape
     x = _readable(x)
     out = _image_like((n, groups, h, w), torch.float32)
-    _native().square_sum((n, c, h, w, h, w), _storage(x), _operand(x), groups, out.data_ptr(), torch.get_num_threads())
+    _kernels().square_sum((n, c, h, w, h, w), _storage(x), _operand(x), groups, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -231,7 +231,7 @@ def row_square_sum(x: Tensor) -> Tensor:
     c = x.shape[-1]
     rows = x.numel() // c if c else 0
     out = torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
-    _native().square_sum(
+    _kernels().square_sum(
         (1, c, 1, rows, 1, rows), _storage(x), (x.data_ptr(), 0, 0, c), 1, out.data_ptr(), torch.get_num_threads()
     )
     return out
@@ -257,7 +257,7 @@ def encode_image(
     image, planes = _planes(image)
     out, squares = _image_like((n, channels, h, w), dtype), _image_like((n, 1, h, w), torch.float32)
     mean, inverse = mean.float().contiguous(), std.float().reciprocal().contiguous()
-    _native().encode(
+    _kernels().encode(
         (n, channels, h, w, h, w), _storage(out), planes, mean.data_ptr(), inverse.data_ptr(), six_channels,
         out.data_ptr(), squares.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -272,7 +272,7 @@ def scale_act(
     x = _readable(x)
     out = _image_like(x.shape, x.dtype)
     squares = _image_like((n, groups, h, w), torch.float32) if want_squares else None
-    _native().scale_act(
+    _kernels().scale_act(
         (n, c, h, w, h, w), _storage(x), _operand(x), None, None, scale.data_ptr(), shift.data_ptr(),
         ACTIVATIONS.index(activation), groups, 1, out.data_ptr(), _pointer(squares), torch.get_num_threads(),
     )  # fmt: skip
@@ -322,7 +322,7 @@ def transposed_epilogue(
         multiplier, gate: of N images for M = N K rows; a uint8 gate is a bit mask.
     """
     end, raw, _kept = _end(total, multiplier, identity, gate, want_raw)
-    _native().adjoint_end(_sizes(total), _storage(total), end, torch.get_num_threads())
+    _kernels().adjoint_end(_sizes(total), _storage(total), end, torch.get_num_threads())
     return total, _or_empty(raw, total)
 
 
@@ -334,7 +334,7 @@ def scale_act_transposed(
     grad, x = _readable(grad), _readable(x)
     identity = None if identity is None else _readable(identity)
     out = _image_like(grad.shape, grad.dtype)
-    _native().scale_act(
+    _kernels().scale_act(
         (m, c, h, w, h, w), _storage(x), _operand(x), _operand(grad), _operand(identity), scale.data_ptr(),
         shift.data_ptr(), ACTIVATIONS.index(activation), 1, max(m // max(x.shape[0], 1), 1), out.data_ptr(), 0,
         torch.get_num_threads(),
@@ -360,7 +360,7 @@ def image_contributions(
     weights = torch.empty((m, channels, h, w), dtype=torch.float32)
     contributions = torch.empty((m, h, w), dtype=torch.float32)
     colour = torch.empty((m, 4, h, w), dtype=torch.float32) if want_colour and channels == 6 else None
-    _native().contributions(
+    _kernels().contributions(
         (m, channels, h, w, h, w), _storage(grad), _operand(grad), block, grad.shape[1] // (block * block),
         max(m // max(image.shape[0], 1), 1), planes, inverse_std.data_ptr(), scale, weights.data_ptr(),
         contributions.data_ptr(), _pointer(colour), torch.get_num_threads(),
@@ -406,7 +406,7 @@ def depthwise_fused(
     gate = _gate_like(y, activation, want_gate, True)
     squares = _image_like((n, 1, oh, ow), torch.float32) if want_squares else None
     residual = None if residual is None else _readable(residual)
-    _native().depthwise(
+    _kernels().depthwise(
         (n, c, h, w, oh, ow), _window(kernel, stride, padding, dilation), _storage(x), _operand(x), _operand(residual),
         packed.data_ptr(), _pointer(bias), _pointer(scale), _pointer(shift), b, eps, ACTIVATIONS.index(activation),
         y.data_ptr(), _pointer(multiplier), _pointer(gate), _pointer(squares), torch.get_num_threads(),
@@ -432,7 +432,7 @@ def depthwise_transposed(
     grad = _readable(grad)
     out = _image_like((m, c, *input_size), grad.dtype)
     end, raw, _kept = _end(out, multiplier, identity, gate, want_raw)
-    _native().depthwise_adjoint(
+    _kernels().depthwise_adjoint(
         (m, c, *input_size, oh, ow), _window(kernel, stride, padding, dilation), _storage(grad), _operand(grad),
         packed.data_ptr(), end, torch.get_num_threads(),
     )  # fmt: skip
