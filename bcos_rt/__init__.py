@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from bcos_rt.conversion import ConversionReport, Recipe, bcosify
     from bcos_rt.conversion.recalibrate import recalibrate
     from bcos_rt.explanation import Explanation
+    from bcos_rt.explanation.engine import Engine
     from bcos_rt.explanation.explain import explain
     from bcos_rt.nn.network import BcosNetwork
 
 __all__ = [
     "BcosNetwork",
     "ConversionReport",
+    "Engine",
     "Explanation",
     "Recipe",
     "bcosify",
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BcosNetwork": "bcos_rt.nn.network",
     "ConversionReport": "bcos_rt.conversion",
+    "Engine": "bcos_rt.explanation.engine",
     "Explanation": "bcos_rt.explanation",
     "Recipe": "bcos_rt.conversion",
     "bcosify": "bcos_rt.conversion",

@@ -17,7 +17,7 @@ from bcos_rt.explanation.explanation import Explanation
 from bcos_rt.graph import explanation_graph
 from bcos_rt.nn.network import BcosNetwork, check_range
 
-__all__ = ["explain"]
+__all__ = ["as_network", "class_ids_of", "explain", "is_multi"]
 
 # Equivalent conversions of conventional models are kept while the model lives; nothing is stored in the model itself.
 _EQUIVALENTS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, BcosNetwork]] = weakref.WeakKeyDictionary()
@@ -37,7 +37,7 @@ def _equivalent(model: nn.Module) -> BcosNetwork:
         return kept[1]
 
 
-def _class_ids(targets: Any, images: int, classes: int, device: torch.device) -> Tensor:
+def class_ids_of(targets: Any, images: int, classes: int, device: torch.device) -> Tensor:
     """Targets in any accepted form as int64 [N] or [N, K], -1 for the top class."""
     expected = f"None, an int, {images} ints (one per image) or [{images}, K] ints, each 0 to {classes - 1}"
     if targets is None:
@@ -69,6 +69,20 @@ def _class_ids(targets: Any, images: int, classes: int, device: torch.device) ->
     return given.contiguous()
 
 
+def as_network(net: nn.Module) -> tuple[BcosNetwork, str]:
+    """The B-cos network to explain, and what to call its explanations; any other classifier is converted first.
+
+    Raises:
+        InvalidTypeError: no module.
+    """
+    net = getattr(net, "_orig_mod", net)  # torch.compile's wrapper: the graph is captured from what it wraps
+    if not isinstance(net, nn.Module):
+        raise InvalidTypeError("net", type(net).__name__, "a BcosNetwork or another torch.nn.Module")
+    if not isinstance(net, BcosNetwork):
+        net = _equivalent(net)
+    return net, "initial explanation" if net.recipe.b == 1 else "explanation"
+
+
 def explain(
     net: nn.Module,
     images: Tensor,
@@ -91,14 +105,7 @@ def explain(
         InvalidArgumentError, InvalidTypeError: unusable images or targets (named).
         UnsupportedOpError: an op without a dynamic-linear rule, named with its module.
     """
-    net = getattr(net, "_orig_mod", net)  # torch.compile's wrapper: the graph is captured from what it wraps
-    if not isinstance(net, nn.Module):
-        raise InvalidTypeError("net", type(net).__name__, "a BcosNetwork or another torch.nn.Module")
-    label = "explanation"
-    if not isinstance(net, BcosNetwork):
-        net = _equivalent(net)
-    if net.recipe.b == 1:
-        label = "initial explanation"
+    net, label = as_network(net)
     like = next(net.parameters(), net.encoding.mean)
     encoded = net.encode(images)
     if encoded.device != like.device:
@@ -109,10 +116,10 @@ def explain(
     n, channels, height, width = encoded.shape
     if height == 0 or width == 0:
         raise InvalidArgumentError("images", f"shape {tuple(images.shape)}", "at least one pixel")
-    multi = _is_multi(targets)
+    multi = is_multi(targets)
     graph = explanation_graph(net, (height, width), multi=multi)
     classes = graph.classes
-    class_ids = _class_ids(targets, n, classes, like.device)
+    class_ids = class_ids_of(targets, n, classes, like.device)
     names = tuple(net.class_names) if net.class_names is not None and len(net.class_names) == classes else None
     if n == 0:
         lead = tuple(class_ids.shape)
@@ -139,7 +146,7 @@ def explain(
     )
 
 
-def _is_multi(targets: Any) -> bool:
+def is_multi(targets: Any) -> bool:
     if isinstance(targets, Tensor):
         return targets.ndim == 2
     if hasattr(targets, "ndim"):

@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.source import ConstantSource
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from bcos_rt.errors import UnsupportedOpError
 from bcos_rt.graph.capture import Captured, capture, module_of
@@ -95,9 +97,10 @@ class Adjoint:
         fake = self.builder.fake_mode
         with fake:
             if self.multi:
-                dynamic = torch.fx.experimental.symbolic_shapes.DimDynamic.DYNAMIC
-                context: Any = torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext(dynamic_sizes=[dynamic])
-                k = fake.from_tensor(torch.zeros(3), symbolic_context=context).shape[0]
+                # A symbol of its own: a fake tensor's size may come out as a plain number.
+                shapes, source = fake.shape_env, ConstantSource("k")
+                symbol = shapes.create_symbol(3, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+                k = shapes.create_symintnode(symbol, hint=3, source=source)
                 value = torch.empty((n, k), dtype=torch.int64, device=self.captured.encoded.meta["val"].device)
             else:
                 value = torch.empty((n,), dtype=torch.int64, device=self.captured.encoded.meta["val"].device)

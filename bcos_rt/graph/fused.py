@@ -29,8 +29,8 @@ class FusedPrograms:
     """Attributes:
     predict: image -> ``logits``; computes no multipliers.
     explain: image, class ids [N, K] (-1: the top class) -> ``logits`` [N, classes], ``class_used`` [N, K], ``weights``
-        [N, K, C, H, W], ``contributions`` [N, K, H, W], ``residual`` [N, K], and ``colour`` [N K, 4, H, W] (the colour
-        picture's terms) where the image has six channels.
+        [N, K, C, H, W], ``contributions`` [N, K, H, W], ``residual`` [N, K], and if asked for ``colour`` [N K, 4, H,
+        W] (the colour picture's terms, where the image has six channels).
     passes: how often each fusion pass changed something.
     """
 
@@ -40,7 +40,11 @@ class FusedPrograms:
 
 
 def build_fused(
-    net: BcosNetwork, image_size: tuple[int, int], dtype: torch.dtype = torch.float32, seed_scale: float = 1.0
+    net: BcosNetwork,
+    image_size: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    seed_scale: float = 1.0,
+    colour: bool = False,
 ) -> FusedPrograms:
     """Capture a network, fuse its forward pass, derive the adjoint in fused ops, and fuse that.
 
@@ -49,6 +53,7 @@ def build_fused(
         image_size: (H, W) the programs are made for; batch and number of classes stay free.
         dtype: what activations, multipliers and layer weights are stored in; per-channel scales, norms and the
             explanation's outputs stay in the network's dtype.
+        colour: whether the explanation has an output ``colour``.
         seed_scale: factor on the adjoint while it runs (half of |W| lies below fp16's smallest normal number).
 
     Raises:
@@ -93,7 +98,7 @@ def build_fused(
     if seed_scale != 1:
         seed = adjoint.call(aten.mul.Scalar, seed, seed_scale)
     grad = adjoint.run({**RULES, **FUSED_RULES}, seed, forward)
-    outputs = {"logits": captured.logits, "class_used": used, **_tail(adjoint, captured, grad, seed_scale)}
+    outputs = {"logits": captured.logits, "class_used": used, **_tail(adjoint, captured, grad, seed_scale, colour)}
     captured.builder.graph.output(outputs)
     passes.update(fuse_adjoint(captured.builder))
     output = next(iter(reversed(captured.builder.graph.nodes)))
@@ -103,7 +108,9 @@ def build_fused(
     return FusedPrograms(predict, explain, passes)
 
 
-def _tail(adjoint: Adjoint, captured: Captured, grad: Node, seed_scale: float) -> dict[str, Node]:
+def _tail(
+    adjoint: Adjoint, captured: Captured, grad: Node, seed_scale: float, colour: bool
+) -> dict[str, Node]:
     """Weights, contributions, residual and the picture's colours from the adjoint that arrived at the image."""
     call, outputs = adjoint.call, dict[str, Node]()
     image = captured.encoded
@@ -113,7 +120,7 @@ def _tail(adjoint: Adjoint, captured: Captured, grad: Node, seed_scale: float) -
         inverse = call(aten.reciprocal.default, std)
         parts = call(bcos.image_contributions.default, grad, image, inverse, back, True)
         weights, contributions = (call(operator.getitem, parts, i) for i in range(2))
-        if six:
+        if six and colour:
             outputs["colour"] = call(operator.getitem, parts, 2)
         # <grad, -mean / std> of the normalisation: the weights' pixel sums, negated, times the mean.
         sums = call(aten.sum.dim_IntList, weights, [2, 3])

@@ -1,0 +1,224 @@
+"""The engine: a network's prediction and explanation, fused and compiled once, then run many times."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections import Counter
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, UnsupportedOpError, did_you_mean
+from bcos_rt.explanation.explain import as_network, class_ids_of, is_multi
+from bcos_rt.explanation.explanation import Explanation
+from bcos_rt.graph.backends import Runner
+from bcos_rt.graph.capture import module_of
+from bcos_rt.graph.fused import FusedPrograms, build_fused
+from bcos_rt.graph.program import MemoryPlan, Program, memory_plan
+from bcos_rt.kernels import cpu
+from bcos_rt.nn.network import InputEncoding, check_range
+
+__all__ = ["Engine"]
+
+Backend = Literal["auto", "native", "inductor", "eager"]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Engine:
+    """A network compiled for one image size: :meth:`predict` and :meth:`explain`, any batch, any number of classes.
+
+    The network's forward pass is captured and fused (:mod:`bcos_rt.graph.fuse`), its adjoint derived in fused ops, and
+    both given to a backend. What comes out is what :func:`bcos_rt.explain` returns, up to rounding. The engine keeps the
+    weights the network had; a network that is trained further needs a new one. Safe to call from several threads.
+
+    Args:
+        net: a :class:`BcosNetwork`; any other classifier is converted with :meth:`Recipe.equivalent` first.
+        example: images [N, 3, H, W], of which only the size counts, or that size as (H, W).
+        dtype: what weights and activations are stored in: float32 or bfloat16. Norms, scales and results are float32.
+        backend: "native" (our C++ kernels around oneDNN), "inductor" (``torch.compile`` with freezing; needs a C++
+            compiler), "eager" (plain PyTorch), or "auto": native where it is built, for on the CPU it measured fastest
+            (docs/engine.md); else inductor where there is a compiler; else eager. :attr:`backend` says what it took.
+        chunk: images that go through together (native only); None for the backend's own choice.
+
+    Attributes:
+        backend: the backend taken.
+        image_size: (H, W).
+        dtype: as given.
+        programs: the fused programs, for a look inside.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: an unusable argument (named).
+        UnsupportedOpError: an op without a dynamic-linear rule, or a backend that cannot run here.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        example: Tensor | tuple[int, int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
+        chunk: int | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise InvalidArgumentError("dtype", dtype, "torch.float32 or torch.bfloat16")
+        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+            raise InvalidArgumentError("chunk", repr(chunk), "a positive number of images, or None")
+        network, self._label = as_network(net)
+        self.image_size = _size_of(example)
+        self.dtype = dtype
+        self.backend = _choose(backend)
+        like = next(network.parameters(), network.encoding.mean)
+        if like.device.type != "cpu":
+            raise InvalidArgumentError("net", f"on {like.device}", "a network on the CPU")
+        if like.dtype != torch.float32:
+            raise InvalidArgumentError("net", f"of dtype {like.dtype}", "a float32 network (dtype= sets the storage)")
+        self._names = tuple(network.class_names) if network.class_names is not None else None
+        encoding = network.encoding
+        self._encoding = InputEncoding(
+            encoding.mean.flatten().tolist(), encoding.std.flatten().tolist(), encoding.six_channels
+        )
+        self.programs: FusedPrograms = build_fused(network, self.image_size, dtype)
+        self._classes = int(self.programs.predict.outputs["logits"].meta["val"].shape[1])
+        self._predict = _build(self.backend, self.programs.predict, chunk)
+        self._explain = _build(self.backend, self.programs.explain, chunk)
+
+    # Running -------------------------------------------------------------------------------------------------------
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits [N, classes] of images [N, 3, H, W] in [0, 1]; no multipliers are computed.
+
+        Raises:
+            InvalidArgumentError, InvalidTypeError: unusable images.
+        """
+        images = self._checked(images)
+        if images.shape[0] == 0:
+            return images.new_zeros(0, self._classes)
+        return self._predict(images, None)["logits"]
+
+    def explain(self, images: Tensor, targets: Any = None) -> Explanation:
+        """Explanations of images [N, 3, H, W] in [0, 1]; arguments and result as :func:`bcos_rt.explain`'s.
+
+        K classes of each image share one forward pass.
+
+        Raises:
+            InvalidArgumentError, InvalidTypeError: unusable images or targets.
+        """
+        images = self._checked(images)
+        multi, n = is_multi(targets), images.shape[0]
+        ids = class_ids_of(targets, n, self._classes, images.device)
+        names = self._names if self._names is not None and len(self._names) == self._classes else None
+        encoded = torch.cat([images, 1 - images], 1) if self._encoding.six_channels else images
+        if n == 0:
+            lead = tuple(ids.shape)
+            zeros = (encoded.new_zeros(*lead, *shape) for shape in (encoded.shape[1:], encoded.shape[2:], ()))
+            weights, contributions, residual = zeros
+            return Explanation(
+                encoded.new_zeros(0, self._classes), ids, weights, contributions, residual, encoded, names, self._label
+            )
+        result = self._explain(images, ids if multi else ids[:, None])
+        parts = [result[name] for name in ("class_used", "weights", "contributions", "residual")]
+        if not multi:
+            parts = [part[:, 0] for part in parts]
+        return Explanation(result["logits"], *parts, encoded, names, self._label)
+
+    def _checked(self, images: Any) -> Tensor:
+        self._encoding.encode(images[:0] if isinstance(images, Tensor) and images.ndim == 4 else images)
+        if images.shape[1] != 3:
+            raise InvalidArgumentError(
+                "images", f"{images.shape[1]} channels", "3 (RGB): the engine encodes [x, 1 - x] itself"
+            )
+        if tuple(images.shape[2:]) != self.image_size:
+            height, width = self.image_size
+            raise InvalidArgumentError(
+                "images",
+                f"size {images.shape[2]} x {images.shape[3]}",
+                f"{height} x {width}, the size this engine was made for (another size needs another Engine)",
+            )
+        if images.device.type != "cpu":
+            raise InvalidArgumentError("images", f"on {images.device}", "the engine's device, cpu")
+        check_range(images)
+        return images.detach().float()
+
+    # A look inside -------------------------------------------------------------------------------------------------
+
+    def memory(self, batch: int = 1, classes: int = 1) -> MemoryPlan:
+        """What an explanation of ``batch`` images at once holds at its peak, every value freed after its last use."""
+        return memory_plan(self.programs.explain, batch, classes)
+
+    def summary(self) -> str:
+        """What was fused: the passes, and for each fused op of the explanation where it came from."""
+        plan = self.memory()
+        height, width = self.image_size
+        lines = [
+            f"Engine: {height} x {width}, {str(self.dtype).removeprefix('torch.')}, backend {self.backend}",
+            f"explanation of one image: at most {plan.peak_bytes / 2**20:.1f} MiB of values at {plan.peak_node}, "
+            f"{plan.saved_bytes / 2**20:.1f} MiB saved by the forward pass; constants "
+            f"{plan.constant_bytes / 2**20:.1f} MiB",
+            "passes: " + ", ".join(f"{name} {count}" for name, count in self.programs.passes.items() if count),
+            "",
+        ]
+        nodes = [n for n in self.programs.explain.graph.nodes if n.op == "call_function"]
+        for node in nodes:
+            if "fused_from" in node.meta:
+                origin = " + ".join(_short(name) for name in node.meta["fused_from"])
+                lines.append(f"{_short(str(node.target)):24} {module_of(node):40} {node.meta['pass']}: {origin}")
+        plain = Counter(_short(str(n.target)) for n in nodes if str(n.target).startswith("aten"))
+        if plain:
+            lines += ["", "not fused: " + ", ".join(f"{name} {count}" for name, count in sorted(plain.items()))]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Engine(image_size={self.image_size}, dtype={self.dtype}, backend={self.backend!r})"
+
+
+def _short(target: str) -> str:
+    return target.removeprefix("bcos_rt.").removeprefix("aten.").removesuffix(".default")
+
+
+def _size_of(example: Any) -> tuple[int, int]:
+    if isinstance(example, Tensor):
+        if example.ndim != 4 or example.shape[1] != 3:
+            raise InvalidArgumentError("example", f"shape {tuple(example.shape)}", "images [N, 3, H, W], or (H, W)")
+        size = (int(example.shape[2]), int(example.shape[3]))
+    elif isinstance(example, tuple | list) and len(example) == 2 and all(type(s) is int for s in example):
+        size = (example[0], example[1])
+    else:
+        raise InvalidTypeError("example", repr(example)[:80], "images [N, 3, H, W], or their size (H, W)")
+    if min(size) < 1:
+        raise InvalidArgumentError("example", f"size {size}", "at least one pixel")
+    return size
+
+
+def _compiler() -> bool:
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++")) and sys.platform != "win32"
+
+
+def _choose(backend: Any) -> str:
+    names = get_args(Backend)
+    if backend not in names:
+        hint = did_you_mean(str(backend), names)
+        raise InvalidArgumentError("backend", repr(backend), "one of " + ", ".join(map(repr, names)), hint)
+    if backend == "auto":
+        if cpu.available():
+            return "native"
+        return "inductor" if _compiler() else "eager"
+    if backend == "native" and not cpu.available():
+        raise UnsupportedOpError(f"backend 'native': the C++ kernels are not built ({cpu.unavailable_reason()})")
+    return str(backend)
+
+
+def _build(backend: str, program: Program, chunk: int | None) -> Runner:
+    if backend == "native":
+        from bcos_rt.graph.backends import native
+
+        return native.build(program, chunk or 1)
+    if backend == "inductor":
+        from bcos_rt.graph.backends import inductor
+
+        return inductor.build(program)
+    from bcos_rt.graph.backends import eager
+
+    return eager.build(program)
