@@ -16,27 +16,28 @@ from torch.fx import Node
 
 from bcos_rt.graph import lower_layers, lower_transposed  # noqa: F401 (they register their lowerings)
 from bcos_rt.graph.capture import bound_arguments
-from bcos_rt.graph.lowering import LOWERINGS, Lowering, Results, lowering
+from bcos_rt.graph.lowering import LOWERINGS, Encoded, Lowering, Results, lowering
 from bcos_rt.graph.program import Program
 
 __all__ = ["lower_to_aten"]
 
 aten = torch.ops.aten
+_PADS = (aten.pad.default, aten.constant_pad_nd.default)
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
-def lower_to_aten(program: Program, *, repeat: bool = False) -> Program:
+def lower_to_aten(program: Program, *, compiled: bool = False) -> Program:
     """The program in ATen ops, a new one; constants that stay as they are share their memory.
 
     Args:
         program: of any sizes, symbolic or not, and any image dtype (as its ``image`` node says).
-        repeat: see :class:`bcos_rt.graph.lowering.Lowering`; for compilers.
+        compiled: for a compiler, instead of op by op (:class:`bcos_rt.graph.lowering.Lowering`).
 
     Raises:
         UnsupportedOpError: an op outside the fused ones reads a gate or a max-pool's choice, which have another form
             here.
     """
-    low = Lowering(program, repeat)
+    low = Lowering(program, compiled)
     values: dict[Node, Node] = {}
     results: dict[Node, tuple[Node | None, ...]] = {}
     for node in program.graph.nodes:
@@ -93,9 +94,18 @@ def _copied(low: Lowering, node: Node, values: dict[Node, Node]) -> Node:
         scaled = low.once(("scaled image",), lambda: _scaled_image(low))
         values = {n: scaled if values[n] is image else values[n] for n in node.all_input_nodes}
     copy = low.builder.graph.node_copy(node, lambda n: values[n])
+    if node.target in _PADS and inputs[0] in low.encoded and _pads_with_zeros(node):
+        part = low.encoded[inputs[0]]
+        low.encoded[copy] = Encoded(low.call(node.target, part.channels, node.args[1]), part.mirrored)
     if copy.target in _VIEWS:
         copy.target = aten.reshape.default
     return copy
+
+
+def _pads_with_zeros(node: Node) -> bool:
+    """Spatial padding alone, with zeros (so that a map of squares is the padded map)."""
+    a = bound_arguments(node)
+    return len(a["pad"]) == 4 and not a["value"] and a.get("mode", "constant") == "constant"
 
 
 def _scaled_image(low: Lowering) -> Node:
@@ -126,7 +136,7 @@ def conv2d_fused(low: Lowering, a: Mapping[str, Any]) -> Results:
     x, weight, groups = a["x"], a["weight"], a["groups"]
     window = (list(a["stride"]), list(a["padding"]), list(a["dilation"]))
     early, late = _bias(low, x, a["bias"])
-    z = low.call(aten.conv2d.default, x, weight, early, *window, groups)
+    z = low.call(aten.conv2d.default, *_first_layer(low, x, weight), early, *window, groups)
     inverse = None
     if a["b"] != 1:
         filters, kernel = weight.meta["val"].shape[0], list(weight.meta["val"].shape[2:])
@@ -135,6 +145,19 @@ def conv2d_fused(low: Lowering, a: Mapping[str, Any]) -> Results:
     depthwise = groups == x.meta["val"].shape[1] and groups > 1
     squares = low.square_sum(y, 1 if depthwise else groups) if a["want_squares"] else None
     return y, multiplier, gate, squares
+
+
+def _first_layer(low: Lowering, x: Node, weight: Node) -> tuple[Node, Node]:
+    """Input and weight of a convolution; of an encoded image only the channels that are needed."""
+    part = low.encoded.get(x)
+    if part is None:
+        return x, weight
+    channels = part.channels.meta["val"].shape[1]
+    if part.mirrored:
+        fewer = low.rearranged(weight, "of u in [u, -u]", lambda w: w[:, :channels] - w[:, channels : 2 * channels])
+    else:
+        fewer = low.rearranged(weight, f"first {channels}", lambda w: w[:, :channels].contiguous())
+    return (x, weight) if fewer is None else (part.channels, fewer)
 
 
 @lowering("linear_fused")

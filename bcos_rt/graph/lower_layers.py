@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from bcos_rt.graph.lowering import Lowering, Results, lowering
+from bcos_rt.graph.lowering import Encoded, Lowering, Results, lowering
 from bcos_rt.kernels.reference_layers import ENCODED_CHANNELS, pooled_size
 
 __all__: list[str] = []
@@ -31,13 +31,30 @@ def encode_image(low: Lowering, a: Mapping[str, Any]) -> Results:
     else:
         wide = torch.promote_types(wide, image.meta["val"].dtype)
         x = low.cast(image, wide)
-    if a["six_channels"]:
+    mean, std = (low.per_channel(a[name], wide, True) for name in ("mean", "std"))
+    mirrored = bool(a["six_channels"]) and _mirrors(low, a["mean"], a["std"], wide)
+    if mirrored:
+        mean, std = (low.derived(v, "first three", lambda c, t: c(aten.slice.Tensor, t, 0, 0, 3)) for v in (mean, std))
+    elif a["six_channels"]:
         x = call(aten.cat.default, [x, call(aten.rsub.Scalar, x, 1.0)], 1)
-    x = call(aten.sub.Tensor, x, low.per_channel(a["mean"], wide, True))
-    x = call(aten.div.Tensor, x, low.per_channel(a["std"], wide, True))
-    missing = ENCODED_CHANNELS - x.meta["val"].shape[1]
-    encoded = low.cast(call(aten.constant_pad_nd.default, x, [0, 0, 0, 0, 0, missing]), dtype)
-    return encoded, low.square_sum(encoded, 1)
+    x = low.cast(call(aten.div.Tensor, call(aten.sub.Tensor, x, mean), std), dtype)
+    both = call(aten.cat.default, [x, call(aten.neg.default, x)], 1) if mirrored else x
+    missing = ENCODED_CHANNELS - both.meta["val"].shape[1]
+    encoded = call(aten.constant_pad_nd.default, both, [0, 0, 0, 0, 0, missing])
+    low.encoded[encoded] = Encoded(x, mirrored)
+    squares = low.square_sum(x, 1)
+    if mirrored:
+        squares = call(aten.mul.Scalar, squares, 2.0)
+    return encoded, low.once(("square_sum", encoded, 1), lambda: squares)
+
+
+def _mirrors(low: Lowering, mean: Node, std: Node, dtype: torch.dtype) -> bool:
+    """Whether the inverted channels are normalised to the negative of the others, to a rounding error of ``dtype``."""
+    if mean not in low.program.constants or std not in low.program.constants:
+        return False
+    m, s = low.program.constants[mean].double(), low.program.constants[std].double()
+    error = (m[3:] - (1 - m[:3])).abs().max()
+    return bool(error <= torch.finfo(dtype).eps) and torch.equal(s[3:], s[:3])
 
 
 @lowering("square_sum")

@@ -15,6 +15,7 @@ Transposed convolutions (the adjoint of ``y = conv(x, w)``) take one of these fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from bcos_rt.graph.lowering import Lowering, Results, lowering
+from bcos_rt.graph.lowering import Call, Lowering, Results, lowering
 from bcos_rt.kernels.reference import COLOUR_EPS
 
 __all__: list[str] = []
@@ -30,31 +31,43 @@ __all__: list[str] = []
 aten = torch.ops.aten
 # A result of at most this many channels is worth the taps that are zero in some of its parity classes.
 FEW_CHANNELS = 8
+# Filters that a convolution computes at a time (AVX-512 floats): fewer cost as much.
+FILTER_BLOCK = 16
 
 
+@dataclass(frozen=True)
 class ParityAxis:
     """One axis of a strided transposed convolution by parity classes.
 
     Attributes:
-        first, last: ``g[q + first], ..., g[q + last]`` is what the results ``s q, ..., s q + s - 1`` need.
-        taps: for each class, the kernel's tap at each of those places; the kernel's size where it has none.
+        first: ``g[q + first], ..., g[q + first + length - 1]`` is what the results ``s q + a`` of its classes need.
+        taps: for each class ``a``, the kernel's tap at each of those places; the kernel's size where it has none.
     """
 
-    def __init__(self, kernel: int, stride: int, padding: int) -> None:
-        origins = [divmod(a + padding, stride) for a in range(stride)]
+    first: int
+    taps: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def of(kernel: int, stride: int, padding: int, classes: Sequence[int] | None = None) -> ParityAxis:
+        """The axis for all classes ``0, ..., stride - 1``, or for some."""
+        origins = [divmod(a + padding, stride) for a in (range(stride) if classes is None else classes)]
         # A class without any tap (a 1 x 1 kernel at stride 2) stays zero.
         counts = [max(0, -(-(kernel - c) // stride)) for _, c in origins]
-        used = [(e, n) for (e, _), n in zip(origins, counts, strict=True) if n]
-        self.first = min(e - n + 1 for e, n in used)
-        self.last = max(e for e, _ in used)
-        self.taps = [
-            [stride * (e - place) + c if 0 <= e - place < n else kernel for place in range(self.first, self.last + 1)]
+        used = [(e, n) for (e, _), n in zip(origins, counts, strict=True) if n] or [(0, 1)]
+        first, last = min(e - n + 1 for e, n in used), max(e for e, _ in used)
+        taps = tuple(
+            tuple(stride * (e - p) + c if 0 <= e - p < n else kernel for p in range(first, last + 1))
             for (e, c), n in zip(origins, counts, strict=True)
-        ]
+        )
+        return ParityAxis(first, taps)
 
     @property
     def length(self) -> int:
-        return self.last - self.first + 1
+        return len(self.taps[0])
+
+    @property
+    def last(self) -> int:
+        return self.first + self.length - 1
 
 
 def flipped(weight: Tensor, groups: int) -> Tensor:
@@ -82,9 +95,31 @@ def conv_adjoint(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    factor: Node | None = None,
 ) -> Node:
-    """The adjoint of a convolution, [M, O, H', W'] -> [M, C, H, W], in the storage dtype."""
-    filters, per_group, *kernel = weight.meta["val"].shape
+    """The adjoint of a convolution, [M, O, H', W'] -> [M, C, H, W], in the storage dtype.
+
+    With a factor [C, 1, 1] it is multiplied by it, in at least float32.
+    """
+    shuffled = _by_parity(low, grad, weight, input_size, stride, padding, dilation, groups, factor)
+    if shuffled is not None:
+        return shuffled
+    total = _unshuffled(low, grad, weight, input_size, stride, padding, dilation, groups)
+    return total if factor is None else low.call(aten.mul.Tensor, low.wide(total), factor)
+
+
+def _unshuffled(
+    low: Lowering,
+    grad: Node,
+    weight: Node,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Node:
+    """:func:`conv_adjoint` in every form but the parity classes'."""
+    filters, _, *kernel = weight.meta["val"].shape
     inside = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
     plain, pointwise, depthwise = all(s == 1 for s in stride), max(kernel) == 1, groups > 1 and groups == filters
     if min(inside) >= 0 and (plain or pointwise or depthwise):
@@ -96,13 +131,6 @@ def conv_adjoint(
                 grad = _zeros_between(low, grad, stride, size)
             out = low.call(aten.conv2d.default, grad, turned, None, [1, 1], inside, list(dilation), groups)
             return _zeros_between(low, out, stride, size) if pointwise and not plain else out
-    if groups == 1 and all(d == 1 for d in dilation):
-        axes = tuple(ParityAxis(k, s, p) for k, s, p in zip(kernel, stride, padding, strict=True))
-        multiplications = axes[0].length * axes[1].length * stride[0] * stride[1]
-        if multiplications <= kernel[0] * kernel[1] or (per_group <= FEW_CHANNELS and min(kernel) > 1):
-            shuffled = _by_parity(low, grad, weight, input_size, axes)
-            if shuffled is not None:
-                return shuffled
     sizes = grad.meta["val"].shape[2:]
     extra = [
         input_size[i] - ((sizes[i] - 1) * stride[i] - 2 * padding[i]) - dilation[i] * (kernel[i] - 1) - 1
@@ -120,32 +148,71 @@ def conv_adjoint(
 
 
 def _by_parity(
-    low: Lowering, grad: Node, weight: Node, size: Sequence[int], axes: tuple[ParityAxis, ...]
+    low: Lowering,
+    grad: Node,
+    weight: Node,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    factor: Node | None,
 ) -> Node | None:
-    """The transposed convolution as one stride-1 convolution and a pixel shuffle."""
-    rows, columns = axes
-    classes = low.rearranged(weight, f"parity {rows.taps} {columns.taps}", lambda w: parity_weight(w, rows, columns))
-    if classes is None:
+    """:func:`conv_adjoint` as one stride-1 convolution and a pixel shuffle; None where that is not worth it."""
+    _, per_group, *kernel = weight.meta["val"].shape
+    if groups > 1 or any(d > 1 for d in dilation) or all(s == 1 for s in stride):
         return None
-    channels = weight.meta["val"].shape[1]
-    strides = [len(axis.taps) for axis in axes]
-    counts = [-(-n // s) for n, s in zip(size, strides, strict=True)]
-    # One padding serves both ends; what it makes too many is cut off.
-    padding = [
-        max(0, -axis.first, count + axis.last - places)
-        for axis, count, places in zip(axes, counts, grad.meta["val"].shape[2:], strict=True)
-    ]
-    out = low.call(aten.conv2d.default, grad, classes, None, [1, 1], padding, [1, 1], 1)
-    for dim in range(2):
-        start = axes[dim].first + padding[dim]
-        out = _cut(low, out, dim + 2, start, start + counts[dim])
-    m = low.size(grad, 0)
-    out = low.call(aten.reshape.default, out, [m, *strides, channels, *counts])
-    out = low.call(aten.permute.default, out, [0, 3, 4, 1, 5, 2])
-    out = low.call(aten.reshape.default, out, [m, channels, *(s * n for s, n in zip(strides, counts, strict=True))])
+    rows, columns = (ParityAxis.of(k, s, p) for k, s, p in zip(kernel, stride, padding, strict=True))
+    multiplications = rows.length * columns.length * stride[0] * stride[1]
+    if multiplications > kernel[0] * kernel[1] and (per_group > FEW_CHANNELS or min(kernel) == 1):
+        return None
+    if weight not in low.program.constants:
+        return None
+    # All classes at once, or those of each row apart, which have fewer taps: whatever leaves fewer blocks of filters.
+    apart = [ParityAxis.of(kernel[0], stride[0], padding[0], [a]) for a in range(stride[0])]
+    together = -(-stride[0] * stride[1] * per_group // FILTER_BLOCK) * rows.length
+    one_each = -(-stride[1] * per_group // FILTER_BLOCK) * sum(axis.length for axis in apart)
+    parts = [rows] if together <= one_each else apart
+    counts = [-(-n // s) for n, s in zip(size, stride, strict=True)]
+    pieces = [_parity_part(low, grad, weight, axis, columns, counts, factor) for axis in parts]
+    # In the order of the result's pixels it is one plain copy; what reads the result then has whole rows to read.
+    if len(pieces) > 1:
+        out = low.call(aten.cat.default, pieces, 3)
+    else:
+        out = low.call(aten.clone.default, pieces[0], memory_format=torch.contiguous_format)
+    out = low.strided(out, [low.size(grad, 0), per_group, *(s * n for s, n in zip(stride, counts, strict=True))])
     for dim in range(2):
         out = _cut(low, out, dim + 2, 0, size[dim])
     return out
+
+
+def _parity_part(
+    low: Lowering,
+    grad: Node,
+    weight: Node,
+    rows: ParityAxis,
+    columns: ParityAxis,
+    counts: Sequence[int],
+    factor: Node | None,
+) -> Node:
+    """The results of some row classes, [M, C, rows, classes, columns, classes], times the factor."""
+    channels, axes = weight.meta["val"].shape[1], (rows, columns)
+    classes = low.derived(weight, f"parity {axes}", lambda _, w: parity_weight(w, rows, columns))
+    # One padding serves both ends; what it makes too many is cut off.
+    ends = [
+        max(0, -axis.first, count + axis.last - places)
+        for axis, count, places in zip(axes, counts, grad.meta["val"].shape[2:], strict=True)
+    ]
+    out = low.call(aten.conv2d.default, grad, classes, None, [1, 1], ends, [1, 1], 1)
+    for dim in range(2):
+        start = axes[dim].first + ends[dim]
+        out = _cut(low, out, dim + 2, start, start + counts[dim])
+    shape = [low.size(grad, 0), len(rows.taps), len(columns.taps), channels, *counts]
+    out = low.call(aten.permute.default, low.call(aten.reshape.default, out, shape), [0, 3, 4, 1, 5, 2])
+    if factor is None:
+        return out
+    spread = low.call(aten.reshape.default, factor, [channels, 1, 1, 1, 1])
+    return low.call(aten.mul.Tensor, low.wide(out), spread)
 
 
 def _cut(low: Lowering, x: Node, dim: int, start: int, end: int) -> Node:
@@ -201,45 +268,50 @@ def conv2d_contributions(low: Lowering, a: Mapping[str, Any]) -> Results:
     if weight.meta["val"].shape[1] != channels:
         weight = low.derived(weight, f"first {channels}", lambda call, w: call(aten.slice.Tensor, w, 1, 0, channels))
     size = a["image"].meta["val"].shape[2:]
-    total = conv_adjoint(low, a["grad"], weight, size, a["stride"], a["padding"], a["dilation"], 1)
-    return _contributions(low, total, a)
+    geometry = (size, a["stride"], a["padding"], a["dilation"], 1)
+    weights = conv_adjoint(low, a["grad"], weight, *geometry, _inverse_std(low, a))
+    return _contributions(low, weights, a)
 
 
 @lowering("image_contributions")
 def image_contributions(low: Lowering, a: Mapping[str, Any]) -> Results:
     """Weights, contributions and colours of an image's adjoint."""
-    return _contributions(low, _cut(low, a["grad"], 1, 0, a["inverse_std"].meta["val"].shape[0]), a)
+    total = _cut(low, a["grad"], 1, 0, a["inverse_std"].meta["val"].shape[0])
+    return _contributions(low, low.call(aten.mul.Tensor, low.wide(total), _inverse_std(low, a)), a)
 
 
-def _contributions(low: Lowering, total: Node, a: Mapping[str, Any]) -> Results:
-    call = low.call
-    total = low.wide(total)
-    wide, scale = total.meta["val"].dtype, a["scale"]
-    channels = a["inverse_std"].meta["val"].shape[0]
-    factor = low.derived(
-        a["inverse_std"],
-        f"times {scale} as {wide}",
-        lambda c, v: c(
-            aten.mul.Scalar, c(aten.reshape.default, c(aten._to_copy.default, v, dtype=wide), [-1, 1, 1]), scale
-        ),
-    )
-    weights = call(aten.mul.Tensor, total, factor)
+def _inverse_std(low: Lowering, a: Mapping[str, Any]) -> Node:
+    """``scale / std`` per channel, [C, 1, 1]: what makes weights of the normalised image's adjoint."""
+    wide, scale = low.wide_dtype(a["grad"]), a["scale"]
+
+    def make(call: Call, value: Any) -> Any:
+        spatial = call(aten.reshape.default, call(aten._to_copy.default, value, dtype=wide), [-1, 1, 1])
+        return call(aten.mul.Scalar, spatial, scale)
+
+    return low.derived(a["inverse_std"], f"times {scale} as {wide}", make)
+
+
+def _contributions(low: Lowering, weights: Node, a: Mapping[str, Any]) -> Results:
+    call, wide = low.call, weights.meta["val"].dtype
+    weights = low.realised(weights)
     image = a["image"]
     x = low.cast(image, wide)
     if image.meta["val"].dtype == torch.uint8:
         x = call(aten.div.Scalar, x, 255.0)
+
+    def product(w: Node, v: Node) -> Node:
+        return call(aten.mul.Tensor, w, v)
+
     colour: Node | None = None
-    if channels == 3:
-        terms = low.per_row(lambda w, v: call(aten.mul.Tensor, w, v), weights, x)
-        contributions = call(aten.sum.dim_IntList, terms, [1])
+    if a["inverse_std"].meta["val"].shape[0] == 3:
+        contributions = call(aten.sum.dim_IntList, low.per_row(product, weights, x), [1])
     else:
-        encoded = call(aten.cat.default, [x, call(aten.rsub.Scalar, x, 1.0)], 1)
-        terms = low.per_row(lambda w, v: call(aten.mul.Tensor, w, v), weights, encoded)
-        contributions = call(aten.sum.dim_IntList, terms, [1])
+        # The six channels are x and 1 - x.
+        bright = low.per_row(product, _cut(low, weights, 1, 0, 3), x)
+        dark = low.per_row(product, _cut(low, weights, 1, 3, 6), call(aten.rsub.Scalar, x, 1.0))
+        contributions = call(aten.sum.dim_IntList, call(aten.add.Tensor, bright, dark), [1])
         colour = _colour(low, weights, contributions)
-    if not a["want_weights"]:
-        return None, contributions, colour
-    return call(aten.clone.default, weights, memory_format=torch.contiguous_format), contributions, colour
+    return weights if a["want_weights"] else None, contributions, colour
 
 
 def _colour(low: Lowering, weights: Node, contributions: Node) -> Node:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +50,20 @@ def _same(a: Any, b: Any) -> bool:
     return not isinstance(a, torch.SymInt) and not isinstance(b, torch.SymInt) and a == b
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded image without its padding channels, for a first layer (oneDNN's time grows with every channel).
+
+    Attributes:
+        channels: [N, 3 or 6, H, W].
+        mirrored: whether the whole is ``[channels, -channels]``, as with the means 1 - m and the deviations s of the
+            inverted channels: a layer's response then is that of the weights ``w[:, :3] - w[:, 3:]`` to three channels.
+    """
+
+    channels: Node
+    mirrored: bool
+
+
 class Lowering:
     """Appends ATen nodes to a new program that will compute what ``source`` computes.
 
@@ -57,18 +72,20 @@ class Lowering:
     instead of the place inside the window (:attr:`flat_positions`).
 
     Attributes:
-        repeat: how factors of N images reach N * K rows: repeated by an index (:meth:`per_row`) instead of a view of
-            the rows as [N, K, ...]. A compiler folds the first into the loop that reads it; run op by op it is a copy.
+        encoded: what encoded images, spatially padded or not, are made of.
+        compiled: whether the graph goes to a compiler, which folds what it can into the loops that read it, or is run
+            op by op, where that would be copies.
     """
 
-    def __init__(self, source: Program, repeat: bool) -> None:
+    def __init__(self, source: Program, compiled: bool) -> None:
         value = source.image.meta["val"]
         self.source = source
-        self.repeat = repeat
+        self.compiled = compiled
         self.builder = GraphBuilder(value.fake_mode)
         self.program = Program(self.builder.graph, {}, {}, source.image, None, {}, source._made)
         self.gates: set[Node] = set()
         self.flat_positions: set[Node] = set()
+        self.encoded: dict[Node, Encoded] = {}
         self._origin: Node | None = None
         self._cache: dict[Any, Node] = {}
 
@@ -159,7 +176,7 @@ class Lowering:
         m, n = rows.meta["val"].shape[0], factor.meta["val"].shape[0]
         if _same(m, n):
             return op(rows, factor)
-        if self.repeat:
+        if self.compiled:
             return op(rows, self.repeated(factor, rows))
         images, k, many = self._counts(factor, rows)
         rest = list(rows.meta["val"].shape[1:])
@@ -180,7 +197,7 @@ class Lowering:
             return self.call(aten.reshape.default, wide, [many, *rest])
 
         # As index arithmetic it costs nothing twice; as a copy it is kept for the next reader.
-        return emit() if self.repeat else self.once(("repeated", factor), emit)
+        return emit() if self.compiled else self.once(("repeated", factor), emit)
 
     def _counts(self, factor: Node, rows: Node) -> tuple[Any, Any, Any]:
         """N, K and N K as op arguments."""
@@ -191,6 +208,22 @@ class Lowering:
         # A -1 would be ambiguous for an empty batch.
         ids = self.program.class_ids
         return images, self.size(ids, 1) if ids is not None and ids.meta["val"].ndim == 2 else -1, many
+
+    def realised(self, x: Node) -> Node:
+        """An image or map in contiguous memory that a compiler does not work out anew for each of its readers.
+
+        ``as_strided`` is what needs its operand in memory, in the layout that it names.
+        """
+        if x.target is aten.as_strided.default:
+            return x
+        x = self.call(aten.clone.default, x, memory_format=torch.contiguous_format)
+        return self.strided(x, [self.size(x, i) for i in range(4)])
+
+    def strided(self, x: Node, shape: Sequence[Any]) -> Node:
+        """Contiguous memory seen as a contiguous [N, C, H, W]; only N may be symbolic."""
+        _, channels, height, width = shape
+        strides = [channels * height * width, height * width, width, 1]
+        return self.call(aten.as_strided.default, x, list(shape), strides)
 
     # Norms ---------------------------------------------------------------------------------------------------------
 
@@ -231,14 +264,19 @@ class Lowering:
             name = f"ones of {groups} x {tuple(kernel)}, {value.dtype}"
             geometry = (list(stride), list(padding), list(dilation), groups)
             return self.call(aten.conv2d.default, squares, self.constant(ones, name), None, *geometry)
+        if self.compiled and any(padding):
+            # Without bounds to check, or counts to divide by, the window is a few plain loads.
+            ph, pw = padding
+            padded = self.call(aten.constant_pad_nd.default, squares, [pw, pw, ph, ph])
+            squares, padding = self.realised(padded), (0, 0)
+        # The sum itself: divided by 1.
+        rest = (False, True, 1)
         if area > _LARGEST_WINDOW and min(kernel) > 1:
             # Rows first, then columns: far fewer numbers to add, and windows that a compiler unrolls.
             (kh, kw), (sh, sw), (ph, pw) = kernel, stride, padding
-            mean = self.call(aten.avg_pool2d.default, squares, [kh, 1], [sh, 1], [ph, 0])
-            mean = self.call(aten.avg_pool2d.default, mean, [1, kw], [1, sw], [0, pw])
-        else:
-            mean = self.call(aten.avg_pool2d.default, squares, list(kernel), list(stride), list(padding))
-        return mean if area == 1 else self.call(aten.mul.Scalar, mean, area)
+            rows = self.call(aten.avg_pool2d.default, squares, [kh, 1], [sh, 1], [ph, 0], *rest)
+            return self.call(aten.avg_pool2d.default, rows, [1, kw], [1, sw], [0, pw], *rest)
+        return self.call(aten.avg_pool2d.default, squares, list(kernel), list(stride), list(padding), *rest)
 
     def inverse_patch_norm(
         self,
@@ -254,7 +292,9 @@ class Lowering:
 
         def emit() -> Node:
             box = self.box_sum(self.square_sum(x, groups), kernel, stride, padding, dilation)
-            return self.call(aten.rsqrt.default, self.call(aten.add.Scalar, box, eps))
+            inverse = self.call(aten.rsqrt.default, self.call(aten.add.Scalar, box, eps))
+            # Kept, one number a pixel: a compiler would work it out again for every few channels.
+            return self.realised(inverse) if self.compiled and groups == 1 else inverse
 
         key = ("norm", x, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups, eps)
         return self.once(key, emit)

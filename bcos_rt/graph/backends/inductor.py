@@ -50,16 +50,12 @@ def _config(channels_last: bool) -> dict[str, Any]:
     return {"freezing": True, "layout_optimization": channels_last}
 
 
-def _laid_out(images: Tensor, channels_last: bool) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
 class Inductor:
     """Compiles at the first call of each shape, which takes seconds to minutes, under a lock; then runs.
 
     Args:
         program: see :class:`bcos_rt.graph.program.Program`.
-        channels_last: keep activations in channels-last memory.
+        channels_last: keep activations in channels-last memory. Images are taken as they usually come, [N, 3, H, W].
     """
 
     def __init__(self, program: Program, channels_last: bool = True) -> None:
@@ -72,7 +68,7 @@ class Inductor:
     def __call__(self, images: Tensor, class_ids: Tensor | None = None) -> dict[str, Tensor]:
         """See :data:`bcos_rt.graph.backends.Runner`; ``images`` of the program's dtype or uint8 (0 to 255)."""
         check_inputs(self._program, images, class_ids)
-        given = (_laid_out(images, self._channels_last), *(() if class_ids is None else (class_ids.contiguous(),)))
+        given = (images.contiguous(), *(() if class_ids is None else (class_ids.contiguous(),)))
         classes = None if class_ids is None else class_ids.shape[1]
         key = (images.shape[0], classes, images.dtype, images.device, torch.get_num_threads())
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
@@ -90,7 +86,7 @@ class Inductor:
             _require_compiler()
         classes = given[1].shape[1] if len(given) > 1 else None
         fixed = specialise(self._program, given[0].shape[0], classes, given[0].dtype)
-        module = aten_module(lower_to_aten(fixed, repeat=True))
+        module = aten_module(lower_to_aten(fixed, compiled=True))
         # The key above stands for every guard: the module is used for one shape and never changed.
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         with torch._inductor.config.patch(_config(self._channels_last)):
@@ -144,9 +140,9 @@ def package(
         _require_compiler()
     fixed = specialise(program, batch, classes, image_dtype)
     dtype = fixed.image.meta["val"].dtype
-    module = aten_module(lower_to_aten(fixed, repeat=True))
+    module = aten_module(lower_to_aten(fixed, compiled=True))
     images = torch.zeros(batch, *value.shape[1:], dtype=dtype, device=value.device)
-    example: tuple[Tensor, ...] = (_laid_out(images, channels_last),)
+    example: tuple[Tensor, ...] = (images,)
     if classes is not None:
         example += (torch.zeros(batch, classes, dtype=torch.int64, device=value.device),)
     about = {
@@ -155,7 +151,6 @@ def package(
         "images": [batch, *value.shape[1:]],
         "classes": classes,
         "dtype": str(dtype).removeprefix("torch."),
-        "channels_last": channels_last,
     }
     # Loops are cut for the threads of the process that runs them, not of this one.
     config = {
@@ -185,7 +180,6 @@ class Package:
         self.classes: int | None = about["classes"]
         self._names: list[str] = about["outputs"]
         self._dtype: torch.dtype = getattr(torch, about["dtype"])
-        self._channels_last: bool = about["channels_last"]
         # The model's own call parses its signature from text every time.
         self._run = model.loader.boxed_run
 
@@ -199,7 +193,7 @@ class Package:
         shape = None if class_ids is None else tuple(class_ids.shape)
         if shape != wanted:
             raise InvalidArgumentError("class_ids", "None" if shape is None else f"shape {shape}", str(wanted))
-        given = [_laid_out(images, self._channels_last)]
+        given = [images.contiguous()]
         if class_ids is not None:
             if class_ids.dtype != torch.int64:
                 raise InvalidTypeError("class_ids", f"dtype {class_ids.dtype}", "torch.int64")
