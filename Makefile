@@ -24,7 +24,9 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 
 venv_python := .venv/bin/python
 pip_install := $(venv_python) -m pip install --no-input --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
-requirements := pyproject.toml setup.py constraints.txt
+# pyproject.toml's build requirements, for installs without build isolation.
+build_tools := setuptools pybind11 cmake ninja
+requirements := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 .PHONY: help demo test test-kernels kernels gpu lint types format clean
 
@@ -98,12 +100,12 @@ clean:
 	@touch $@
 
 .venv/.installed-demo: .venv/.created $(requirements)
-	$(pip_install) setuptools
+	$(pip_install) $(build_tools)
 	$(pip_install) --no-build-isolation -e '.[demo]'
 	@touch $@
 
 .venv/.installed-dev: .venv/.created $(requirements)
-	$(pip_install) setuptools
+	$(pip_install) $(build_tools)
 	$(pip_install) --no-build-isolation -e '.[dev]'
 	@touch $@
 

@@ -1,5 +1,7 @@
 """The wheel holds what it should: kernels/ and export/ inside bcos_rt, type information, and no other package."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,22 +14,28 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def build_wheel(tmp_path_factory, **environment):
     """The wheel's path, built from a copy: a build writes beside the sources."""
     pytest.importorskip("setuptools", minversion="77", reason="setuptools builds the wheel")
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns("__pycache__")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
     for name in ("bcos_rt", "kernels", "export", "tests", "examples"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
-    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", out, copy]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=out, timeout=300)
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=out, timeout=300, env={**os.environ, **environment}
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = out.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build_wheel(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +56,18 @@ def test_mapped_packages_and_type_marker_are_in(names):
         "bcos_rt/export/__init__.py",
     ):
         assert name in names
+
+
+def test_the_cpu_kernels_are_in(names):
+    assert any(re.fullmatch(r"bcos_rt/kernels/cpu/_native\..*\.(so|pyd)", name) for name in names)
+
+
+def test_without_a_compiler_the_wheel_builds_and_lacks_the_kernels(tmp_path_factory):
+    path = build_wheel(tmp_path_factory, CXX=str(tmp_path_factory.mktemp("none") / "no-compiler"))
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    assert "bcos_rt/kernels/cpu/__init__.py" in names
+    assert not [name for name in names if "_native" in name]
 
 
 def test_every_module_of_the_sources_is_in(names):

@@ -86,8 +86,18 @@ def _kernels() -> dict[str, str]:
         "cuda": cuda,
         "cpu": "plain PyTorch",
         "triton": triton or "not installed",
-        "cpp": "not part of this version",
+        "cpp": _cpp(),
     }
+
+
+def _cpp() -> str:
+    """The C++ kernels' instruction set, or why they are missing and what the engine uses instead."""
+    from bcos_rt.explanation.engine import chosen_backend
+    from bcos_rt.kernels import cpu
+
+    if cpu.available():
+        return f"built, using {cpu.isa()}"
+    return f"missing ({cpu.unavailable_reason()}); the engine uses its backend {chosen_backend('auto')!r} instead"
 
 
 def _installed(distribution: str) -> str | None:
@@ -249,7 +259,7 @@ def _shown(data: dict[str, Any]) -> list[Table | Text]:
         "threads": f"{machine['torch_threads']} within an op, {machine['torch_interop_threads']} between ops",
         "CUDA": ", ".join(devices) or f"no device (PyTorch built for CUDA {machine['cuda_build'] or 'none'})",
         "onnxruntime": ", ".join(runtime["providers"]) or "not installed",
-        "kernels": "CUDA: {cuda}; CPU: {cpu} (Triton {triton}; C++ kernels are {cpp})".format(**data["kernels"]),
+        "kernels": "CUDA: {cuda}; CPU: {cpu} (Triton {triton}; C++ kernels: {cpp})".format(**data["kernels"]),
         "self-check": "passed" if data["self_check"]["ok"] else "FAILED",
     }
     for name, text in rows.items():

@@ -20,7 +20,7 @@ from bcos_rt.graph.program import MemoryPlan, Program, memory_plan
 from bcos_rt.kernels import cpu
 from bcos_rt.nn.network import InputEncoding, check_range
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "chosen_backend"]
 
 Backend = Literal["auto", "native", "inductor", "eager"]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -30,8 +30,8 @@ class Engine:
     """A network compiled for one image size: :meth:`predict` and :meth:`explain`, any batch, any number of classes.
 
     The network's forward pass is captured and fused (:mod:`bcos_rt.graph.fuse`), its adjoint derived in fused ops, and
-    both given to a backend. What comes out is what :func:`bcos_rt.explain` returns, up to rounding. The engine keeps the
-    weights the network had; a network that is trained further needs a new one. Safe to call from several threads.
+    both given to a backend. What comes out is what :func:`bcos_rt.explain` returns, up to rounding. The engine keeps
+    the weights the network had; a network that is trained further needs a new one. Safe to call from several threads.
 
     Args:
         net: a :class:`BcosNetwork`; any other classifier is converted with :meth:`Recipe.equivalent` first.
@@ -69,7 +69,7 @@ class Engine:
         network, self._label = as_network(net)
         self.image_size = _size_of(example)
         self.dtype = dtype
-        self.backend = _choose(backend)
+        self.backend = chosen_backend(backend)
         like = next(network.parameters(), network.encoding.mean)
         if like.device.type != "cpu":
             raise InvalidArgumentError("net", f"on {like.device}", "a network on the CPU")
@@ -122,7 +122,8 @@ class Engine:
         parts = [result[name] for name in ("class_used", "weights", "contributions", "residual")]
         if not multi:
             parts = [part[:, 0] for part in parts]
-        return Explanation(result["logits"], *parts, encoded, names, self._label)
+        used, weights, contributions, residual = parts
+        return Explanation(result["logits"], used, weights, contributions, residual, encoded, names, self._label)
 
     def _checked(self, images: Any) -> Tensor:
         self._encoding.encode(images[:0] if isinstance(images, Tensor) and images.ndim == 4 else images)
@@ -140,7 +141,8 @@ class Engine:
         if images.device.type != "cpu":
             raise InvalidArgumentError("images", f"on {images.device}", "the engine's device, cpu")
         check_range(images)
-        return images.detach().float()
+        checked: Tensor = images.detach().float()
+        return checked
 
     # A look inside -------------------------------------------------------------------------------------------------
 
@@ -196,7 +198,8 @@ def _compiler() -> bool:
     return any(shutil.which(name) for name in ("c++", "g++", "clang++")) and sys.platform != "win32"
 
 
-def _choose(backend: Any) -> str:
+def chosen_backend(backend: Any) -> str:
+    """The backend an engine takes when asked for ``backend``."""
     names = get_args(Backend)
     if backend not in names:
         hint = did_you_mean(str(backend), names)

@@ -98,7 +98,8 @@ class Adjoint:
         with fake:
             if self.multi:
                 # A symbol of its own: a fake tensor's size may come out as a plain number.
-                shapes, source = fake.shape_env, ConstantSource("k")
+                shapes: Any = fake.shape_env
+                source = ConstantSource("k")
                 symbol = shapes.create_symbol(3, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
                 k = shapes.create_symintnode(symbol, hint=3, source=source)
                 value = torch.empty((n, k), dtype=torch.int64, device=self.captured.encoded.meta["val"].device)

@@ -37,6 +37,7 @@ __all__ = [
     "fuse_scaled_activations",
     "nest_concatenations",
     "prepare_stem",
+    "refresh",
     "thread_squares",
 ]
 
@@ -52,11 +53,11 @@ def fuse_forward(captured: Captured, six_channels: bool) -> dict[str, int]:
     counts = {}
     for function in passes:
         counts[function.__name__] = function(captured)
-        _refresh(captured)
+        refresh(captured)
     counts["prepare_stem"] = prepare_stem(captured, six_channels)
-    _refresh(captured)
+    refresh(captured)
     counts["thread_squares"] = thread_squares(captured)
-    _refresh(captured)
+    refresh(captured)
     return counts
 
 
@@ -70,7 +71,7 @@ def fuse_adjoint(builder: GraphBuilder) -> dict[str, int]:
     return counts
 
 
-def _refresh(captured: Captured) -> None:
+def refresh(captured: Captured) -> None:
     """Remove dead nodes; work out anew which ones depend on the image."""
     graph = captured.builder.graph
     graph.output(captured.logits)
@@ -91,6 +92,8 @@ def _made_by(node: Node, name: str, *origins: Node) -> Node:
     """Note the pass and the nodes a fused node stands for (they end in its summary)."""
     node.meta["pass"] = name
     node.meta["fused_from"] = tuple(str(o.target) for o in origins)
+    # It is the first one's layer, wherever the last one's activation stands.
+    node.meta.update({k: v for k, v in origins[0].meta.items() if k in ("nn_module_stack", "stack_trace")})
     return node
 
 
@@ -228,7 +231,8 @@ def _follow(captured: Captured, y: Node, channels: int, channel_dim: int) -> _Ch
         elif user.target is aten.add.Tensor and vector is not None and clean:
             chain.shift = vector
         elif user.target is aten.add.Tensor and chain.residual is None and _is_residual(captured, user, last):
-            chain.residual = user.args[1] if user.args[0] is last else user.args[0]  # type: ignore[assignment]
+            operands: Any = user.args
+            chain.residual = operands[1] if operands[0] is last else operands[0]
         elif _activation(user) is not None:
             chain.activation = _activation(user) or "none"
             chain.last = user
@@ -278,7 +282,9 @@ def fuse_convolutions(captured: Captured) -> int:
         if x not in captured.depends or weight in captured.depends:
             continue
         found = _bcos(captured, z, bcos.patch_norm.default, 1)
-        b, eps, y = (1.0, 0.0, z) if found is None else (found[0].args[2], found[1].args[6], found[2])
+        b: Any = 1.0 if found is None else found[0].args[2]
+        eps: Any = 0.0 if found is None else found[1].args[6]
+        y = z if found is None else found[2]
         chain = _follow(captured, y, weight.meta["val"].shape[0], 1)
         if found is None and chain.last is z:
             continue  # a convolution by itself: nothing to fuse
@@ -311,6 +317,8 @@ def fuse_linears(captured: Captured) -> int:
         if found is None or a["weight"] in captured.depends:
             continue
         m, n, y = found
+        b: Any = m.args[2]
+        eps: Any = n.args[1]
         chain = _follow(captured, y, a["weight"].meta["val"].shape[0], -1)
         # Four dimensions mean an image to the adjoint's epilogue: [N, H, W, C] goes through as [N, H W, C].
         shape = z.meta["val"].shape
@@ -325,7 +333,7 @@ def fuse_linears(captured: Captured) -> int:
                     residual = builder.call(aten.reshape.default, residual, [-1, shape[1] * shape[2], shape[3]])
             node = builder.call(
                 bcos.linear_fused.default, x, a["weight"], None, a["bias"], None, None, residual,
-                float(m.args[2]), float(n.args[1]), chain.activation, False, False, False,  # type: ignore[arg-type]
+                float(b), float(eps), chain.activation, False, False, False,
             )  # fmt: skip
             out = builder.call(operator.getitem, node, 0)
             if folded:
@@ -349,7 +357,7 @@ def fuse_pools(captured: Captured) -> int:
         if node not in captured.depends or not isinstance(node.target, torch._ops.OpOverload):
             continue
         a = bound_arguments(node)
-        x = a.get("self")
+        x: Any = a.get("self")
         if not _image(x):
             continue
         with builder.in_place_of(node):
@@ -371,8 +379,8 @@ def fuse_pools(captured: Captured) -> int:
                 )
                 out = builder.call(operator.getitem, pool, 0)
         if out is not None:
-            producer = out if out.target is not aten.squeeze.dims else out.args[0]
-            _made_by(producer.args[0], "fuse_pools", node)  # type: ignore[union-attr, arg-type]
+            item: Any = out if out.target is not aten.squeeze.dims else out.args[0]
+            _made_by(item.args[0], "fuse_pools", node)
             _replace(captured, node, out)
             count += 1
     return count
@@ -392,11 +400,11 @@ def fuse_scaled_activations(captured: Captured) -> int:
         if node.target is not aten.mul.Tensor or not _image(node) or node not in captured.depends:
             continue
         x = node.args[0] if node.args[0] in captured.depends else node.args[1]
-        if not _image(x) or x.meta["val"].shape[1] != node.meta["val"].shape[1]:  # type: ignore[union-attr]
+        if not _image(x) or x.meta["val"].shape[1] != node.meta["val"].shape[1]:
             continue
         channels = int(node.meta["val"].shape[1])
         with builder.in_place_of(node):
-            scale = _per_channel(captured, _constant_operand(captured, node, x), channels)  # type: ignore[arg-type]
+            scale = _per_channel(captured, _constant_operand(captured, node, x), channels)
         if scale is None:
             continue
         chain = _follow(captured, node, channels, 1)
@@ -424,7 +432,7 @@ def prepare_stem(captured: Captured, six_channels: bool) -> int:
     if six_channels:
         with builder.fake_mode:
             image_value = torch.empty((like.shape[0], 3, *like.shape[2:]), dtype=like.dtype, device=like.device)
-    encoded.name = encoded.target = "image"  # type: ignore[misc]
+    encoded.name = encoded.target = "image"
     encoded.meta["val"] = image_value
     first = next(n for n in builder.graph.nodes if n.op != "placeholder")
     normalised = _normalisation(captured)
@@ -471,7 +479,8 @@ def _normalisation(captured: Captured) -> tuple[Node, Node] | None:
         if not isinstance(constant, Node) or constant in captured.depends:
             return None
     # Its value was [N, 3 or 6, H, W]; the constants are per channel, in float32 at least.
-    shapes = {tuple(c.meta["val"].shape) for c in (sub.args[1], div.args[1])}  # type: ignore[union-attr]
+    constants: Any = (sub.args[1], div.args[1])
+    shapes = {tuple(c.meta["val"].shape) for c in constants}
     if len(shapes) != 1 or next(iter(shapes))[1:] != (1, 1) or channels not in (3, 6):
         return None
     return sub, div
@@ -486,7 +495,8 @@ def _widen_consumer(builder: GraphBuilder, user: Node, old: Node, padded: Node, 
             more = builder.call(aten.constant_pad_nd.default, weight, [0, 0, 0, 0, 0, missing])
         user.args = (padded, more, *user.args[2:])
         return True
-    if user.target in (aten.pad.default, aten.constant_pad_nd.default) and len(user.args[1]) == 4:  # type: ignore[arg-type]
+    arguments: Any = user.args
+    if user.target in (aten.pad.default, aten.constant_pad_nd.default) and len(arguments[1]) == 4:
         below = list(user.users)
         fused = all(u.target is bcos.conv2d_fused.default and u.args[10] == 1 for u in below)
         if not fused or len(below) != 1:
@@ -518,11 +528,11 @@ def thread_squares(captured: Captured) -> int:
         if node.target is not bcos.conv2d_fused.default or node.args[11] == 1:
             continue
         x, groups = node.args[0], node.args[10]
-        if groups == x.meta["val"].shape[1] and groups != 1:  # type: ignore[union-attr]
+        if groups == x.meta["val"].shape[1] and groups != 1:
             continue
         key = (x, groups)
         if key not in made:
-            made[key] = _map_of(builder, x, groups)  # type: ignore[arg-type]
+            made[key] = _map_of(builder, x, groups)
         node.args = (*node.args[:2], made[key], *node.args[3:])
         count += 1
     return count
@@ -550,7 +560,8 @@ def _map_of(builder: GraphBuilder, x: Node, groups: int) -> Node:
 def set_arguments(builder: GraphBuilder, node: Node, values: dict[int, Any]) -> None:
     """Change positional arguments of a node in place, and its fake value with them."""
     node.args = tuple(values.get(i, a) for i, a in enumerate(node.args))
-    node.meta["val"] = builder.value(node.target, node.args, node.kwargs)
+    target: Any = node.target
+    node.meta["val"] = builder.value(target, node.args, node.kwargs)
     for user in node.users:
         if user.target is operator.getitem:
             user.meta["val"] = node.meta["val"][user.args[1]]
@@ -621,7 +632,7 @@ def fuse_identities(builder: GraphBuilder) -> int:
         left, right = node.args
         if left is right or not all(isinstance(n, Node) and isinstance(n.meta["val"], torch.Tensor) for n in node.args):
             continue
-        if left.meta["val"].shape != right.meta["val"].shape:  # type: ignore[union-attr]
+        if left.meta["val"].shape != right.meta["val"].shape:
             continue
         options = [(_bare(n), n, o) for n, o in ((left, right), (right, left))]
         usable = [(t, n, o) for t, n, o in options if t is not None and _identity_free(t)]
@@ -631,13 +642,14 @@ def fuse_identities(builder: GraphBuilder) -> int:
         at = _EPILOGUE[producer.target][1] if producer.target in _EPILOGUE else _IDENTITY_ONLY[producer.target]
         args = tuple(other if i == at else a for i, a in enumerate(producer.args))
         with builder.in_place_of(node):
-            new = builder.call(producer.target, *args)
+            target: Any = producer.target
+            new = builder.call(target, *args)
             out = builder.call(operator.getitem, new, 0) if producer.target in _EPILOGUE else new
         _carry(new, producer, "fuse_identities", node)
         node.replace_all_uses_with(out)
         builder.graph.erase_node(node)
         if old is not producer:
-            builder.graph.erase_node(old)  # type: ignore[arg-type]
+            builder.graph.erase_node(old)
         builder.graph.erase_node(producer)
         count += 1
     return count
@@ -661,7 +673,8 @@ def fuse_multipliers(builder: GraphBuilder) -> int:
         taken = {multiplier: node.args[1], gate: node.args[3], raw: node.args[4]}
         args = tuple(taken.get(i, a) for i, a in enumerate(producer.args))
         with builder.in_place_of(node):
-            new = builder.call(producer.target, *args)
+            target: Any = producer.target
+            new = builder.call(target, *args)
         _carry(new, producer, "fuse_multipliers", node)
         old: Any = node.args[0]
         node.replace_all_uses_with(new)
@@ -699,6 +712,6 @@ def fuse_contributions(builder: GraphBuilder) -> int:
         _carry(new, producer, "fuse_contributions", node)
         node.replace_all_uses_with(new)
         for dead in (node, grad, producer):
-            builder.graph.erase_node(dead)  # type: ignore[arg-type]
+            builder.graph.erase_node(dead)
         count += 1
     return count

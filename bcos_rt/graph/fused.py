@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,8 @@ def build_fused(
     passes = fuse_forward(captured, six)
     values: dict[str, Tensor] = dict(net.named_parameters(remove_duplicate=False))
     values.update(net.named_buffers(remove_duplicate=False))
+    # Copies: the network may be trained further.
+    values = {name: values[name].detach().clone() for name in captured.parameter_names if name in values}
 
     def program(outputs: dict[str, Node], class_ids: Node | None, made: dict[str, Tensor]) -> Program:
         """The graph so far with other outputs, in nodes of its own."""
@@ -73,10 +76,10 @@ def build_fused(
             if node.op != "output":
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
         named = dict(zip(captured.parameter_nodes, captured.parameter_names, strict=True))
-        named.update({n: name for n, name in constant_nodes.items()})
+        named.update(constant_nodes)
         constants, names = {}, {}
         for node, name in named.items():
-            constants[copies[node]] = given[name] if name in given else values[name].detach()
+            constants[copies[node]] = given[name] if name in given else values[name]
             names[copies[node]] = name
         ids = None if class_ids is None else copies[class_ids]
         result = Program(graph, constants, names, copies[captured.encoded], ids)
@@ -102,15 +105,14 @@ def build_fused(
     captured.builder.graph.output(outputs)
     passes.update(fuse_adjoint(captured.builder))
     output = next(iter(reversed(captured.builder.graph.nodes)))
-    outputs = dict(output.args[0])  # type: ignore[arg-type]
+    rewritten: Any = output.args[0]
+    outputs = dict(rewritten)
     constant_nodes = {node: name for name, node in adjoint.constant_nodes.items()}
     explain = program(outputs, class_ids, adjoint.constants)
     return FusedPrograms(predict, explain, passes)
 
 
-def _tail(
-    adjoint: Adjoint, captured: Captured, grad: Node, seed_scale: float, colour: bool
-) -> dict[str, Node]:
+def _tail(adjoint: Adjoint, captured: Captured, grad: Node, seed_scale: float, colour: bool) -> dict[str, Node]:
     """Weights, contributions, residual and the picture's colours from the adjoint that arrived at the image."""
     call, outputs = adjoint.call, dict[str, Node]()
     image = captured.encoded
@@ -159,7 +161,7 @@ def store_as(program: Program, dtype: torch.dtype) -> None:
             value = program.constants[node].to(dtype)
             wide_users = [u for u in node.users if _uses_wide(u, node)]
             narrow = program.add_constant(value, program.names[node], node)
-            node.replace_all_uses_with(narrow, delete_user_cb=lambda u, wide=wide_users: u not in wide)
+            node.replace_all_uses_with(narrow, delete_user_cb=_outside(wide_users))
     for node in program.graph.nodes:
         if node.op == "call_function":
             node.args = torch.fx.node.map_aggregate(node.args, lambda a: dtype if a is wide_dtype else a)
@@ -174,6 +176,10 @@ def store_as(program: Program, dtype: torch.dtype) -> None:
             outputs[name].meta.update(node.meta)
             outputs[name].meta["val"] = node.meta["val"].to(wide_dtype)
     program.set_outputs(outputs)
+
+
+def _outside(users: list[Node]) -> Callable[[Node], bool]:
+    return lambda user: user not in users
 
 
 def _uses_wide(user: Node, node: Node) -> bool:

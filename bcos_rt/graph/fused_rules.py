@@ -9,6 +9,7 @@ epilogue into the op that wrote ``G``. Factors belong to N images, adjoints to N
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ bcos = torch.ops.bcos_rt
 FUSED_RULES: dict[Any, Rule] = {}
 
 
-def _fused_rule(target: Any) -> Any:
+def _fused_rule(target: Any) -> Callable[[Rule], Rule]:
     def register(function: Rule) -> Rule:
         FUSED_RULES[target] = function
         return function
@@ -101,7 +102,11 @@ def scale_act(adjoint: Adjoint, node: Node, grad: Node) -> None:
         return
     # <G gate, t> needs the gated adjoint without its slope: that of act(u) at u = s x + t.
     call = adjoint.call
-    wide, one, zero = _spatial(adjoint, scale), call(aten.ones_like.default, scale), call(aten.zeros_like.default, scale)
+    wide, one, zero = (
+        _spatial(adjoint, scale),
+        call(aten.ones_like.default, scale),
+        call(aten.zeros_like.default, scale),
+    )
     u = call(aten.add.Tensor, call(aten.mul.Tensor, x, wide), _spatial(adjoint, shift))
     raw = call(bcos.scale_act_transposed.default, grad, u, one, zero, a["activation"], None)
     _channel_constant(adjoint, raw, shift, 1)

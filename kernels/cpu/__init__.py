@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -42,14 +44,28 @@ __all__ = [
 ]
 
 
+_ISAS = ("avx512", "avx2", "portable")
+
+
 @functools.cache
 def _load() -> tuple[Any, str | None]:
+    wanted = os.environ.get("BCOS_RT_ISA", "")
+    if wanted and wanted not in _ISAS:
+        return None, f"BCOS_RT_ISA: got {wanted!r}, expected one of {', '.join(_ISAS)}"
     # torch is imported above: the extension then shares its OpenMP threads instead of bringing its own.
     try:
         module: ModuleType = importlib.import_module("bcos_rt.kernels.cpu._native")
     except ImportError as error:
-        return None, f"{error}"
+        return None, _failure() or f"{error}"
     return module, None
+
+
+def _failure() -> str | None:
+    """What setup.py wrote where it could not build the kernels."""
+    try:
+        return (Path(__file__).parent / "build_failure.txt").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
 
 
 def available() -> bool:
@@ -198,7 +214,7 @@ def linear_epilogue(
     want_gate: bool = False,
     want_squares: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`conv_epilogue` after a linear layer: ``z`` [..., O] contiguous, ``squares`` [..., T], ``n = norm + eps``."""
+    """:func:`conv_epilogue` after a linear layer (n = norm + eps): ``z`` [..., O] contiguous, ``squares`` [..., T]."""
     o = z.shape[-1]
     rows = z.numel() // o if o else 0
     multiplier = torch.empty_like(z) if want_multiplier else None
@@ -240,8 +256,8 @@ def row_square_sum(x: Tensor) -> Tensor:
 def _planes(image: Tensor) -> tuple[Tensor, tuple[int, bool, int, int, int, int]]:
     if image.dtype not in (torch.uint8, torch.float32):
         image = image.float()
-    stride = image.stride()
-    return image, (image.data_ptr(), image.dtype == torch.uint8, *stride)
+    batch, channel, row, pixel = image.stride()
+    return image, (image.data_ptr(), image.dtype == torch.uint8, batch, channel, row, pixel)
 
 
 def encode_image(

@@ -60,8 +60,6 @@ def build(program: Program, chunk: int = 1) -> Runner:
     lowered = program.copy()
     module = GraphModule(_lower(lowered), lowered.graph)
     feed = lowered.feed
-    constants = dict(lowered.constants)
-    del constants
 
     def once(images: Tensor, class_ids: Tensor | None) -> dict[str, Tensor]:
         result: dict[str, Tensor] = module(*feed(images, class_ids))
@@ -108,7 +106,7 @@ class _Packed:
     """A weight in oneDNN's own layout, packed at the first call (it depends on the sizes) and then kept."""
 
     def __init__(self, weight: Tensor, pack: Callable[[Tensor, list[int]], Tensor]) -> None:
-        self.weight: Tensor | None = weight
+        self.weight = weight
         self.pack = pack
         self.packed: Tensor | None = None
         self.lock = threading.Lock()
@@ -117,14 +115,9 @@ class _Packed:
         if self.packed is None:
             with self.lock:
                 if self.packed is None:
-                    assert_weight = self.weight
-                    if assert_weight is not None:
-                        self.packed = self.pack(assert_weight, list(like.shape))
-                        self.weight = None
-        packed = self.packed
-        if packed is None:
-            raise RuntimeError("a weight was packed by nobody")
-        return packed
+                    self.packed = self.pack(self.weight, list(like.shape))
+                    self.weight = self.packed  # the plain one can go
+        return self.packed
 
 
 def _convolution(
@@ -133,9 +126,7 @@ def _convolution(
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
     """``conv2d`` with packed weights; returns channels-last memory of its own."""
     s, p, d = list(stride), list(padding), list(dilation)
-    packed = _Packed(
-        weight.contiguous(), lambda w, size: mkldnn._reorder_convolution_weight(w, p, s, d, groups, size)
-    )
+    packed = _Packed(weight.contiguous(), lambda w, size: mkldnn._reorder_convolution_weight(w, p, s, d, groups, size))
 
     def run(x: Tensor) -> Tensor:
         z = mkldnn._convolution_pointwise(x, packed(x), bias, p, s, d, groups, "none", [], "")
@@ -153,7 +144,8 @@ def _adjoint(
     o, per_group = weight.shape[0], weight.shape[1]
     flipped = [d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True)]
     if all(s == 1 for s in stride) and min(flipped) >= 0:
-        turned = weight.unflatten(0, (groups, o // groups)).transpose(1, 2).reshape(groups * per_group, o // groups, *kernel)
+        by_group = weight.reshape(groups, o // groups, per_group, *kernel).transpose(1, 2)
+        turned = by_group.reshape(groups * per_group, o // groups, *kernel)
         return _convolution(turned.flip(2, 3), None, (1, 1), flipped, dilation, groups)
     s, p, d = list(stride), list(padding), list(dilation)
 
@@ -166,7 +158,8 @@ def _adjoint(
         kept: dict[str, list[int]] = {}
 
         def pack(w: Tensor, size: list[int]) -> Tensor:
-            return mkldnn._reorder_convolution_transpose_weight(w, p, kept["extra"], s, d, groups, size)
+            reordered: Tensor = mkldnn._reorder_convolution_transpose_weight(w, p, kept["extra"], s, d, groups, size)
+            return reordered
 
         packed = _Packed(weight.contiguous(), pack)
 
@@ -408,17 +401,15 @@ def _avg_pool2d_transposed(program: Program, node: Node, a: dict[str, Any]) -> t
 
 
 def _max_pool2d(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
-    window = tuple(tuple(a[name]) for name in ("kernel_size", "stride", "padding", "dilation"))
-    ceil, want_index, want_squares, groups = (
-        a[name] for name in ("ceil_mode", "want_index", "want_squares", "groups")
-    )
+    kernel, stride, padding, dilation = (tuple(a[name]) for name in ("kernel_size", "stride", "padding", "dilation"))
+    ceil, want_index, want_squares, groups = (a[name] for name in ("ceil_mode", "want_index", "want_squares", "groups"))
 
     def run(x: Tensor) -> Any:
         # Between our own steps the index is ATen's flat place in the image.
         if want_index:
-            y, index = F.max_pool2d(x, *window, ceil_mode=ceil, return_indices=True)
+            y, index = F.max_pool2d(x, kernel, stride, padding, dilation, ceil, return_indices=True)
         else:
-            y = F.max_pool2d(x, *window, ceil_mode=ceil)
+            y = F.max_pool2d(x, kernel, stride, padding, dilation, ceil)
             index = y.new_empty(0)
         y = channels_last(y)
         return y, index, (cpu.square_sum(y, groups) if want_squares else y.new_empty(0))
@@ -430,8 +421,6 @@ def _max_pool2d_transposed(program: Program, node: Node, a: dict[str, Any]) -> t
     kernel, stride, padding, dilation, size = (
         list(a[name]) for name in ("kernel_size", "stride", "padding", "dilation", "input_size")
     )
-    made: Any = a["index"].args[0]
-    del made
 
     def run(grad: Tensor, index: Tensor, m: Tensor | None, identity: Tensor | None, gate: Tensor | None) -> Any:
         like = torch.empty((*grad.shape[:2], *size), dtype=grad.dtype, memory_format=torch.channels_last)

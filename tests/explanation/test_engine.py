@@ -1,0 +1,170 @@
+"""The engine: every backend returns what explain() does; images, targets and options are checked."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from bcos_rt import Engine, explain
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, UnsupportedOpError
+from bcos_rt.explanation import engine as engine_module
+from bcos_rt.kernels import cpu
+from tests.graph.networks import NETWORKS, RECIPES, network
+from tests.tolerances import TOLERANCES
+
+SIZE = (34, 30)
+needs_cpp = pytest.mark.skipif(not cpu.available(), reason=f"no C++ kernels: {cpu.unavailable_reason()}")
+BACKENDS = [pytest.param("native", marks=needs_cpp), "eager"]
+
+
+def assert_same(actual, expected):
+    """Logits, W, contributions and residual, each within the tolerance of converted networks."""
+    assert torch.equal(actual.target, expected.target)
+    for name in ("logits", "weights", "contributions", "residual"):
+        wanted = getattr(expected, name)
+        limit = TOLERANCES["logits_b2" if name in ("logits", "residual") else "weights_b2"]
+        scale = max(float(wanted.abs().max()), 1e-6)
+        torch.testing.assert_close(
+            getattr(actual, name), wanted, rtol=0, atol=limit * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_engine_equals_explain(name, recipe, backend):
+    net = network(name, recipe)
+    images = torch.rand(3, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    engine = Engine(net, images, backend=backend)
+    for targets in (None, 1, [0, -1, 2], [[0, 1], [2, -1], [3, 3]]):
+        expected = explain(net, images, targets)
+        actual = engine.explain(images, targets)
+        assert_same(actual, expected)
+        assert float(actual.completeness_error().max()) <= 1e-4 * max(1.0, float(expected.logits.abs().max()))
+    assert torch.equal(engine.explain(images).images, expected.images)
+    with torch.no_grad():
+        torch.testing.assert_close(engine.predict(images), net(images), rtol=1e-4, atol=1e-4)
+
+
+@needs_cpp
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_chunks_change_nothing(chunk):
+    net, images = network("residual"), torch.rand(5, 3, *SIZE)
+    engine = Engine(net, SIZE, backend="native", chunk=chunk)
+    assert_same(engine.explain(images, [[0, 1]] * 5), explain(net, images, [[0, 1]] * 5))
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bfloat16_keeps_the_contribution_map(name):
+    net, images = network(name), torch.rand(2, 3, *SIZE)
+    half, full = Engine(net, SIZE, dtype=torch.bfloat16).explain(images, 1), explain(net, images, 1)
+    similar = torch.nn.functional.cosine_similarity(half.contributions.flatten(1), full.contributions.flatten(1))
+    assert float(similar.min()) > 0.98
+    assert half.weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_images(backend):
+    engine = Engine(network("residual"), SIZE, backend=backend)
+    empty = engine.explain(torch.rand(0, 3, *SIZE))
+    assert empty.weights.shape == (0, 6, *SIZE)
+    assert engine.predict(torch.rand(0, 3, *SIZE)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_share_an_engine(backend):
+    net = network("residual")
+    engine, images = Engine(net, SIZE, backend=backend), torch.rand(6, 3, *SIZE)
+    expected = [engine.explain(images[i : i + 1], i % 4).weights for i in range(6)]
+    results: dict[int, torch.Tensor] = {}
+
+    def work(start: int) -> None:
+        for i in range(start, 6, 3):
+            results[i] = engine.explain(images[i : i + 1], i % 4).weights
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[i], expected[i]) for i in range(6))
+
+
+def test_the_engine_keeps_the_weights_it_was_made_with():
+    net, images = network("residual"), torch.rand(1, 3, *SIZE)
+    engine = Engine(net, SIZE)
+    before = engine.predict(images)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(0.5)
+    assert torch.equal(engine.predict(images), before)
+
+
+def test_auto_takes_what_is_there(monkeypatch):
+    assert Engine(network("residual"), SIZE).backend == ("native" if cpu.available() else "inductor")
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(engine_module, "_compiler", lambda: False)
+    assert Engine(network("residual"), SIZE).backend == "eager"
+    with pytest.raises(UnsupportedOpError, match="native"):
+        Engine(network("residual"), SIZE, backend="native")
+
+
+def test_summary_names_where_nodes_come_from():
+    text = Engine(network("dense"), SIZE).summary()
+    assert "34 x 30" in text
+    assert "backbone.stem" in text
+    assert "fuse_convolutions: conv2d" in text
+    assert "MiB" in text
+
+
+def test_a_conventional_model_gets_its_initial_explanation():
+    model = NETWORKS["residual"]().eval()
+    images = torch.rand(2, 3, *SIZE)
+    actual, expected = Engine(model, images).explain(images), explain(model, images)
+    assert_same(actual, expected)
+    assert actual.label == expected.label == "initial explanation"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "names"),
+    [
+        ({"example": torch.rand(3, 30, 30)}, InvalidArgumentError, "example"),
+        ({"example": "large"}, InvalidTypeError, "example"),
+        ({"example": (0, 5)}, InvalidArgumentError, "example"),
+        ({"dtype": torch.float16}, InvalidArgumentError, "dtype"),
+        ({"backend": "nativ"}, InvalidArgumentError, "did you mean"),
+        ({"chunk": 0}, InvalidArgumentError, "chunk"),
+        ({"net": 3}, InvalidTypeError, "net"),
+    ],
+)
+def test_bad_arguments(arguments, error, names):
+    given = {"net": network("residual"), "example": SIZE, **arguments}
+    with pytest.raises(error, match=names):
+        Engine(given.pop("net"), given.pop("example"), **given)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "says"),
+    [
+        (torch.rand(1, 3, 32, 32), InvalidArgumentError, "34 x 30"),
+        (torch.rand(1, 6, *SIZE), InvalidArgumentError, "3 \\(RGB\\)"),
+        (torch.rand(3, *SIZE), InvalidArgumentError, "batch dimension"),
+        (torch.zeros(1, 3, *SIZE, dtype=torch.uint8), InvalidTypeError, "255"),
+        (torch.full((1, 3, *SIZE), float("nan")), InvalidArgumentError, "NaN"),
+    ],
+)
+def test_bad_images(images, error, says):
+    engine = Engine(network("residual"), SIZE)
+    with pytest.raises(error, match=says):
+        engine.explain(images)
+    with pytest.raises(error, match=says):
+        engine.predict(images)
+
+
+def test_bad_targets():
+    engine = Engine(network("residual"), SIZE)
+    with pytest.raises(InvalidArgumentError, match="class 5"):
+        engine.explain(torch.rand(1, 3, *SIZE), 5)

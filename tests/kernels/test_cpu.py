@@ -1,0 +1,305 @@
+"""The C++ kernels against the float64 definitions of kernels/reference*.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from bcos_rt.kernels import cpu, reference, reference_layers
+from bcos_rt.kernels.reference import ACTIVATIONS, channels_last
+from tests.tolerances import KERNEL
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no C++ kernels: {cpu.unavailable_reason()}")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float32, positive: bool = False) -> Tensor:
+    values = torch.rand(shape) if positive else torch.randn(shape)
+    return channels_last(values.to(dtype))
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "") -> None:
+    rtol, atol = KERNEL[dtype]
+    assert actual.shape == expected.shape, what
+    scale = max(1.0, float(expected.double().abs().max())) if expected.numel() else 1.0
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=rtol, atol=atol * scale, msg=lambda m: f"{what}: {m}"
+    )
+
+
+def summed(squares: Tensor, groups: int) -> Tensor:
+    """Our maps have one entry a group, the reference's one for each 64 channels of it."""
+    return squares.unflatten(1, (groups, -1)).sum(2) if squares.numel() else squares
+
+
+def same_bits(actual: Tensor, expected: Tensor, u_is_far: Tensor) -> None:
+    """Bit masks agree wherever the value is not within rounding of 0."""
+    bits = [reference.unpack_mask(m.permute(0, 2, 3, 1), u_is_far.shape[-1]) for m in (actual, expected)]
+    assert torch.equal(bits[0][u_is_far], bits[1][u_is_far])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("b", [1.0, 1.5, 2.0, 2.5])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_epilogue(dtype, b, activation):
+    """Odd sizes, a channel count that is no multiple of a vector, scale, shift and residual, every output."""
+    torch.manual_seed(0)
+    x, weight = image(2, 5, 9, 7, dtype=dtype), torch.randn(26, 5, 3, 3).to(dtype)
+    scale, shift, residual = torch.randn(26), torch.randn(26), image(2, 26, 5, 4, dtype=dtype)
+    geometry = ((2, 2), (1, 1), (1, 1))
+    expected = reference.conv2d_fused(
+        x.double(), weight.double(), None, None, scale.double(), shift.double(), residual.double(), *geometry, 1, b,
+        1e-6, activation, True, True, True,
+    )  # fmt: skip
+    z = channels_last(torch.nn.functional.conv2d(x.double(), weight.double(), None, *geometry).to(dtype))
+    squares = None if b == 1 else cpu.square_sum(x)
+    y, multiplier, gate, out_squares = cpu.conv_epilogue(
+        z, squares, (3, 3), *geometry, 1e-6, scale, shift, residual, b, activation, True, True, True
+    )
+    assert y.data_ptr() == z.data_ptr()
+    close(y, expected[0], dtype, "y")
+    if activation not in ("relu", "relu6"):  # their gate may differ where u is within rounding of 0
+        close(multiplier, expected[1], dtype, "multiplier")
+        if activation != "none":
+            close(gate, expected[2], dtype, "gate")
+    elif activation == "relu":
+        far = expected[0].permute(0, 2, 3, 1) > 0.1
+        same_bits(gate, expected[2], far)
+        close(torch.where(expected[0] > 0.1, multiplier, 0), torch.where(expected[0] > 0.1, expected[1], 0), dtype, "m")
+    close(out_squares, y.double().square().sum(1, keepdim=True), torch.float32, "squares of the stored y")
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("channels", [6, 48])
+def test_epilogue_by_group(groups, channels):
+    torch.manual_seed(1)
+    x, weight = image(2, 12, 8, 8), torch.randn(groups * channels, 12 // groups, 3, 3)
+    geometry = ((1, 1), (2, 2), (2, 2))
+    expected = reference.conv2d_fused(
+        x.double(), weight.double(), None, None, None, None, None, *geometry, groups, 2.0, 1e-6, "none", True, False,
+        True,
+    )  # fmt: skip
+    z = channels_last(torch.nn.functional.conv2d(x, weight, None, *geometry, groups))
+    y, multiplier, _, squares = cpu.conv_epilogue(
+        z, cpu.square_sum(x, groups), (3, 3), *geometry, 1e-6, want_multiplier=True, want_squares=True, groups=groups
+    )
+    close(y, expected[0], torch.float32)
+    close(multiplier, expected[1], torch.float32)
+    close(squares, summed(expected[3], groups), torch.float32)
+
+
+def test_residual_and_identity_may_be_slices_of_channels():
+    wide = image(2, 40, 6, 6)
+    part = wide[:, 8:32]
+    z = image(2, 24, 6, 6)
+    expected = z * z.abs() / (cpu.square_sum(part) + 1e-6).sqrt() + part
+    y = cpu.conv_epilogue(z.clone(), cpu.square_sum(part), (1, 1), (1, 1), (0, 0), (1, 1), 1e-6, residual=part)[0]
+    close(y, expected, torch.float32)
+    total = image(4, 24, 6, 6)
+    wide = image(4, 40, 6, 6)
+    out, _ = cpu.transposed_epilogue(total.clone(), None, wide[:, 8:32])
+    close(out, total + wide[:, 8:32], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(6, 21, 5, 3), (6, 64, 4, 4), (6, 21), (6, 7, 33)])
+@pytest.mark.parametrize("mask", [True, False])
+def test_transposed_epilogue(dtype, shape, mask):
+    """K = 3 rows of gradients for each of 2 images; images and rows; bit masks and gates of values."""
+    torch.manual_seed(2)
+
+    def like(rows: int) -> Tensor:
+        value = torch.randn(rows, *shape[1:]).to(dtype)
+        return channels_last(value) if len(shape) == 4 else value
+
+    total, multiplier, identity, gate = like(6), like(2), like(6), like(2)
+    if mask:
+        on = gate > 0
+        packed = reference.pack_mask(on.permute(0, 2, 3, 1) if len(shape) == 4 else on)
+        gate = packed.permute(0, 3, 1, 2) if len(shape) == 4 else packed
+    wide = gate if mask else gate.double()
+    expected = reference_layers.transposed_epilogue(total.double(), multiplier.double(), identity.double(), wide, True)
+    out, raw = cpu.transposed_epilogue(total, multiplier, identity, gate, True)
+    assert out.data_ptr() == total.data_ptr()
+    close(out, expected[0], dtype)
+    close(raw, expected[1], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("b", [1.0, 2.0, 2.5])
+def test_linear_epilogue(dtype, b):
+    x, weight, residual = (
+        torch.randn(3, 5, 19).to(dtype),
+        torch.randn(11, 19).to(dtype),
+        torch.randn(3, 5, 11).to(dtype),
+    )
+    expected = reference.linear_fused(
+        x.double(), weight.double(), None, None, None, None, residual.double(), b, 1e-12, "gelu", True, True, True
+    )
+    z = torch.nn.functional.linear(x.double(), weight.double()).to(dtype)
+    outs = cpu.linear_epilogue(z, cpu.row_square_sum(x), 1e-12, None, None, residual, b, "gelu", True, True, True)
+    for actual, wanted in zip(outs[:3], expected[:3], strict=True):
+        close(actual, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("source", [torch.uint8, torch.float32, torch.float64])
+@pytest.mark.parametrize("six", [True, False])
+def test_encode_image(dtype, source, six):
+    torch.manual_seed(3)
+    count = 6 if six else 3
+    given = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
+    given = given if source == torch.uint8 else (given / 255).to(source)
+    given = given.transpose(2, 3)  # any strides
+    mean, std = torch.rand(count), torch.rand(count) + 0.2
+    expected, squares = reference_layers.encode_image(given, mean.double(), std.double(), six, torch.float64)
+    out, map_ = cpu.encode_image(given, mean, std, six, dtype, 8)
+    close(out, expected, dtype)
+    close(map_, squares, dtype)
+    narrow, _ = cpu.encode_image(given, mean, std, six, dtype, count)
+    assert torch.equal(narrow, out[:, :count])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_scale_act_and_its_adjoint(dtype, activation):
+    torch.manual_seed(4)
+    wide = image(2, 40, 5, 3, dtype=dtype)
+    x, scale, shift = wide[:, :26], torch.randn(26), torch.randn(26)
+    grad, identity = image(4, 26, 5, 3, dtype=dtype), image(4, 26, 5, 3, dtype=dtype)
+    expected, squares = reference_layers.scale_act(x.double(), scale.double(), shift.double(), activation, True, 2)
+    y, map_ = cpu.scale_act(x, scale, shift, activation, True, 2)
+    close(y, expected, dtype)
+    close(map_, summed(squares, 2), dtype)
+    back = cpu.scale_act_transposed(grad, x, scale, shift, activation, identity)
+    args = (grad.double(), x.double(), scale.double(), shift.double(), activation, identity.double())
+    close(back, reference_layers.scale_act_transposed(*args), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [3, 6])
+def test_image_contributions(dtype, channels):
+    torch.manual_seed(5)
+    grad, given, inverse = image(4, 8, 6, 21, dtype=dtype), torch.rand(2, 3, 6, 21), torch.rand(channels) + 1
+    expected = reference.image_contributions(grad.double(), given.double(), inverse.double(), 0.5)
+    outs = cpu.image_contributions(grad, given, inverse, 0.5)
+    for actual, wanted in zip(outs, expected, strict=True):
+        close(actual, wanted, torch.float32)
+    # The same gradients as 2 x 2 blocks of channels, a slice of something larger.
+    packed = torch.nn.functional.pixel_unshuffle(grad[..., :20], 2).unflatten(1, (8, 4)).transpose(1, 2).flatten(1, 2)
+    padded = channels_last(torch.nn.functional.pad(packed, (1, 2, 1, 0)))[:, :, 1:, 1:]
+    shuffled = cpu.image_contributions(padded, given[..., :20], inverse, 0.5, 2)
+    for actual, wanted in zip(shuffled, outs, strict=True):
+        if wanted.numel():
+            assert torch.equal(actual, wanted[..., :20])
+
+
+GEOMETRIES = [
+    (3, 1, 1, 1, (9, 7)), (3, 2, 1, 1, (8, 8)), (5, 2, 0, 1, (11, 13)), (3, 1, 2, 2, (7, 9)), (7, 1, 3, 1, (6, 20)),
+    (2, 3, 0, 1, (9, 10)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("channels", [5, 48])
+def test_depthwise_and_its_adjoint(dtype, geometry, channels):
+    torch.manual_seed(6)
+    k, s, p, d, size = geometry
+    x, weight = image(2, channels, *size, dtype=dtype), torch.randn(channels, 1, k, k).to(dtype)
+    scale = torch.rand(channels) + 0.5
+    window = ((s, s), (p, p), (d, d))
+    expected = reference.conv2d_fused(
+        x.double(), weight.double(), None, None, scale.double(), None, None, *window, channels, 2.0, 1e-6, "silu", True,
+        True, True,
+    )  # fmt: skip
+    packed = cpu.pack_depthwise(weight)
+    outs = cpu.depthwise_fused(x, packed, (k, k), None, scale, None, None, *window, 2.0, 1e-6, "silu", True, True, True)
+    for actual, wanted in zip(outs[:3], expected[:3], strict=True):
+        close(actual, wanted, dtype)
+    close(outs[3], outs[0].double().square().sum(1, keepdim=True), torch.float32)
+    grad = image(4, *expected[0].shape[1:], dtype=dtype)
+    multiplier, identity = image(2, channels, *size, dtype=dtype), image(4, channels, *size, dtype=dtype)
+    wanted = reference.conv2d_transposed(
+        grad.double(), weight.double(), size, *window, channels, multiplier.double(), identity.double(), None, True
+    )
+    back = cpu.depthwise_transposed(grad, packed, (k, k), size, *window, multiplier, identity, None, True)
+    for actual, value in zip(back, wanted, strict=True):
+        close(actual, value, dtype)
+
+
+def test_empty_batches():
+    z = image(0, 8, 4, 4)
+    y, m, _, squares = cpu.conv_epilogue(
+        z, cpu.square_sum(z), (3, 3), (1, 1), (1, 1), (1, 1), 1e-6, want_multiplier=True, want_squares=True
+    )
+    assert y.shape == m.shape == z.shape
+    assert squares.shape == (0, 1, 4, 4)
+    assert cpu.transposed_epilogue(z, z, z, None, True)[1].shape == z.shape
+    assert cpu.encode_image(torch.rand(0, 3, 4, 4), torch.zeros(6), torch.ones(6), True, torch.float32)[0].shape[0] == 0
+
+
+def test_not_a_number_and_infinity_pass():
+    z = image(1, 16, 1, 3)
+    z[0, 3, 0, 0], z[0, 4, 0, 1] = float("nan"), float("inf")
+    y = cpu.conv_epilogue(z, None, (1, 1), (1, 1), (0, 0), (1, 1), 0.0, b=1.0, activation="relu")[0]
+    assert y[0, 3, 0, 0].isnan()
+    assert y[0, 4, 0, 1] == float("inf")
+    assert int(y.isnan().sum()) == 1
+    half = channels_last(torch.full((1, 16, 1, 1), float("nan"), dtype=torch.bfloat16))
+    assert cpu.transposed_epilogue(half, image(1, 16, 1, 1, dtype=torch.bfloat16))[0].isnan().all()
+
+
+def _fingerprint() -> list[Tensor]:
+    torch.manual_seed(7)
+    x = image(2, 72, 40, 40)
+    y, m, gate, squares = cpu.conv_epilogue(
+        x.clone(), cpu.square_sum(x), (3, 3), (1, 1), (1, 1), (1, 1), 1e-6, None, None, x, 2.0, "relu", True, True, True
+    )
+    depthwise = cpu.depthwise_fused(
+        x, cpu.pack_depthwise(torch.randn(72, 1, 3, 3)), (3, 3), None, None, None, None, (1, 1), (1, 1), (1, 1), 2.0,
+        1e-6, "none", True,
+    )  # fmt: skip
+    return [y, m, gate, squares, *depthwise[:2], cpu.transposed_epilogue(x.clone(), m, y)[0]]
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = _fingerprint()
+        torch.set_num_threads(3)
+        three = _fingerprint()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """This file's other tests in a process that was asked for less than the processor has."""
+    order = ["portable", "avx2", "avx512"]
+    if order.index(isa) >= order.index(cpu.isa()):
+        pytest.skip(f"this process runs {cpu.isa()} already, {isa} is no less")
+    code = "from bcos_rt.kernels import cpu; print(cpu.isa())"
+    environment = {**os.environ, "BCOS_RT_ISA": isa}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == isa
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not every_instruction_set",
+        __file__,
+    ]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
