@@ -18,7 +18,7 @@ def build_wheel(tmp_path_factory, **environment):
     """The wheel's path, built from a copy: a build writes beside the sources."""
     pytest.importorskip("setuptools", minversion="77", reason="setuptools builds the wheel")
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "build_failure.txt")
     for name in ("bcos_rt", "kernels", "export", "tests", "examples"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
     for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md"):
@@ -60,14 +60,18 @@ def test_mapped_packages_and_type_marker_are_in(names):
 
 def test_the_cpu_kernels_are_in(names):
     assert any(re.fullmatch(r"bcos_rt/kernels/cpu/_native\..*\.(so|pyd)", name) for name in names)
+    assert "bcos_rt/kernels/cpu/build_failure.txt" not in names
 
 
 def test_without_a_compiler_the_wheel_builds_and_lacks_the_kernels(tmp_path_factory):
     path = build_wheel(tmp_path_factory, CXX=str(tmp_path_factory.mktemp("none") / "no-compiler"))
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
+        reason = archive.read("bcos_rt/kernels/cpu/build_failure.txt").decode()
     assert "bcos_rt/kernels/cpu/__init__.py" in names
     assert not [name for name in names if "_native" in name]
+    assert "could not build" in reason
+    assert "no-compiler" in reason
 
 
 def test_every_module_of_the_sources_is_in(names):
