@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, UnsupportedOpError, did_you_mean
+from bcos_rt.errors import CheckpointError, InvalidArgumentError, InvalidTypeError, UnsupportedOpError, did_you_mean
 from bcos_rt.explanation.explain import as_network, class_ids_of, is_multi
 from bcos_rt.explanation.explanation import Explanation
+from bcos_rt.graph import serialize
 from bcos_rt.graph.backends import Runner
 from bcos_rt.graph.capture import module_of
 from bcos_rt.graph.fused import FusedPrograms, build_fused
@@ -64,26 +67,76 @@ class Engine:
     ) -> None:
         if dtype not in DTYPES:
             raise InvalidArgumentError("dtype", dtype, "torch.float32 or torch.bfloat16")
-        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-            raise InvalidArgumentError("chunk", repr(chunk), "a positive number of images, or None")
-        network, self._label = as_network(net)
-        self.image_size = _size_of(example)
-        self.dtype = dtype
-        self.backend = chosen_backend(backend)
+        _check_chunk(chunk)
+        network, label = as_network(net)
+        size, taken = _size_of(example), chosen_backend(backend)
         like = next(network.parameters(), network.encoding.mean)
         if like.device.type != "cpu":
             raise InvalidArgumentError("net", f"on {like.device}", "a network on the CPU")
         if like.dtype != torch.float32:
             raise InvalidArgumentError("net", f"of dtype {like.dtype}", "a float32 network (dtype= sets the storage)")
-        self._names = tuple(network.class_names) if network.class_names is not None else None
         encoding = network.encoding
-        self._encoding = InputEncoding(
-            encoding.mean.flatten().tolist(), encoding.std.flatten().tolist(), encoding.six_channels
-        )
-        self.programs: FusedPrograms = build_fused(network, self.image_size, dtype)
-        self._classes = int(self.programs.predict.outputs["logits"].meta["val"].shape[1])
-        self._predict = _build(self.backend, self.programs.predict, chunk)
-        self._explain = _build(self.backend, self.programs.explain, chunk)
+        about = {
+            "label": label,
+            "class_names": network.class_names,
+            "mean": encoding.mean.flatten().tolist(),
+            "std": encoding.std.flatten().tolist(),
+            "six_channels": encoding.six_channels,
+        }
+        self._start(build_fused(network, size, dtype), size, dtype, taken, about, chunk)
+
+    def _start(
+        self,
+        programs: FusedPrograms,
+        image_size: tuple[int, int],
+        dtype: torch.dtype,
+        backend: str,
+        about: dict[str, Any],
+        chunk: int | None,
+    ) -> None:
+        self.programs, self.image_size, self.dtype, self.backend = programs, image_size, dtype, backend
+        self._about = about
+        self._label = str(about["label"])
+        self._names = tuple(about["class_names"]) if about["class_names"] is not None else None
+        self._encoding = InputEncoding(about["mean"], about["std"], about["six_channels"])
+        self._classes = int(programs.predict.outputs["logits"].meta["val"].shape[1])
+        self._predict = _build(backend, programs.predict, chunk)
+        self._explain = _build(backend, programs.explain, chunk)
+
+    # Files ---------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the fused programs and their constants into one file; see :mod:`bcos_rt.graph.serialize`.
+
+        Raises:
+            InvalidArgumentError: a path that cannot be written.
+        """
+        programs = {"predict": self.programs.predict, "explain": self.programs.explain}
+        about = {**self._about, "passes": self.programs.passes}
+        return serialize.dump(programs, path, backend=self.backend, dtype=self.dtype, meta=about)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, backend: Backend = "auto", chunk: int | None = None) -> Engine:
+        """An engine from a file that :meth:`save` wrote: the network is neither needed nor traced again.
+
+        Args:
+            backend: as for the constructor; it need not be the one that the engine was saved with.
+
+        Raises:
+            CheckpointError: no such file, or no whole engine file of this version.
+            InvalidArgumentError, UnsupportedOpError: as the constructor.
+        """
+        _check_chunk(chunk)
+        taken = chosen_backend(backend)
+        file = serialize.load(path, "cpu")
+        try:
+            programs = FusedPrograms(file.programs["predict"], file.programs["explain"], dict(file.meta["passes"]))
+            about = {name: file.meta[name] for name in ("label", "class_names", "mean", "std", "six_channels")}
+        except KeyError as error:
+            raise CheckpointError(f"{path}: an engine file without {error}") from error
+        engine = cls.__new__(cls)
+        engine._start(programs, file.image_size, file.dtype, taken, about, chunk)
+        return engine
 
     # Running -------------------------------------------------------------------------------------------------------
 
@@ -178,6 +231,11 @@ class Engine:
 
 def _short(target: str) -> str:
     return target.removeprefix("bcos_rt.").removeprefix("aten.").removesuffix(".default")
+
+
+def _check_chunk(chunk: Any) -> None:
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise InvalidArgumentError("chunk", repr(chunk), "a positive number of images, or None")
 
 
 def _size_of(example: Any) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bcos_rt import Engine, explain
-from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, UnsupportedOpError
+from bcos_rt.errors import CheckpointError, InvalidArgumentError, InvalidTypeError, UnsupportedOpError
 from bcos_rt.explanation import engine as engine_module
 from bcos_rt.kernels import cpu
 from tests.graph.networks import NETWORKS, RECIPES, network
@@ -110,6 +110,36 @@ def test_auto_takes_what_is_there(monkeypatch):
     assert Engine(network("residual"), SIZE).backend == "eager"
     with pytest.raises(UnsupportedOpError, match="native"):
         Engine(network("residual"), SIZE, backend="native")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_saved_engine_starts_without_the_network(name, backend, tmp_path, monkeypatch):
+    net, images = network(name), torch.rand(2, 3, *SIZE)
+    net.class_names = ["a", "b", "c", "d", "e"][: net(images).shape[1]]
+    engine = Engine(net, SIZE, backend=backend)
+    path = engine.save(tmp_path / "net.engine")
+
+    def traced(*_: object, **__: object) -> None:
+        raise AssertionError("the network was traced again")
+
+    monkeypatch.setattr(torch.export, "export", traced)
+    loaded = Engine.load(path, backend=backend)
+    expected, actual = engine.explain(images, [[0, 1], [2, -1]]), loaded.explain(images, [[0, 1], [2, -1]])
+    for field in ("logits", "target", "weights", "contributions", "residual", "images"):
+        assert torch.equal(getattr(actual, field), getattr(expected, field)), field
+    assert actual.class_names == expected.class_names
+    assert torch.equal(loaded.predict(images), engine.predict(images))
+    assert loaded.summary() == engine.summary()
+
+
+def test_a_damaged_file_is_said_to_be_one(tmp_path):
+    path = Engine(network("residual"), SIZE).save(tmp_path / "net.engine")
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(CheckpointError, match="net.engine"):
+        Engine.load(path)
+    with pytest.raises(CheckpointError, match="missing"):
+        Engine.load(tmp_path / "missing")
 
 
 def test_summary_names_where_nodes_come_from():
