@@ -1,5 +1,6 @@
 # make demo    the demonstration, into demo_out/ (report.html)
 # make test    the test suite; `make test TESTS=tests/cli` runs a part
+# make cpp-sanitize runs the CPU kernels' C++ tests with the address and undefined-behaviour sanitizers
 # make kernels compiles every GPU kernel for every target, without a GPU, and holds it to its rules
 # make gpu     on a machine with a GPU: tests there and the benchmark, into bench/results/<gpu>; GPU_ARGS="--minutes 30"
 # make lint    ruff; make types: mypy --strict; make format: lets ruff rewrite files
@@ -28,7 +29,7 @@ pip_install := $(venv_python) -m pip install --no-input --disable-pip-version-ch
 build_tools := setuptools pybind11 cmake ninja
 requirements := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: help demo test test-kernels kernels gpu lint types format clean
+.PHONY: help demo test test-kernels cpp-sanitize kernels gpu lint types format clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -47,6 +48,12 @@ test: .venv/.installed-dev
 
 test-kernels: .venv/.installed-dev
 	TRITON_INTERPRET=1 $(one_thread) $(venv_python) -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests/triton
+
+# CMake and ninja are the environment's own, put there for building the kernels.
+cpp-sanitize: .venv/.installed-dev
+	.venv/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DBCOS_RT_SANITIZE=ON
+	.venv/bin/cmake --build build/sanitize
+	build/sanitize/test_kernels
 
 kernels: .venv/.installed-dev
 	$(one_thread) $(venv_python) -m bcos_rt.kernels.static check
