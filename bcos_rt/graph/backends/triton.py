@@ -2,7 +2,8 @@
 
 Constants go to the device once, weights in the memory order that the kernels read: channels-last for a convolution,
 filters innermost for an adjoint (one that both read is kept twice). What no fused op stands for runs as PyTorch's own
-kernels, in its precision (``torch.backends.cudnn.allow_tf32``). How shapes are captured, and who waits for whom, is :mod:`bcos_rt.graph.backends.captured`'s.
+kernels, in its precision (``torch.backends.cudnn.allow_tf32``). How shapes are captured, and who waits for whom, is
+said in :mod:`bcos_rt.graph.backends.captured`.
 
 Without a GPU only Triton's interpreter runs this (``TRITON_INTERPRET=1``, for tests; nothing is captured then). The
 code for CUDA has never met a GPU: ``make gpu`` is what will tell.
