@@ -26,6 +26,16 @@ def test_the_example_runs_as_printed(tmp_path, monkeypatch, capsys):
     assert "bcos_rt" in sys.modules
 
 
+def test_the_engine_guide_runs_as_printed(tmp_path, monkeypatch, capsys):
+    (code,) = examples((ROOT / "docs" / "engine.md").read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "guide"}
+    exec(compile(code, "engine.md", "exec"), names)
+    assert "True" in capsys.readouterr().out
+    expected = names["engine"].explain(names["images"], 1).weights
+    assert names["again"].explain(names["images"], 1).weights.equal(expected)
+
+
 def test_pictures_and_guides_of_the_readme_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]

@@ -136,7 +136,7 @@ def test_a_saved_engine_starts_without_the_network(name, backend, tmp_path, monk
 def test_a_damaged_file_is_said_to_be_one(tmp_path):
     path = Engine(network("residual"), SIZE).save(tmp_path / "net.engine")
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(CheckpointError, match="net.engine"):
+    with pytest.raises(CheckpointError, match=r"net\.engine"):
         Engine.load(path)
     with pytest.raises(CheckpointError, match="missing"):
         Engine.load(tmp_path / "missing")
