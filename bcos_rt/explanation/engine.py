@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import sys
@@ -25,8 +26,11 @@ from bcos_rt.nn.network import InputEncoding, check_range
 
 __all__ = ["Engine", "chosen_backend"]
 
-Backend = Literal["auto", "native", "inductor", "eager"]
+Backend = Literal["auto", "native", "inductor", "eager", "triton"]
 DTYPES = (torch.float32, torch.bfloat16)
+GPU_DTYPES = (*DTYPES, torch.float16)
+# Half of an explanation's weights lie below float16's smallest normal number: its adjoint runs this much larger.
+FLOAT16_SEED_SCALE = 1024.0
 
 
 class Engine:
@@ -39,14 +43,18 @@ class Engine:
     Args:
         net: a :class:`BcosNetwork`; any other classifier is converted with :meth:`Recipe.equivalent` first.
         example: images [N, 3, H, W], of which only the size counts, or that size as (H, W).
-        dtype: what weights and activations are stored in: float32 or bfloat16. Norms, scales and results are float32.
+        dtype: what weights and activations are stored in: float32 or bfloat16, on a GPU float16 too. Norms, scales and
+            results are float32.
+        device: where it runs; None: where the network is.
         backend: "native" (our C++ kernels around oneDNN), "inductor" (``torch.compile`` with freezing; needs a C++
-            compiler), "eager" (plain PyTorch), or "auto": native where it is built, for on the CPU it measured fastest
+            compiler), "eager" (plain PyTorch), "triton" (CUDA devices, and alone there; not yet run on one), or
+            "auto": on a CUDA device triton; else native where it is built, for on the CPU it measured fastest
             (docs/engine.md); else inductor where there is a compiler; else eager. :attr:`backend` says what it took.
         chunk: images that go through together (native only); None for the backend's own choice.
 
     Attributes:
         backend: the backend taken.
+        device: where it runs: images and results are there.
         image_size: (H, W).
         dtype: as given.
         programs: the fused programs, for a look inside.
@@ -62,19 +70,23 @@ class Engine:
         example: Tensor | tuple[int, int],
         *,
         dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
         backend: Backend = "auto",
         chunk: int | None = None,
     ) -> None:
-        if dtype not in DTYPES:
-            raise InvalidArgumentError("dtype", dtype, "torch.float32 or torch.bfloat16")
         _check_chunk(chunk)
         network, label = as_network(net)
-        size, taken = _size_of(example), chosen_backend(backend)
         like = next(network.parameters(), network.encoding.mean)
-        if like.device.type != "cpu":
-            raise InvalidArgumentError("net", f"on {like.device}", "a network on the CPU")
+        place = _device_of(like.device if device is None else device)
+        size, taken = _size_of(example), chosen_backend(backend, place)
+        allowed = GPU_DTYPES if taken == "triton" else DTYPES
+        if dtype not in allowed:
+            raise InvalidArgumentError("dtype", dtype, " or ".join(map(str, allowed)) + f" (backend {taken!r})")
         if like.dtype != torch.float32:
             raise InvalidArgumentError("net", f"of dtype {like.dtype}", "a float32 network (dtype= sets the storage)")
+        if like.device.type != "cpu":
+            # Programs are made on the CPU, whichever device they are for.
+            network = copy.deepcopy(network).cpu()
         encoding = network.encoding
         about = {
             "label": label,
@@ -83,7 +95,8 @@ class Engine:
             "std": encoding.std.flatten().tolist(),
             "six_channels": encoding.six_channels,
         }
-        self._start(build_fused(network, size, dtype), size, dtype, taken, about, chunk)
+        scale = FLOAT16_SEED_SCALE if dtype == torch.float16 else 1.0
+        self._start(build_fused(network, size, dtype, scale), size, dtype, taken, place, about, chunk)
 
     def _start(
         self,
@@ -91,17 +104,18 @@ class Engine:
         image_size: tuple[int, int],
         dtype: torch.dtype,
         backend: str,
+        device: torch.device,
         about: dict[str, Any],
         chunk: int | None,
     ) -> None:
         self.programs, self.image_size, self.dtype, self.backend = programs, image_size, dtype, backend
+        self.device = device
         self._about = about
         self._label = str(about["label"])
         self._names = tuple(about["class_names"]) if about["class_names"] is not None else None
         self._encoding = InputEncoding(about["mean"], about["std"], about["six_channels"])
         self._classes = int(programs.predict.outputs["logits"].meta["val"].shape[1])
-        self._predict = _build(backend, programs.predict, chunk)
-        self._explain = _build(backend, programs.explain, chunk)
+        self._predict, self._explain = _build(backend, (programs.predict, programs.explain), device, chunk)
 
     # Files ---------------------------------------------------------------------------------------------------------
 
@@ -116,26 +130,36 @@ class Engine:
         return serialize.dump(programs, path, backend=self.backend, dtype=self.dtype, meta=about)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, backend: Backend = "auto", chunk: int | None = None) -> Engine:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "cpu",
+        backend: Backend = "auto",
+        chunk: int | None = None,
+    ) -> Engine:
         """An engine from a file that :meth:`save` wrote: the network is neither needed nor traced again.
 
         Args:
-            backend: as for the constructor; it need not be the one that the engine was saved with.
+            device, backend: as for the constructor; they need not be those that the engine was saved with.
 
         Raises:
             CheckpointError: no such file, or no whole engine file of this version.
             InvalidArgumentError, UnsupportedOpError: as the constructor.
         """
         _check_chunk(chunk)
-        taken = chosen_backend(backend)
+        place = _device_of(device)
+        taken = chosen_backend(backend, place)
         file = serialize.load(path, "cpu")
+        if file.dtype not in (GPU_DTYPES if taken == "triton" else DTYPES):
+            raise InvalidArgumentError("backend", repr(taken), f"'triton' for an engine of {file.dtype}")
         try:
             programs = FusedPrograms(file.programs["predict"], file.programs["explain"], dict(file.meta["passes"]))
             about = {name: file.meta[name] for name in ("label", "class_names", "mean", "std", "six_channels")}
         except KeyError as error:
             raise CheckpointError(f"{path}: an engine file without {error}") from error
         engine = cls.__new__(cls)
-        engine._start(programs, file.image_size, file.dtype, taken, about, chunk)
+        engine._start(programs, file.image_size, file.dtype, taken, place, about, chunk)
         return engine
 
     # Running -------------------------------------------------------------------------------------------------------
@@ -161,7 +185,8 @@ class Engine:
         """
         images = self._checked(images)
         multi, n = is_multi(targets), images.shape[0]
-        ids = class_ids_of(targets, n, self._classes, images.device)
+        # Checked on the CPU: a look at a GPU's numbers waits for all its work.
+        ids = class_ids_of(targets, n, self._classes, torch.device("cpu")).to(self.device)
         names = self._names if self._names is not None and len(self._names) == self._classes else None
         encoded = torch.cat([images, 1 - images], 1) if self._encoding.six_channels else images
         if n == 0:
@@ -191,9 +216,10 @@ class Engine:
                 f"size {images.shape[2]} x {images.shape[3]}",
                 f"{height} x {width}, the size this engine was made for (another size needs another Engine)",
             )
-        if images.device.type != "cpu":
-            raise InvalidArgumentError("images", f"on {images.device}", "the engine's device, cpu")
-        check_range(images)
+        if images.device != self.device:
+            raise InvalidArgumentError("images", f"on {images.device}", f"the engine's device, {self.device}")
+        if images.device.type == "cpu":
+            check_range(images)
         checked: Tensor = images.detach().float()
         return checked
 
@@ -208,7 +234,8 @@ class Engine:
         plan = self.memory()
         height, width = self.image_size
         lines = [
-            f"Engine: {height} x {width}, {str(self.dtype).removeprefix('torch.')}, backend {self.backend}",
+            f"Engine: {height} x {width}, {str(self.dtype).removeprefix('torch.')}, "
+            f"backend {self.backend} on {self.device}",
             f"explanation of one image: at most {plan.peak_bytes / 2**20:.1f} MiB of values at {plan.peak_node}, "
             f"{plan.saved_bytes / 2**20:.1f} MiB saved by the forward pass; constants "
             f"{plan.constant_bytes / 2**20:.1f} MiB",
@@ -226,7 +253,8 @@ class Engine:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"Engine(image_size={self.image_size}, dtype={self.dtype}, backend={self.backend!r})"
+        where = f"backend={self.backend!r}, device={str(self.device)!r}"
+        return f"Engine(image_size={self.image_size}, dtype={self.dtype}, {where})"
 
 
 def _short(target: str) -> str:
@@ -256,12 +284,30 @@ def _compiler() -> bool:
     return any(shutil.which(name) for name in ("c++", "g++", "clang++")) and sys.platform != "win32"
 
 
-def chosen_backend(backend: Any) -> str:
-    """The backend an engine takes when asked for ``backend``."""
+def _device_of(device: Any) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgumentError("device", repr(device), "a device, as 'cpu' or 'cuda:0'") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InvalidArgumentError("device", repr(str(device)), "the CPU or a CUDA device")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedOpError(f"device {str(device)!r}: PyTorch sees no CUDA device")
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if found.type == "cpu" else found
+
+
+def chosen_backend(backend: Any, device: torch.device = torch.device("cpu")) -> str:  # noqa: B008 (a constant)
+    """The backend an engine on ``device`` takes when asked for ``backend``."""
     names = get_args(Backend)
     if backend not in names:
         hint = did_you_mean(str(backend), names)
         raise InvalidArgumentError("backend", repr(backend), "one of " + ", ".join(map(repr, names)), hint)
+    if device.type == "cuda":
+        if backend not in ("auto", "triton"):
+            raise InvalidArgumentError("backend", repr(backend), "'triton' or 'auto' on a CUDA device")
+        return "triton"
     if backend == "auto":
         if cpu.available():
             return "native"
@@ -271,15 +317,19 @@ def chosen_backend(backend: Any) -> str:
     return str(backend)
 
 
-def _build(backend: str, program: Program, chunk: int | None) -> Runner:
+def _build(backend: str, programs: tuple[Program, ...], device: torch.device, chunk: int | None) -> tuple[Runner, ...]:
+    if backend == "triton":
+        from bcos_rt.graph.backends import triton
+
+        return tuple(triton.build_all({str(i): p for i, p in enumerate(programs)}, device).values())
     if backend == "native":
         from bcos_rt.graph.backends import native
 
-        return native.build(program, chunk or 1)
+        return tuple(native.build(program, chunk or 1) for program in programs)
     if backend == "inductor":
         from bcos_rt.graph.backends import inductor
 
-        return inductor.build(program)
+        return tuple(inductor.build(program) for program in programs)
     from bcos_rt.graph.backends import eager
 
-    return eager.build(program)
+    return tuple(eager.build(program) for program in programs)

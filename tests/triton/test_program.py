@@ -143,14 +143,14 @@ def test_weights_lie_as_the_kernels_read_them(runners):
     assert predict.constants.keys().isdisjoint(explain.constants.keys())
 
 
-def test_programs_that_share_constants_share_them_on_the_device(fused, device):
-    predict = fused.predict
-    both = backend.build_all({"a": predict, "b": predict.copy()}, device)
-    first, second = (
-        {v.untyped_storage().data_ptr() for v in runner.program.constants.values() if v.numel()}
-        for runner in both.values()
-    )
-    assert first == second
+def test_programs_share_equal_constants_on_the_device(fused, device):
+    memory = []
+    for runner in backend.build_all({"a": fused.predict, "b": fused.explain}, device).values():
+        values = [v for v in runner.program.constants.values() if v.numel()]
+        memory.append({v.untyped_storage().data_ptr(): v.nbytes for v in values})
+    both = sum((memory[0] | memory[1]).values())
+    # The adjoint has weights in an order of its own; apart from these, nothing is there twice.
+    assert both == sum(memory[1].values())
 
 
 def test_threads(fused, runners, device):

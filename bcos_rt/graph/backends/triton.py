@@ -136,20 +136,38 @@ def _device(programs: Mapping[str, Program], given: str | torch.device | None) -
 
 
 class _Kept:
-    """Constants on the device, each once for every layout that is asked for."""
+    """Constants on the device, each value once for every layout that is asked for."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         # By identity; the value itself is kept beside, so that no other takes its place.
-        self._made: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._values: dict[Any, list[Tensor]] = {}
+        self._made: dict[tuple[int, str], Tensor] = {}
 
     def get(self, value: Tensor, layout: str = "") -> Tensor:
         """``value`` on the device, laid out by :data:`_LAYOUTS`."""
-        key = (id(value), layout)
+        same = self._same(value)
+        key = (id(same), layout)
         if key not in self._made:
-            there = value.detach().to(self.device)
-            self._made[key] = (value, _LAYOUTS[layout](there) if layout else there)
-        return self._made[key][1]
+            there = same.detach().to(self.device)
+            self._made[key] = _LAYOUTS[layout](there) if layout else there
+        return self._made[key]
+
+    def _same(self, value: Tensor) -> Tensor:
+        """The first constant with these bits: programs made separately have copies of their own."""
+        if id(value) not in self._seen:
+            known = self._values.setdefault((value.dtype, tuple(value.shape), value.stride(), value.device), [])
+            bits = _bits(value)
+            same = next((other for other in known if torch.equal(_bits(other), bits)), value)
+            if same is value:
+                known.append(value)
+            self._seen[id(value)] = (value, same)
+        return self._seen[id(value)][1]
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _filters_innermost(weight: Tensor) -> Tensor:
