@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from bcos_rt.export import fused
 from bcos_rt.graph import ExplanationGraph
 from bcos_rt.graph import program as graph_program
 from bcos_rt.graph.capture import Captured
-from bcos_rt.graph.program import fold_constants, propagate
+from bcos_rt.graph.program import fold_constants
 from bcos_rt.nn.network import BcosNetwork
 
 __all__ = ["OUTPUTS", "Program", "build_program"]
@@ -69,8 +67,6 @@ def build_program(
         graph.output(results)
         constants, names = source.constants, source.parameter_names
         *parameter_nodes, encoded, class_ids = [n for n in graph.nodes if n.op == "placeholder"]
-        if source.multi:
-            _free_classes(graph, encoded, class_ids)
     values: dict[str, Tensor] = dict(net.named_parameters(remove_duplicate=False))
     values.update(net.named_buffers(remove_duplicate=False))
     parameters = [constants[name] if name in constants else values[name].detach() for name in names]
@@ -93,19 +89,6 @@ def build_program(
     program.set_outputs({name: results[name] for name in OUTPUTS if name in results and name in outputs})
     fold_constants(program)
     return program
-
-
-def _free_classes(graph: Graph, encoded: Node, class_ids: Node) -> None:
-    """Give the number of classes per image a symbol, and every node its shape in it, where it is a plain number."""
-    like: Any = encoded.meta["val"]
-    if not isinstance(class_ids.meta["val"].shape[1], int):
-        return
-    shapes, source = like.fake_mode.shape_env, ConstantSource("k")
-    symbol = shapes.create_symbol(3, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-    k = shapes.create_symintnode(symbol, hint=3, source=source)
-    with like.fake_mode:
-        class_ids.meta["val"] = torch.empty((like.shape[0], k), dtype=torch.int64)
-    propagate(graph, like.fake_mode)
 
 
 def _is_seed(node: Node) -> bool:

@@ -40,6 +40,7 @@ __all__ = [
     "linear_transposed",
     "map_entries",
     "norm_dtype",
+    "output_padding",
     "pack_mask",
     "patch_norm",
     "per_row",
@@ -113,6 +114,17 @@ def row_norm(x: Tensor, eps: float = LINEAR_EPS) -> Tensor:
     """Norm of the last dimension, ``||x|| + eps``: [..., C] -> [..., 1] in float32 (float64 for float64 input)."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=norm_dtype(x))
     return norm + eps
+
+
+def output_padding(
+    input_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Rows and columns that a convolution's stride left over at the far edge: what its adjoint has to give back."""
+    return [(input_size[i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) % stride[i] for i in range(2)]
 
 
 def _align(n: Tensor, z: Tensor, channel_dim: int) -> Tensor:
@@ -231,11 +243,7 @@ def conv2d_backward(
         if needs[0]:
             # n^2 = box(sum x^2) + eps, so dn/dx = x * box^T(grad_n / n).
             ones = grad_n.new_ones(groups, 1, *weight.shape[2:])
-            extra = [
-                x.shape[2 + i] - ((n.shape[2 + i] - 1) * stride[i] - 2 * padding[i])
-                - dilation[i] * (weight.shape[2 + i] - 1) - 1
-                for i in range(2)
-            ]  # fmt: skip
+            extra = output_padding(x.shape[2:], weight.shape[2:], stride, padding, dilation)
             spread = F.conv_transpose2d(grad_n / n, ones, None, stride, padding, extra, groups, dilation)
             grad_norm = _align(spread, x, 1).to(x.dtype) * x
     grad_x, grad_w, grad_b = torch.ops.aten.convolution_backward(

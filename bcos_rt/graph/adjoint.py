@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from bcos_rt.errors import UnsupportedOpError
 from bcos_rt.graph.capture import Captured, capture, module_of
+from bcos_rt.graph.symbols import CLASSES, symbolic_size
 from bcos_rt.nn.network import BcosNetwork
 
 __all__ = ["Adjoint", "ExplanationGraph", "build_explanation_graph", "class_seed"]
@@ -99,9 +98,7 @@ class Adjoint:
             if self.multi:
                 # A symbol of its own: a fake tensor's size may come out as a plain number.
                 shapes: Any = fake.shape_env
-                source = ConstantSource("k")
-                symbol = shapes.create_symbol(3, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
-                k = shapes.create_symintnode(symbol, hint=3, source=source)
+                k = symbolic_size(shapes, CLASSES)
                 value = torch.empty((n, k), dtype=torch.int64, device=self.captured.encoded.meta["val"].device)
             else:
                 value = torch.empty((n,), dtype=torch.int64, device=self.captured.encoded.meta["val"].device)

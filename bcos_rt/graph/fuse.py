@@ -527,9 +527,9 @@ def thread_squares(captured: Captured) -> int:
     for node in list(builder.graph.nodes):
         if node.target is not bcos.conv2d_fused.default or node.args[11] == 1:
             continue
-        x, groups = node.args[0], node.args[10]
-        if groups == x.meta["val"].shape[1] and groups != 1:
+        if _is_depthwise(node):
             continue
+        x, groups = node.args[0], node.args[10]
         key = (x, groups)
         if key not in made:
             made[key] = _map_of(builder, x, groups)
@@ -538,17 +538,24 @@ def thread_squares(captured: Captured) -> int:
     return count
 
 
+def _is_depthwise(node: Node) -> bool:
+    """Whether a ``conv2d_fused`` has a group for each channel of its input, and several."""
+    arguments: Any = node.args
+    return bool(arguments[10] == arguments[0].meta["val"].shape[1] and arguments[10] != 1)
+
+
 def _map_of(builder: GraphBuilder, x: Node, groups: int) -> Node:
-    producer: Any = x.args[0] if x.target is operator.getitem and x.args[1] == 0 else None
-    if producer is not None and producer.target is bcos.encode_image.default and groups == 1:
+    producer: Any = x.args[0] if x.target is operator.getitem and x.args[1] == 0 else x
+    if producer.target is bcos.encode_image.default and groups == 1:
         return result(builder, producer, 1)
-    if producer is not None and producer.target in _MAPS:
+    if producer.target in _MAPS:
         index, want, by = _MAPS[producer.target]
-        own = producer.args[10] if by is None else producer.args[by]
-        depthwise = by is None and own == producer.args[0].meta["val"].shape[1] and own != 1
-        if by is None and depthwise:
-            own = 1
-        if by is not None and not producer.args[want] and groups != own:
+        if by is None:
+            # A depthwise convolution's map is of all its channels.
+            own = 1 if _is_depthwise(producer) else producer.args[10]
+        elif producer.args[want]:
+            own = producer.args[by]
+        else:
             set_arguments(builder, producer, {by: groups})
             own = groups
         if groups in (1, own):

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from bcos_rt.graph.lowering import Call, Lowering, Results, lowering
-from bcos_rt.kernels.reference import COLOUR_EPS
+from bcos_rt.kernels.reference import COLOUR_EPS, output_padding
 
-__all__: list[str] = []
+__all__ = ["ParityAxis", "flipped", "parity_weight"]
 
 aten = torch.ops.aten
 # A result of at most this many channels is worth the taps that are zero in some of its parity classes.
@@ -131,20 +131,10 @@ def _unshuffled(
                 grad = _zeros_between(low, grad, stride, size)
             out = low.call(aten.conv2d.default, grad, turned, None, [1, 1], inside, list(dilation), groups)
             return _zeros_between(low, out, stride, size) if pointwise and not plain else out
-    sizes = grad.meta["val"].shape[2:]
-    extra = [
-        input_size[i] - ((sizes[i] - 1) * stride[i] - 2 * padding[i]) - dilation[i] * (kernel[i] - 1) - 1
-        for i in range(2)
-    ]
-    # torch wants the extra rows below the stride; more are places that no patch covers: zeros.
-    allowed = [min(e, s - 1) for e, s in zip(extra, stride, strict=True)]
-    out = low.call(
-        aten.conv_transpose2d.input, grad, weight, None, list(stride), list(padding), allowed, groups, list(dilation)
+    extra = output_padding(input_size, kernel, stride, padding, dilation)
+    return low.call(
+        aten.conv_transpose2d.input, grad, weight, None, list(stride), list(padding), extra, groups, list(dilation)
     )
-    if extra != allowed:
-        rest = [0, extra[1] - allowed[1], 0, extra[0] - allowed[0]]
-        out = low.call(aten.constant_pad_nd.default, out, rest)
-    return out
 
 
 def _by_parity(

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bcos_rt.graph.adjoint import Adjoint
 from bcos_rt.graph.capture import bound_arguments
+from bcos_rt.kernels.reference import output_padding
 
 __all__ = ["RULES", "Rule", "rule"]
 
@@ -88,8 +89,7 @@ def conv2d(adjoint: Adjoint, node: Node, grad: Node) -> None:
     size, kernel = list(x.meta["val"].shape[2:]), list(weight.meta["val"].shape[2:])
     stride, dilation = _pair(a["stride"]), _pair(a["dilation"])
     padding = _conv_padding(adjoint, node, a["padding"], kernel, dilation)
-    # What the stride left over at the far edge has to be given back.
-    extra = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) % stride[i] for i in range(2)]
+    extra = output_padding(size, kernel, stride, padding, dilation)
     back = adjoint.call(aten.conv_transpose2d.input, grad, weight, None, stride, padding, extra, a["groups"], dilation)
     adjoint.send(x, back)
     if a["bias"] is not None:

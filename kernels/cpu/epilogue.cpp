@@ -55,11 +55,32 @@ static void inverse_norms(const Epilogue& a, int64_t image, int64_t oh, int64_t 
     if (columns != stack) free(columns);
 }
 
-// One vector of channels of one pixel.
+// Sums of one pixel's squares by group, as values come in order of channels.
+struct GroupSums {
+    float* out;
+    int64_t groups, per_group;
+    vfloat total;
+    inline void add(vfloat square, int64_t c, int n) {
+        if (!out) return;
+        for (int i = n; i < LANES; ++i) square[i] = 0;
+        if (groups == 1) {
+            total += square;
+            return;
+        }
+        for (int i = 0; i < n; ++i) {
+            float& sum = out[(c + i) / per_group];
+            sum = ((c + i) % per_group == 0 ? 0.f : sum) + square[i];
+        }
+    }
+    inline void end() {
+        if (out && groups == 1) *out = sum_lanes(total);
+    }
+};
+
+// One vector of channels of one pixel; returns y as it is stored.
 template <bool PART, int ACTIVATION, typename T>
-static inline void finish_forward(
-    const Epilogue& a, const T* residual, int64_t place, int64_t mask_place, int64_t c, int n, vfloat inverse,
-    vfloat* squares) {
+static inline vfloat finish_forward(
+    const Epilogue& a, const T* residual, int64_t place, int64_t mask_place, int64_t c, int n, vfloat inverse) {
     T* z = (T*)a.z + place + c;
     const vfloat response = get<PART>((const T*)z, n);
     vfloat s = a.scale ? get<PART>(a.scale + c, n) : broadcast(1.f);
@@ -83,14 +104,7 @@ static inline void finish_forward(
             put<PART>((T*)a.gate + place + c, gate, n);
         }
     }
-    if (a.out_squares) {
-        const vfloat stored = rounded(y, (const T*)nullptr);
-        vfloat square = stored * stored;
-        if constexpr (PART) {
-            for (int i = n; i < LANES; ++i) square[i] = 0;  // lanes that are no channel
-        }
-        *squares = square;
-    }
+    return rounded(y, (const T*)nullptr);
 }
 
 template <int ACTIVATION, typename T>
@@ -106,9 +120,8 @@ static void forward_row(const Epilogue& a, int64_t image, int64_t oh, float* inv
         const int64_t pixel = (image * size.out_height + oh) * size.out_width + ow;
         const int64_t place = pixel * channels, mask_place = pixel * mask_bytes;
         const T* residual = a.residual.data ? at<T>(a.residual, image, oh, ow) : nullptr;
-        float* out_squares = a.out_squares ? a.out_squares + pixel * a.groups : nullptr;
+        GroupSums sums = {a.out_squares ? a.out_squares + pixel * a.groups : nullptr, a.groups, per_group, {}};
         vfloat inverse = a.squares ? broadcast(inverses[ow]) : vfloat{};
-        vfloat total = {}, square = {};
         for (int64_t c = 0; c < channels; c += LANES) {
             const int n = (int)lower(LANES, channels - c);
             if (a.groups > 1 && a.squares) {
@@ -118,22 +131,12 @@ static void forward_row(const Epilogue& a, int64_t image, int64_t oh, float* inv
                     for (int i = 0; i < n; ++i) inverse[i] = inverses[(c + i) / per_group * size.out_width + ow];
                 }
             }
-            if (n == LANES) {
-                finish_forward<false, ACTIVATION>(a, residual, place, mask_place, c, n, inverse, &square);
-            } else {
-                finish_forward<true, ACTIVATION>(a, residual, place, mask_place, c, n, inverse, &square);
-            }
-            if (!out_squares) continue;
-            if (a.groups == 1) {
-                total += square;
-            } else {
-                for (int i = 0; i < n; ++i) {
-                    float& sum = out_squares[(c + i) / per_group];
-                    sum = ((c + i) % per_group == 0 ? 0.f : sum) + square[i];
-                }
-            }
+            const vfloat y = n == LANES
+                ? finish_forward<false, ACTIVATION>(a, residual, place, mask_place, c, n, inverse)
+                : finish_forward<true, ACTIVATION>(a, residual, place, mask_place, c, n, inverse);
+            sums.add(y * y, c, n);
         }
-        if (out_squares && a.groups == 1) *out_squares = sum_lanes(total);
+        sums.end();
     }
 }
 
@@ -184,28 +187,6 @@ static void adjoint_epilogue(const AdjointEpilogue& a) {
         }
     }
 }
-
-// Sums of one pixel's squares by group, as values come in order of channels.
-struct GroupSums {
-    float* out;
-    int64_t groups, per_group;
-    vfloat total;
-    inline void add(vfloat square, int64_t c, int n) {
-        if (!out) return;
-        for (int i = n; i < LANES; ++i) square[i] = 0;
-        if (groups == 1) {
-            total += square;
-            return;
-        }
-        for (int i = 0; i < n; ++i) {
-            float& sum = out[(c + i) / per_group];
-            sum = ((c + i) % per_group == 0 ? 0.f : sum) + square[i];
-        }
-    }
-    inline void end() {
-        if (out && groups == 1) *out = sum_lanes(total);
-    }
-};
 
 template <bool PART, typename T>
 static inline vfloat scaled(const ScaleAct& a, const T* x, const T* grad, const T* identity, T* out, int64_t c, int n) {

@@ -23,9 +23,10 @@ from torch.fx import GraphModule, Node
 from bcos_rt.errors import UnsupportedOpError
 from bcos_rt.graph.backends import Runner
 from bcos_rt.graph.capture import bound_arguments
+from bcos_rt.graph.lower_transposed import ParityAxis, flipped, parity_weight
 from bcos_rt.graph.program import Program
 from bcos_rt.kernels import cpu
-from bcos_rt.kernels.reference import channels_last, per_row
+from bcos_rt.kernels.reference import channels_last, output_padding, per_row
 
 __all__ = ["build"]
 
@@ -59,10 +60,12 @@ def build(program: Program, chunk: int = 1) -> Runner:
         raise UnsupportedOpError(f"backend 'native': {cpu.unavailable_reason()}")
     lowered = program.copy()
     module = GraphModule(_lower(lowered), lowered.graph)
-    feed = lowered.feed
+    # Those that no step took; they come before image and class ids.
+    constants = [lowered.constants[n] for n in lowered.graph.nodes if n in lowered.constants]
 
     def once(images: Tensor, class_ids: Tensor | None) -> dict[str, Tensor]:
-        result: dict[str, Tensor] = module(*feed(images, class_ids))
+        given = (images,) if class_ids is None else (images, class_ids)
+        result: dict[str, Tensor] = module(*constants, *given)
         return result
 
     def run(images: Tensor, class_ids: Tensor | None) -> dict[str, Tensor]:
@@ -141,38 +144,20 @@ def _adjoint(
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
     """The transposed convolution to ``input_size``; returns channels-last memory of its own."""
     kernel = list(weight.shape[2:])
-    o, per_group = weight.shape[0], weight.shape[1]
-    flipped = [d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True)]
-    if all(s == 1 for s in stride) and min(flipped) >= 0:
-        by_group = weight.reshape(groups, o // groups, per_group, *kernel).transpose(1, 2)
-        turned = by_group.reshape(groups * per_group, o // groups, *kernel)
-        return _convolution(turned.flip(2, 3), None, (1, 1), flipped, dilation, groups)
+    inside = [d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True)]
+    if all(s == 1 for s in stride) and min(inside) >= 0:
+        return _convolution(flipped(weight, groups), None, (1, 1), inside, dilation, groups)
     s, p, d = list(stride), list(padding), list(dilation)
-
-    def extra(grad: Tensor) -> list[int]:
-        return [
-            input_size[i] - ((grad.shape[2 + i] - 1) * s[i] - 2 * p[i] + d[i] * (kernel[i] - 1) + 1) for i in range(2)
-        ]
-
-    if groups == 1:
-        kept: dict[str, list[int]] = {}
-
-        def pack(w: Tensor, size: list[int]) -> Tensor:
-            reordered: Tensor = mkldnn._reorder_convolution_transpose_weight(w, p, kept["extra"], s, d, groups, size)
-            return reordered
-
-        packed = _Packed(weight.contiguous(), pack)
+    extra = output_padding(input_size, kernel, s, p, d)
+    if groups > 1:
+        return lambda grad: channels_last(F.conv_transpose2d(grad, weight, None, s, p, extra, groups, d))
+    packed = _Packed(
+        weight.contiguous(),
+        lambda w, size: mkldnn._reorder_convolution_transpose_weight(w, p, extra, s, d, groups, size),
+    )
 
     def run(grad: Tensor) -> Tensor:
-        more = extra(grad)
-        inside = [min(e, step - 1) for e, step in zip(more, s, strict=True)]
-        if groups == 1:
-            kept["extra"] = inside
-            out = mkldnn._convolution_transpose_pointwise(grad, packed(grad), None, p, inside, s, d, 1, "none", [], "")
-        else:
-            out = F.conv_transpose2d(grad, weight, None, tuple(s), tuple(p), tuple(inside), groups, tuple(d))
-        if more != inside:  # places beyond the last window
-            out = F.pad(out, (0, more[1] - inside[1], 0, more[0] - inside[0]))
+        out = mkldnn._convolution_transpose_pointwise(grad, packed(grad), None, p, extra, s, d, groups, "none", [], "")
         return channels_last(out)
 
     return run
@@ -278,32 +263,6 @@ def _encode_image(program: Program, node: Node, a: dict[str, Any]) -> tuple[Func
     return run, [a["image"]]
 
 
-def _parities(weight: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int], list[int]]:
-    """A stride-2 convolution's adjoint as one convolution whose channels are ``(dy, dx, c)`` of each 2 x 2 block.
-
-    Row ``2 i + dy`` of the image gets ``w[dy + p - 2 t]`` times output row ``i + t``, for every t with that tap.
-
-    Returns:
-        Weights [4 C, O, T, T'], padding, and where the result starts in what the convolution returns.
-    """
-    o, channels, *kernel = weight.shape
-    ranges = []
-    for k, p in zip(kernel, padding, strict=True):
-        ranges.append((-((k - 1 - p) // 2), (1 + p) // 2))
-    taps = [high - low + 1 for low, high in ranges]
-    out = weight.new_zeros(2, 2, channels, o, *taps)
-    for dy in range(2):
-        for dx in range(2):
-            for j in range(taps[0]):
-                for i in range(taps[1]):
-                    r = dy + padding[0] - 2 * (j + ranges[0][0])
-                    s = dx + padding[1] - 2 * (i + ranges[1][0])
-                    if 0 <= r < kernel[0] and 0 <= s < kernel[1]:
-                        out[dy, dx, :, :, j, i] = weight[:, :, r, s].t()
-    pads = [max(-low, high) for low, high in ranges]
-    return out.reshape(4 * channels, o, *taps), pads, [pad + low for pad, (low, _) in zip(pads, ranges, strict=True)]
-
-
 def _conv2d_contributions(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
     inverse = program.constants[a["inverse_std"]].float().contiguous()
     weight = program.constants[a["weight"]][:, : inverse.numel()]
@@ -311,8 +270,11 @@ def _conv2d_contributions(program: Program, node: Node, a: dict[str, Any]) -> tu
     height, width = (int(s) for s in program.image.meta["val"].shape[2:])
     scale, want_colour = a["scale"], any(u.args[1] == 2 for u in node.users)
     if stride == [2, 2] and dilation == [1, 1] and height % 2 == 0 and width % 2 == 0:
-        turned, pads, first = _parities(weight, padding)
-        convolution = _convolution(turned, None, (1, 1), pads, (1, 1), 1)
+        axes = [ParityAxis.of(k, 2, p) for k, p in zip(weight.shape[2:], padding, strict=True)]
+        # One padding serves both ends; what it makes too many is not read.
+        pads = [max(-axis.first, axis.last) for axis in axes]
+        first = [pad + axis.first for pad, axis in zip(pads, axes, strict=True)]
+        convolution = _convolution(parity_weight(weight, *axes), None, (1, 1), pads, (1, 1), 1)
 
         def by_parity(grad: Tensor, image: Tensor) -> Any:
             blocks = convolution(grad)[:, :, first[0] :, first[1] :]
