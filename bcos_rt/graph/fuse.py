@@ -499,7 +499,8 @@ def _widen_consumer(builder: GraphBuilder, user: Node, old: Node, padded: Node, 
     if user.target in (aten.pad.default, aten.constant_pad_nd.default) and len(arguments[1]) == 4:
         below = list(user.users)
         fused = all(u.target is bcos.conv2d_fused.default and u.args[10] == 1 for u in below)
-        if not fused or len(below) != 1:
+        # Padded with another number, the channels that fill up to eight would enter the norm.
+        if not fused or len(below) != 1 or bound_arguments(user)["value"]:
             return False
         with builder.in_place_of(user):
             new = builder.call(user.target, padded, *user.args[1:], **user.kwargs)

@@ -6,7 +6,9 @@ import operator
 
 import pytest
 import torch
+from torch import nn
 
+from bcos_rt import bcosify
 from bcos_rt.graph import build_explanation_graph
 from bcos_rt.graph.capture import capture
 from bcos_rt.graph.fuse import (
@@ -49,6 +51,20 @@ def test_fused_programs_equal_the_unfused_graph(name, recipe):
         limit = TOLERANCES["oracle64"] * float(reference[key].abs().max().clamp(min=1e-30))
         torch.testing.assert_close(result[key], reference[key], rtol=0, atol=limit, msg=lambda m, k=key: f"{k}: {m}")
     torch.testing.assert_close(programs.predict.run(images, None)["logits"], reference["logits"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding", [nn.ConstantPad2d(1, 0.5), nn.ReflectionPad2d(1), nn.ZeroPad2d((0, 1, 0, 1))])
+def test_the_stem_behind_any_padding(padding):
+    """The channels that fill the encoded image up to eight must not enter a norm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(padding, nn.Conv2d(3, 8, 3, 2, bias=False), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+    model(torch.rand(1, 3, *SIZE))
+    net = bcosify(model, RECIPES["three channels"])[0].eval().double()
+    images, ids = torch.rand(2, 3, *SIZE, dtype=torch.float64), torch.tensor([[0], [1]])
+    reference = build_explanation_graph(net, SIZE, multi=True)(net, net.encode(images), ids)
+    result = build_fused(net, SIZE, torch.float64).explain.run(images, ids)
+    for key in OUTPUTS:
+        torch.testing.assert_close(result[key], reference[key], rtol=1e-9, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_a_residual_network_is_fused_to_the_last_layer():
