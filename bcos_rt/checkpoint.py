@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bcos_rt.conversion import Recipe, bcosify
 from bcos_rt.errors import BcosError, CheckpointError, InvalidArgumentError, InvalidTypeError
-from bcos_rt.files import ordinary_mode
+from bcos_rt.files import check_format, ordinary_mode
 from bcos_rt.models import rebuild_source
 from bcos_rt.models.weights import load_strict
 from bcos_rt.nn.network import BcosNetwork
@@ -253,14 +253,7 @@ def _read(path: Path) -> _Checkpoint:
             )
         text = header[HEADER_KEY]
     config = _parse_config(text, path)
-    if config.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a bcos-rt checkpoint (format {config.get('format')!r})")
-    version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {version!r}, this version of bcos-rt reads {FORMAT_VERSION} "
-            f"(the file was written by bcos-rt {config.get('bcos_rt_version', 'of unknown version')})"
-        )
+    check_format(path, config, FORMAT, FORMAT_VERSION, "checkpoint")
     recipe, source, names = config.get("recipe"), config.get("source"), config.get("class_names")
     if not isinstance(recipe, dict) or not isinstance(source, dict):
         raise CheckpointError(f"{path}: damaged, recipe or source is missing")

@@ -48,8 +48,8 @@ class Engine:
         device: where it runs; None: where the network is.
         backend: "native" (our C++ kernels around oneDNN), "inductor" (``torch.compile`` with freezing; needs a C++
             compiler), "eager" (plain PyTorch), "triton" (CUDA devices, and alone there; not yet run on one), or
-            "auto": on a CUDA device triton; else native where it is built, for on the CPU it measured fastest
-            (docs/engine.md); else inductor where there is a compiler; else eager. :attr:`backend` says what it took.
+            "auto": on a CUDA device triton; else native where it is built; else inductor where there is a compiler;
+            else eager (the order expected, not yet a measured one). :attr:`backend` says what it took.
         chunk: images that go through together (native only); None for the backend's own choice.
 
     Attributes:

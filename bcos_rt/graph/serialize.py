@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from bcos_rt.errors import CheckpointError, InvalidArgumentError
-from bcos_rt.files import ordinary_mode
+from bcos_rt.files import check_format, ordinary_mode
 from bcos_rt.graph.program import Program
 from bcos_rt.graph.program_json import DTYPES, FormatError, program_from_json, program_to_json
 
@@ -286,14 +286,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device | None = None)
     """
     path = Path(path)
     manifest, entries = _reading(path, _read)
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a bcos-rt engine file (format {manifest.get('format')!r})")
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {version!r}, this version of bcos-rt reads {FORMAT_VERSION} "
-            f"(the file was written by bcos-rt {manifest.get('bcos_rt_version', 'of unknown version')})"
-        )
+    check_format(path, manifest, FORMAT, FORMAT_VERSION, "engine file")
     try:
         given = _Manifest(manifest, set(entries))
     except ValueError as error:
