@@ -5,8 +5,8 @@ Needs no compiler when it runs. A fused op becomes a step: the convolution with 
 flipped weights (the transposed one is up to 10 % slower in oneDNN); the stem's, with its few output channels, is one
 convolution that computes the four parities of pixels as channels (6.0 to 4.0 ms on ResNet-18, 2 cores).
 
-Images go through in chunks (one image by default): a chunk's activations then stay in the caches, which is worth more
-than what oneDNN gains from a larger batch, and peak memory does not grow with the batch.
+Images go through in chunks (one image by default), so that peak memory does not grow with the batch. It costs time: on
+ResNet-18, batch 8, 2 cores, an explanation took 345 to 349 ms in one chunk and 369 to 381 in eight.
 """
 
 from __future__ import annotations
