@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from bcos_rt.cli.bench import bench
 from bcos_rt.cli.convert import convert
 from bcos_rt.cli.doctor import doctor
 from bcos_rt.cli.explain import explain
@@ -46,6 +47,7 @@ app.command()(convert)
 app.command()(explain)
 app.command()(export)
 app.command()(doctor)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
