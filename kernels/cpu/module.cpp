@@ -199,4 +199,30 @@ PYBIND11_MODULE(_native, m) {
         a.threads = threads;
         run(kernels.depthwise_adjoint, a);
     });
+
+    m.def("winograd_scratch", &winograd_scratch);
+
+    m.def("winograd_pack", [](int64_t outputs, int64_t channels, int64_t weight, int64_t packed) {
+        WinogradPack a;
+        a.weight = address<const float>(weight);
+        a.packed = address<float>(packed);
+        a.outputs = outputs;
+        a.channels = channels;
+        run(kernels.winograd_pack, a);
+    });
+
+    m.def("winograd", [](py::tuple size, py::object x, int64_t weight, int64_t outputs, int64_t padding_h,
+                         int64_t padding_w, int64_t output, int64_t scratch, int threads) {
+        Winograd a;
+        a.sizes = sizes(size);
+        a.input = image(x);
+        a.weight = address<const float>(weight);
+        a.outputs = outputs;
+        a.padding_h = padding_h;
+        a.padding_w = padding_w;
+        a.output = address<float>(output);
+        a.scratch = address<float>(scratch);
+        a.threads = threads;
+        run(kernels.winograd, a);
+    });
 }

@@ -3,6 +3,7 @@
 
 #include "depthwise.h"
 #include "epilogue.h"
+#include "winograd.h"
 
 namespace bcos {
 
@@ -15,6 +16,8 @@ struct Table {
     void (*contributions)(const Contributions&);
     void (*depthwise)(const Depthwise&);
     void (*depthwise_adjoint)(const DepthwiseAdjoint&);
+    void (*winograd_pack)(const WinogradPack&);
+    void (*winograd)(const Winograd&);
 };
 
 #define BCOS_DECLARE(isa)                                   \
@@ -27,9 +30,12 @@ struct Table {
     void contributions(const Contributions&);               \
     void depthwise(const Depthwise&);                       \
     void depthwise_adjoint(const DepthwiseAdjoint&);        \
+    void winograd_pack(const WinogradPack&);                \
+    void winograd(const Winograd&);                         \
     static inline Table table() {                           \
-        return {epilogue, adjoint_end,   scale_act, square_sum, \
-                encode,   contributions, depthwise, depthwise_adjoint}; \
+        return {epilogue, adjoint_end,   scale_act, square_sum,        \
+                encode,   contributions, depthwise, depthwise_adjoint, \
+                winograd_pack, winograd};                              \
     }                                                       \
     }
 

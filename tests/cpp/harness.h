@@ -170,5 +170,6 @@ void test_encode(const bcos::Table& kernels);
 void test_contributions(const bcos::Table& kernels);
 void test_depthwise(const bcos::Table& kernels);
 void test_depthwise_adjoint(const bcos::Table& kernels);
+void test_winograd(const bcos::Table& kernels);
 
 }  // namespace test

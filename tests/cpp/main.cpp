@@ -92,6 +92,7 @@ int main() {
             {"contributions", test::test_contributions},
             {"depthwise", test::test_depthwise},
             {"depthwise_adjoint", test::test_depthwise_adjoint},
+            {"winograd", test::test_winograd},
         };
         for (const auto& [kernel, run] : tests) {
             test::where() = std::string(name) + " " + kernel;

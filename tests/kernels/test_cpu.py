@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bcos_rt.kernels import cpu, reference, reference_layers
+from bcos_rt.kernels.cpu import winograd
 from bcos_rt.kernels.reference import ACTIVATIONS, channels_last
 from tests.tolerances import KERNEL
 
@@ -303,3 +304,43 @@ def test_every_instruction_set(isa):
     ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (14, 14), (29, 31)])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (2, 1)])
+@pytest.mark.parametrize(("channels", "outputs"), [(16, 16), (48, 64), (32, 128), (64, 80)])
+def test_winograd(size, padding, channels, outputs):
+    """Sizes that are no multiples of a tile, panels of 16, 32 and 64 outputs, a slice of channels as input."""
+    if min(s + 2 * p for s, p in zip(size, padding, strict=True)) < 3:
+        pytest.skip("the kernel is larger than the image")
+    torch.manual_seed(0)
+    x, weight = image(2, channels + 24, *size)[:, 8 : 8 + channels], torch.randn(outputs, channels, 3, 3)
+    y = winograd.Winograd(weight, padding)(x)
+    expected = torch.nn.functional.conv2d(x.double(), weight.double(), padding=padding)
+    close(y, expected, torch.float32)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_winograd_of_no_image():
+    x, weight = image(0, 16, 5, 5), torch.randn(32, 16, 3, 3)
+    assert winograd.Winograd(weight, (1, 1))(x).shape == (0, 32, 5, 5)
+
+
+def test_where_winograd_is_chosen():
+    """Where it is possible at all, and weights, four times as many, are few beside the work."""
+
+    def suits(shape=(1, 64, 56, 56), outputs=64, kernel=3, stride=1, dilation=1, groups=1, dtype=torch.float32):
+        x = torch.empty(shape, dtype=dtype)
+        weight = torch.empty(outputs, shape[1] // groups, kernel, kernel, dtype=dtype)
+        pairs = ((n, n) for n in (stride, dilation, dilation))
+        (strides, paddings, dilations) = pairs
+        return winograd.suits(weight, x, strides, paddings, dilations, groups)
+
+    assert suits()
+    assert suits((1, 256, 14, 14), 256)
+    assert not suits((1, 512, 7, 7), 512)
+    assert suits((8, 512, 7, 7), 512)
+    for other in ({"kernel": 5}, {"stride": 2}, {"dilation": 2}, {"groups": 2}, {"dtype": torch.bfloat16}):
+        assert not suits(**other), other
+    assert not suits(outputs=24)
+    assert not suits((1, 24, 56, 56))

@@ -26,6 +26,7 @@ from bcos_rt.graph.capture import bound_arguments
 from bcos_rt.graph.lower_transposed import ParityAxis, flipped, parity_weight
 from bcos_rt.graph.program import Program
 from bcos_rt.kernels import cpu
+from bcos_rt.kernels.cpu import winograd
 from bcos_rt.kernels.reference import channels_last, output_padding, per_row
 
 __all__ = ["build"]
@@ -105,37 +106,42 @@ def _lower(program: Program) -> nn.Module:
 # --- convolutions ----------------------------------------------------------------------------------------------------
 
 
-class _Packed:
-    """A weight in oneDNN's own layout, packed at the first call (it depends on the sizes) and then kept."""
+class _AtFirstCall:
+    """A function of an image that ``make(weight, image)`` makes at the first call, for it depends on the sizes."""
 
-    def __init__(self, weight: Tensor, pack: Callable[[Tensor, list[int]], Tensor]) -> None:
-        self.weight = weight
-        self.pack = pack
-        self.packed: Tensor | None = None
+    def __init__(self, weight: Tensor, make: Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]) -> None:
+        self.weight: Tensor | None = weight
+        self.make = make
+        self.function: Callable[[Tensor], Tensor] | None = None
         self.lock = threading.Lock()
 
-    def __call__(self, like: Tensor) -> Tensor:
-        if self.packed is None:
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.function is None:
             with self.lock:
-                if self.packed is None:
-                    self.packed = self.pack(self.weight, list(like.shape))
-                    self.weight = self.packed  # the plain one can go
-        return self.packed
+                if self.function is None and self.weight is not None:
+                    self.function = self.make(self.weight, x)
+                    self.weight = None  # what was made keeps it, packed
+        assert self.function is not None
+        return self.function(x)
 
 
 def _convolution(
     weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     groups: int,
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    """``conv2d`` with packed weights; returns channels-last memory of its own."""
+    """``conv2d`` with packed weights; returns channels-last memory of its own.
+
+    Which way is the faster depends on the size of the image, so it is chosen at the first call.
+    """
     s, p, d = list(stride), list(padding), list(dilation)
-    packed = _Packed(weight.contiguous(), lambda w, size: mkldnn._reorder_convolution_weight(w, p, s, d, groups, size))
 
-    def run(x: Tensor) -> Tensor:
-        z = mkldnn._convolution_pointwise(x, packed(x), bias, p, s, d, groups, "none", [], "")
-        return channels_last(z)
+    def choose(weight: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
+        if bias is None and winograd.suits(weight, x, s, p, d, groups):
+            return winograd.Winograd(weight, p)
+        packed = mkldnn._reorder_convolution_weight(weight, p, s, d, groups, list(x.shape))
+        return lambda x: channels_last(mkldnn._convolution_pointwise(x, packed, bias, p, s, d, groups, "none", [], ""))
 
-    return run
+    return _AtFirstCall(weight.contiguous(), choose)
 
 
 def _adjoint(
@@ -151,16 +157,14 @@ def _adjoint(
     extra = output_padding(input_size, kernel, s, p, d)
     if groups > 1:
         return lambda grad: channels_last(F.conv_transpose2d(grad, weight, None, s, p, extra, groups, d))
-    packed = _Packed(
-        weight.contiguous(),
-        lambda w, size: mkldnn._reorder_convolution_transpose_weight(w, p, extra, s, d, groups, size),
-    )
 
-    def run(grad: Tensor) -> Tensor:
-        out = mkldnn._convolution_transpose_pointwise(grad, packed(grad), None, p, extra, s, d, groups, "none", [], "")
-        return channels_last(out)
+    def make(weight: Tensor, grad: Tensor) -> Callable[[Tensor], Tensor]:
+        size = list(grad.shape)
+        packed = mkldnn._reorder_convolution_transpose_weight(weight, p, extra, s, d, groups, size)
+        rest = (None, p, extra, s, d, groups, "none", [], "")
+        return lambda grad: channels_last(mkldnn._convolution_transpose_pointwise(grad, packed, *rest))
 
-    return run
+    return _AtFirstCall(weight.contiguous(), make)
 
 
 def _value(program: Program, node: Any) -> Tensor | None:
