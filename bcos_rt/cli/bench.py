@@ -7,6 +7,7 @@ from typing import Any
 import typer
 import typer.core
 
+from bcos_rt.cli.bench_kernels import kernels
 from bcos_rt.cli.bench_network import network
 
 __all__ = ["bench"]
@@ -40,4 +41,4 @@ def _options() -> None:
 
 
 bench.command(DEFAULT_COMMAND)(network)
-# Each command is registered here, one line each: bench.command("kernels")(kernels).
+bench.command("kernels")(kernels)

@@ -4,7 +4,7 @@
 code   meaning
 =====  ==============================================================
 0      done
-1      a bug or a failing machine; the traceback is on stderr
+1      a bug or a failing machine; the traceback is on stderr. Or a comparison that was asked for found something slower
 2      bad input: a wrong option, file, name or class
 130    interrupted (Ctrl-C)
 =====  ==============================================================
