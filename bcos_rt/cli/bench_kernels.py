@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["kernels"]
 
 DTYPES = ("fp32", "bf16")
+# With --compare, times that slower rows are measured again, the fastest counting: a machine has slow minutes.
+LOOKS = 2
 # Rows without a counterpart that are listed by name; the rest are counted.
 LISTED = 10
 
@@ -42,7 +44,7 @@ def kernels(
     ] = None,
     compare: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.csv", help="Compare with the rows of an earlier --csv; exit code 1 if slower."),
+        typer.Option(metavar="FILE.csv", help="Compare with an earlier --csv; exit code 1 if a row is slower."),
     ] = None,
     tolerance: Annotated[
         float, typer.Option(metavar="RATIO", help="With --compare: slower is more than this times the earlier median.")
@@ -85,17 +87,29 @@ def kernels(
             ceilings = timing.Ceilings(budget, where)
             sweep = layers.networks(batch, 8 if where == "cuda" else 6)
             work_list = [(spec, name) for spec in cases.specs(sweep, operations) for name in dtypes]
-            tracked = progress.track(work_list, "kernels")
-            rows = list(measure(tracked, batch, where, budget, ceilings))
+            rows = measure(work_list, batch, where, ceilings, lambda items: progress.track(items, "kernels"))
+            comparison = None
+            if before is not None:
+                asked = {"op": operations, "dtype": dtypes, "device": (where,), "batch": (batch,)}
+                # What is written stays as it was measured first; only the comparison takes the fastest look.
+                best = list(rows)
+                comparison = committed.compare(best, before, tolerance, asked)
+                for _ in range(LOOKS):
+                    slow = {change.key for change in comparison.slower}
+                    at = [i for i, row in enumerate(best) if committed.key_of(row) in slow]
+                    if not at:
+                        break
+                    with progress.working(f"looking again at {len(at)} slower rows"):
+                        again = measure([work_list[i] for i in at], batch, where, ceilings)
+                    for i, row in zip(at, again, strict=True):
+                        best[i] = min(best[i], row, key=lambda r: float(r["median_us"]))
+                    comparison = committed.compare(best, before, tolerance, asked)
         environment["ceilings"] = _ceilings(ceilings)
         if csv is not None:
             write_rows(csv, rows, COLUMNS)
             write_json(csv.with_suffix(".json"), environment)
         data: dict[str, Any] = {"command": "bench kernels", "environment": environment, "rows": rows}
-        comparison = None
-        if before is not None:
-            asked = {"op": operations, "dtype": dtypes, "device": (where,), "batch": (batch,)}
-            comparison = committed.compare(rows, before, tolerance, asked)
+        if comparison is not None:
             slower = bool(comparison.slower)
             data["comparison"] = comparison.as_json()
             import warnings

@@ -129,7 +129,8 @@ def test_the_shapes_are_those_of_the_networks(name):
 def test_a_row_is_complete_and_consistent():
     spec = next(s for s in SPECS if s.op == "conv2d_fused")
     ceilings = Ceilings(QUICK, "cpu")
-    (row,) = measure([(spec, "fp32")], 2, "cpu", QUICK, ceilings)
+    row, other = measure([(spec, "fp32"), (spec, "bf16")], 2, "cpu", ceilings)
+    assert other["bytes"] < row["bytes"]
     assert set(row) == set(COLUMNS)
     assert row["q1_us"] <= row["median_us"] <= row["q3_us"]
     assert row["gb_s"] == pytest.approx(row["bytes"] / row["median_us"] / 1e3)
@@ -146,7 +147,7 @@ def test_blocks_hold_as_many_calls_as_their_time():
         nonlocal calls
         calls += 1
 
-    seconds = time_blocks(run, Budget(0.0, 1e-4, 4, 0.0, 8), "cpu")
+    seconds = time_blocks(run, Budget(1, 0.0, 1e-4, 4, 0.0, 8), "cpu")
     assert len(seconds) == 4
     assert all(0 < s < 1e-4 for s in seconds)
     assert calls > 40  # an empty function takes far less than a block

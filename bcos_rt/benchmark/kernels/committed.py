@@ -11,7 +11,7 @@ from typing import Any
 
 from bcos_rt.errors import InvalidArgumentError
 
-__all__ = ["Change", "Comparison", "compare", "read"]
+__all__ = ["Change", "Comparison", "compare", "key_of", "read"]
 
 OPTION = "--compare"
 _KEY = ("op", "variant", "shape", "batch", "dtype", "device")
@@ -115,8 +115,8 @@ def compare(
         asked: column -> the values that this run was asked for: rows of others are not missed.
     """
     wanted = {name: {str(v) for v in values} for name, values in asked.items()}
-    ours = {_key(row): row for row in rows}
-    theirs = {_key(r): r for r in before if all(str(r[name]) in values for name, values in wanted.items())}
+    ours = {key_of(row): row for row in rows}
+    theirs = {key_of(r): r for r in before if all(str(r[name]) in values for name, values in wanted.items())}
     both = [key for key in ours if key in theirs]
     changes = [Change(key, float(theirs[key]["median_us"]), float(ours[key]["median_us"])) for key in both]
     warnings = []
@@ -133,5 +133,6 @@ def compare(
     )
 
 
-def _key(row: _Row) -> tuple[str, ...]:
+def key_of(row: _Row) -> tuple[str, ...]:
+    """What names a row: op, variant, shape, batch, dtype, device."""
     return tuple(str(row[name]) for name in _KEY)

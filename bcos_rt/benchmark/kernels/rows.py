@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from bcos_rt.benchmark import machine
 from bcos_rt.benchmark.comparison import quartiles
 from bcos_rt.benchmark.kernels.cases import Spec
-from bcos_rt.benchmark.kernels.timing import Budget, Ceilings, time_blocks
+from bcos_rt.benchmark.kernels.timing import Ceilings, time_blocks
 from bcos_rt.kernels import cpu
 
 __all__ = ["COLUMNS", "DTYPES", "about_device", "measure"]
@@ -38,30 +38,57 @@ def about_device(device: str) -> dict[str, Any]:
 
 
 def measure(
-    specs: Iterable[tuple[Spec, str]], batch: int, device: str, budget: Budget, ceilings: Ceilings
-) -> Iterator[dict[str, Any]]:
-    """One row for each case and dtype ("fp32", "bf16"), as soon as it is measured."""
-    same = about_device(device)
-    for spec, name in specs:
-        dtype = DTYPES[name]
+    work: Sequence[tuple[Spec, str]],
+    batch: int,
+    device: str,
+    ceilings: Ceilings,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> list[dict[str, Any]]:
+    """One row for each case and dtype ("fp32", "bf16"), in that order.
+
+    Args:
+        ceilings: how long to measure; looked at again in every pass.
+        track: given what is to be done, gives it back one by one.
+    """
+    budget = ceilings.budget
+    ours: list[list[float]] = [[] for _ in work]
+    plain: list[list[float]] = [[] for _ in work]
+    counts: list[tuple[int, int]] = [(0, 0) for _ in work]
+    looked: set[int] = set()
+    for i in track([*range(len(work))] * budget.passes):
+        spec, name = work[i]
+        if i == 0:
+            looked.clear()
+            for one in dict.fromkeys(name for _, name in work):
+                ceilings.look_at_gemm(DTYPES[one])
+        case = spec.make(DTYPES[name], device)
         with torch.inference_mode():
-            case = _made(spec, dtype, device)
-            size = case.bytes(case.run())
-            seconds = time_blocks(case.run, budget, device)
-            reference = quartiles(time_blocks(case.plain, budget, device))[1]
-        low, middle, high = quartiles(seconds)
-        gb_s, gflop_s = size / middle / 1e9, case.flops / middle / 1e9
-        copy, gemm = ceilings.copy_gb_s(size), ceilings.gemm_gflop_s(dtype)
-        yield {
-            "op": spec.op, "variant": spec.variant, "network": spec.layer.name, "shape": spec.shape, "batch": batch,
-            "dtype": name, **same, "median_us": 1e6 * middle, "q1_us": 1e6 * low, "q3_us": 1e6 * high,
-            "reference_us": 1e6 * reference, "speedup": reference / middle, "bytes": size, "flops": case.flops,
-            "gb_s": gb_s, "gflop_s": gflop_s, "copy_gb_s": copy, "gemm_gflop_s": gemm, "share_copy": gb_s / copy,
-            "share_gemm": gflop_s / gemm,
-        }  # fmt: skip
+            counts[i] = case.bytes(case.run()), case.flops
+            ours[i] += time_blocks(case.run, budget, device)
+            plain[i] += time_blocks(case.plain, budget, device)
+        if counts[i][0] not in looked:
+            ceilings.look_at_copy(counts[i][0])
+            looked.add(counts[i][0])
+    same = {"batch": batch, **about_device(device)}
+    return [_row(*work[i], same, ours[i], plain[i], counts[i], ceilings) for i in range(len(work))]
 
 
-def _made(spec: Spec, dtype: torch.dtype, device: str) -> Any:
-    # Tracing an op into a program is no place for tensors of inference mode.
-    with torch.inference_mode(False):
-        return spec.make(dtype, device)
+def _row(
+    spec: Spec,
+    dtype: str,
+    same: Mapping[str, Any],
+    ours: Sequence[float],
+    plain: Sequence[float],
+    counts: tuple[int, int],
+    ceilings: Ceilings,
+) -> dict[str, Any]:
+    (low, middle, high), reference = quartiles(ours), quartiles(plain)[1]
+    size, flops = counts
+    gb_s, gflop_s = size / middle / 1e9, flops / middle / 1e9
+    copy, gemm = ceilings.copies[size], ceilings.products[DTYPES[dtype]]
+    return {
+        "op": spec.op, "variant": spec.variant, "network": spec.layer.name, "shape": spec.shape, "dtype": dtype,
+        **same, "median_us": 1e6 * middle, "q1_us": 1e6 * low, "q3_us": 1e6 * high, "reference_us": 1e6 * reference,
+        "speedup": reference / middle, "bytes": size, "flops": flops, "gb_s": gb_s, "gflop_s": gflop_s,
+        "copy_gb_s": copy, "gemm_gflop_s": gemm, "share_copy": gb_s / copy, "share_gemm": gflop_s / gemm,
+    }  # fmt: skip
