@@ -18,7 +18,7 @@ from bcos_rt.benchmark import machine
 from bcos_rt.benchmark.comparison import OK, Workplace, compare, measure_memory
 from bcos_rt.benchmark.contender import EXPLAIN, FORWARD, Setting
 from bcos_rt.benchmark.table import COLUMNS, read_rows, row_of, write_json, write_rows
-from bench.explain_bench.matrix import ENTRIES, Cell, expected_seconds, plan
+from bench.explain_bench.matrix import ENTRIES, SLOW, Cell, expected_seconds, plan
 
 __all__ = ["environment", "measure", "sources"]
 
@@ -151,8 +151,9 @@ def _cell(cell: Cell, place: Workplace, session: dict[str, str], quick: bool, te
     measured = compare(entries, cell.modes, setting, plan(cell, quick), place.launch, tell=tell, step=step)
     if cell.memory:
         for m in measured:
-            # What compiles for minutes is not compiled once more for the forward pass's memory.
-            if m.status == OK and (m.mode == EXPLAIN or (m.mode == FORWARD and m.entry.name.startswith("plain"))):
+            # What compiles for minutes is not compiled once more for this.
+            plain = m.mode == FORWARD and m.entry.name.startswith("plain")
+            if m.status == OK and m.entry.name not in SLOW and (m.mode == EXPLAIN or plain):
                 tell(f"memory of {m.entry.name}")
                 m.memory = measure_memory(m.entry, setting, plan(cell, quick), place.launch, m.mode)
                 if "error" in m.memory:
