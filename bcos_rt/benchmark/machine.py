@@ -91,5 +91,8 @@ def describe() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "packages": {p: v for p in _PACKAGES if (v := _version(p)) is not None} | {"torch": str(torch.__version__)},
         "torch_build": " ".join(torch.__config__.show().split()),
-        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+        # Not where a cache lies: PyTorch sets that itself, and it changes no time.
+        "variables": {
+            k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES) and not k.endswith("_DIR")
+        },
     }
