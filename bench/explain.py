@@ -4,6 +4,7 @@
     python -m bench.explain training      a training step, and what autograd keeps           training.csv
     python -m bench.explain growth        over batch, image side and classes                 growth.csv
     python -m bench.explain photographs PHOTOS.tar     bf16 maps against fp32                photographs.csv
+    python -m bench.explain breakdown     the native engine's time by step               breakdown.csv
     python -m bench.explain targets       the table of targets, from the CSV files           targets.json, targets.md
     python -m bench.explain plots         time-2.png, time-1.png, growth.png
 
@@ -128,6 +129,28 @@ def photographs(
         console.print(rows[-1])
         write_rows(output / "photographs.csv", rows, COLUMNS)
     _end({"photographs": rows}, as_json)
+
+
+@app.command()
+def breakdown(
+    output: Output = RESULTS,
+    network: Networks = None,
+    threads: int = 2,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Every step of the native engine's programs on one image, timed by itself."""
+    from bcos_rt.benchmark.comparison import Workplace
+    from bench.explain_bench.breakdown import COLUMNS, by_kind
+
+    rows = []
+    with Workplace([str(ROOT)]) as place:
+        for name in _checked(network):
+            arguments = {"network": name, "threads": threads, "dtype": dtype}
+            rows += place.call("bench.explain_bench.breakdown:rows_of", threads, **arguments)
+            write_rows(output / "breakdown.csv", rows, COLUMNS)
+    sums = [{"network": n, "program": p, "ms": kinds} for (n, p), kinds in by_kind(rows).items()]
+    _end({"breakdown": sums}, as_json)
 
 
 @app.command("targets")
