@@ -171,8 +171,9 @@ def conv_epilogue(
     want_gate: bool = False,
     want_squares: bool = False,
     groups: int = 1,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``y = act(z (|z| / n)^(b-1) scale + shift + residual)`` after a convolution; ``z`` is overwritten by ``y``.
+    """``y = act(z (|z| / n)^(b-1) scale + shift + residual)`` after a convolution; ``y`` overwrites ``z`` or ``out``.
 
     Args:
         z: [N, O, H', W'] in channels-last memory, float32 or bfloat16, its bias added.
@@ -180,10 +181,11 @@ def conv_epilogue(
             ``groups``, in channels-last memory; None for b = 1.
         scale, shift: float32 [O].
         residual: like ``z``; may be a slice of the channels of a wider image.
+        out: like ``z``, a slice of the channels of an image in channels-last memory; None for ``z``.
 
     Returns:
-        ``z`` itself, the multiplier, the gate (a bit mask for relu) and the map of ``y`` [N, groups, H', W']; what was
-        not asked for is empty.
+        ``z`` or ``out``, the multiplier, the gate (a bit mask for relu) and the map of ``y`` [N, groups, H', W']; what
+        was not asked for is empty.
     """
     n, o, oh, ow = z.shape
     wants = b != 1 and squares is not None
@@ -192,13 +194,15 @@ def conv_epilogue(
     gate = _gate_like(z, activation, want_gate, True)
     out_squares = _image_like((n, groups, oh, ow), torch.float32) if want_squares else None
     residual = None if residual is None else _readable(residual)
+    y = z if out is None else out
     _kernels().epilogue(
         (n, o, height, width, oh, ow), _window(kernel, stride, padding, dilation), _storage(z), z.data_ptr(),
-        _pointer(squares) if wants else 0, squares.shape[1] if squares is not None else 1, groups, False,
-        _pointer(scale), _pointer(shift), _operand(residual), b, eps, ACTIVATIONS.index(activation),
-        _pointer(multiplier), _pointer(gate), _pointer(out_squares), torch.get_num_threads(),
+        y.data_ptr(), o if out is None else out.stride(3), _pointer(squares) if wants else 0,
+        squares.shape[1] if squares is not None else 1, groups, False, _pointer(scale), _pointer(shift), _operand(residual), b, eps,
+        ACTIVATIONS.index(activation), _pointer(multiplier), _pointer(gate), _pointer(out_squares),
+        torch.get_num_threads(),
     )  # fmt: skip
-    return z, _or_empty(multiplier, z), _or_empty(gate, z), _or_empty(out_squares, z)
+    return y, _or_empty(multiplier, z), _or_empty(gate, z), _or_empty(out_squares, z)
 
 
 def linear_epilogue(
@@ -224,7 +228,8 @@ def linear_epilogue(
     flat = None if residual is None else (residual.data_ptr(), 0, 0, o)
     wants = b != 1 and squares is not None
     _kernels().epilogue(
-        (1, o, 1, rows, 1, rows), _WINDOW_OF_ONE, _storage(z), z.data_ptr(), _pointer(squares) if wants else 0,
+        (1, o, 1, rows, 1, rows), _WINDOW_OF_ONE, _storage(z), z.data_ptr(), z.data_ptr(), o,
+        _pointer(squares) if wants else 0,
         squares.shape[-1] if squares is not None else 1, 1, True, _pointer(scale), _pointer(shift), flat, b, eps,
         ACTIVATIONS.index(activation), _pointer(multiplier), _pointer(gate), _pointer(out_squares),
         torch.get_num_threads(),
@@ -330,16 +335,22 @@ def transposed_epilogue(
     identity: Tensor | None = None,
     gate: Tensor | None = None,
     want_raw: bool = False,
+    in_place: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """``G = total + identity``; returns ``G multiplier``, written over ``total``, and ``G gate`` (empty if not wanted).
+    """``G = total + identity``; returns ``G multiplier`` and ``G gate`` (empty if not wanted).
 
     Args:
         total: [M, C, H, W] in channels-last memory, or rows [M, C] or [M, L, C], contiguous.
+        in_place: the first result overwrites ``total``; otherwise ``total`` may have any strides.
         multiplier, gate: of N images for M = N K rows; a uint8 gate is a bit mask.
     """
-    end, raw, _kept = _end(total, multiplier, identity, gate, want_raw)
-    _kernels().adjoint_end(_sizes(total), _storage(total), end, torch.get_num_threads())
-    return total, _or_empty(raw, total)
+    total = _readable(total)
+    out = total
+    if not in_place:
+        out = _image_like(total.shape, total.dtype) if total.ndim == 4 else total.new_empty(total.shape)
+    end, raw, _kept = _end(out, multiplier, identity, gate, want_raw)
+    _kernels().adjoint_end(_sizes(total), _storage(total), _operand(total), end, torch.get_num_threads())
+    return out, _or_empty(raw, total)
 
 
 def scale_act_transposed(

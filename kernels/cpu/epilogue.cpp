@@ -80,9 +80,9 @@ struct GroupSums {
 // One vector of channels of one pixel; returns y as it is stored.
 template <bool PART, int ACTIVATION, typename T>
 static inline vfloat finish_forward(
-    const Epilogue& a, const T* residual, int64_t place, int64_t mask_place, int64_t c, int n, vfloat inverse) {
-    T* z = (T*)a.z + place + c;
-    const vfloat response = get<PART>((const T*)z, n);
+    const Epilogue& a, const T* residual, T* y_out, int64_t place, int64_t mask_place, int64_t c, int n,
+    vfloat inverse) {
+    const vfloat response = get<PART>((const T*)a.z + place + c, n);
     vfloat s = a.scale ? get<PART>(a.scale + c, n) : broadcast(1.f);
     if (a.b == 2.f) {
         s = magnitude(response) * inverse * s;
@@ -95,7 +95,7 @@ static inline vfloat finish_forward(
     const int activation = ACTIVATION >= 0 ? ACTIVATION : a.activation;
     const vfloat gate = activation_gate(u, activation);
     const vfloat y = activated(u, gate, activation);
-    put<PART>(z, y, n);
+    put<PART>(y_out + c, y, n);
     if (a.multiplier) put<PART>((T*)a.multiplier + place + c, activation ? s * gate : s, n);
     if (a.gate) {
         if (activation == 1) {
@@ -119,6 +119,7 @@ static void forward_row(const Epilogue& a, int64_t image, int64_t oh, float* inv
     for (int64_t ow = 0; ow < size.out_width; ++ow) {
         const int64_t pixel = (image * size.out_height + oh) * size.out_width + ow;
         const int64_t place = pixel * channels, mask_place = pixel * mask_bytes;
+        T* y_out = (T*)a.y + pixel * a.y_pixel;
         const T* residual = a.residual.data ? at<T>(a.residual, image, oh, ow) : nullptr;
         GroupSums sums = {a.out_squares ? a.out_squares + pixel * a.groups : nullptr, a.groups, per_group, {}};
         vfloat inverse = a.squares ? broadcast(inverses[ow]) : vfloat{};
@@ -132,8 +133,8 @@ static void forward_row(const Epilogue& a, int64_t image, int64_t oh, float* inv
                 }
             }
             const vfloat y = n == LANES
-                ? finish_forward<false, ACTIVATION>(a, residual, place, mask_place, c, n, inverse)
-                : finish_forward<true, ACTIVATION>(a, residual, place, mask_place, c, n, inverse);
+                ? finish_forward<false, ACTIVATION>(a, residual, y_out, place, mask_place, c, n, inverse)
+                : finish_forward<true, ACTIVATION>(a, residual, y_out, place, mask_place, c, n, inverse);
             sums.add(y * y, c, n);
         }
         sums.end();
@@ -178,11 +179,12 @@ static void adjoint_epilogue(const AdjointEpilogue& a) {
         const int64_t m = row / size.height, h = row % size.height;
         for (int64_t w = 0; w < size.width; ++w) {
             const AdjointPixel<T> pixel = adjoint_pixel<T>(a.adjoint, m, h, w, size.height, size.width, channels);
+            const T* total = at<T>(a.total, m, h, w);
             int64_t c = 0;
-            for (; c + LANES <= channels; c += LANES) finish<false>(pixel, c, LANES, load(pixel.out + c));
+            for (; c + LANES <= channels; c += LANES) finish<false>(pixel, c, LANES, load(total + c));
             if (c < channels) {
                 const int n = (int)(channels - c);
-                finish<true>(pixel, c, n, load_part(pixel.out + c, n));
+                finish<true>(pixel, c, n, load_part(total + c, n));
             }
         }
     }

@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 
 from bcos_rt.errors import UnsupportedOpError
 from bcos_rt.graph.backends import Runner
+from bcos_rt.graph.backends.concatenation import Slice, join_in_place
 from bcos_rt.graph.capture import bound_arguments
 from bcos_rt.graph.lower_transposed import ParityAxis, flipped, parity_weight
 from bcos_rt.graph.program import Program
@@ -85,6 +86,8 @@ def build(program: Program, chunk: int = 1) -> Runner:
 def _lower(program: Program) -> nn.Module:
     """Replace every fused op of the program's graph by a step; returns the module that holds the steps."""
     root = nn.Module()
+    for node, place in join_in_place(program, lambda node: _is_dense_convolution(program, node)).items():
+        node.meta["writes_into"] = place
     for node in list(program.graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
@@ -177,6 +180,12 @@ def _is_depthwise(program: Program, a: dict[str, Any]) -> bool:
     return bool(weight.shape[1] == 1 and weight.shape[0] == a["groups"] and a["groups"] > 1)
 
 
+def _is_dense_convolution(program: Program, node: Node) -> bool:
+    if node.target is not torch.ops.bcos_rt.conv2d_fused.default:
+        return False
+    return not _is_depthwise(program, bound_arguments(node))
+
+
 def _input_channels(x: Node, weight: Tensor) -> Tensor:
     """A stem's weights without the zeros that 8-channel encoding gave them: here the image has 6 (or 3)."""
     source: Any = x
@@ -207,16 +216,19 @@ def _conv2d_fused(program: Program, node: Node, a: dict[str, Any]) -> tuple[Func
         return depthwise, [a["x"], a["residual"]]
     weight = _input_channels(a["x"], weight)
     convolution = _convolution(weight, None if bias is None else bias.to(weight.dtype), *geometry, groups)
+    place: Slice | None = node.meta.get("writes_into")
 
-    def dense(x: Tensor, squares: Tensor | None, residual: Tensor | None) -> Any:
+    def dense(x: Tensor, squares: Tensor | None, residual: Tensor | None, buffer: Tensor | None = None) -> Any:
         z = convolution(x)
         if squares is None and b != 1:
             squares = cpu.square_sum(x, groups)
+        out = None if buffer is None or place is None else buffer.narrow(1, place.begin, place.end - place.begin)
         return cpu.conv_epilogue(
-            z, squares, kernel, *geometry, eps, scale, shift, residual, b, activation, *wants, groups=groups
+            z, squares, kernel, *geometry, eps, scale, shift, residual, b, activation, *wants, groups, out
         )
 
-    return dense, [a["x"], a["squares"], a["residual"]]
+    args = [a["x"], a["squares"], a["residual"]]
+    return dense, args if place is None else [*args, place.buffer]
 
 
 def _conv2d_transposed(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
@@ -425,12 +437,8 @@ def _transposed_epilogue(program: Program, node: Node, a: dict[str, Any]) -> tup
     want_raw = a["want_raw"]
 
     def run(total: Tensor, m: Tensor | None, identity: Tensor | None, gate: Tensor | None) -> Any:
-        # Written over: others may still read it, and it may be a view.
-        if total.ndim == 4:
-            own = torch.empty(total.shape, dtype=total.dtype, memory_format=torch.channels_last).copy_(total)
-        else:
-            own = total.clone(memory_format=torch.contiguous_format)
-        return cpu.transposed_epilogue(own, m, identity, gate, want_raw)
+        # Not in place: others may still read it, and it may be a view.
+        return cpu.transposed_epilogue(total, m, identity, gate, want_raw, in_place=False)
 
     return run, [a["total"], a["multiplier"], a["identity"], a["gate"]]
 
