@@ -45,7 +45,9 @@ struct ScaleAct {
     const float *scale = nullptr, *shift = nullptr;
     int activation = 0;
     int64_t groups = 1, per_image = 1;
+    // [N, height, width, out_pixel], of which the first C channels are written; out may be identity.
     void* out = nullptr;
+    int64_t out_pixel = 0;
     float* squares = nullptr;
     int threads = 1;
 };

@@ -103,7 +103,7 @@ PYBIND11_MODULE(_native, m) {
 
     m.def("scale_act", [](py::tuple size, int storage, py::object x, py::object grad, py::object identity, int64_t scale,
                           int64_t shift, int activation, int64_t groups, int64_t per_image, int64_t out,
-                          int64_t squares, int threads) {
+                          int64_t out_pixel, int64_t squares, int threads) {
         ScaleAct a;
         a.sizes = sizes(size);
         a.storage = static_cast<Storage>(storage);
@@ -116,6 +116,7 @@ PYBIND11_MODULE(_native, m) {
         a.groups = groups;
         a.per_image = per_image;
         a.out = address<void>(out);
+        a.out_pixel = out_pixel;
         a.squares = address<float>(squares);
         a.threads = threads;
         run(kernels.scale_act, a);

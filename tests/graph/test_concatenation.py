@@ -85,6 +85,21 @@ def test_layers_write_into_the_buffer(monkeypatch):
     assert written == [False, True, True, True, False, False]
 
 
+def test_adjoints_add_to_one_gradient(monkeypatch):
+    """All but the first, which has none before it, and the last, whose result is all that is left."""
+    in_place = []
+    original = cpu.scale_act_transposed
+
+    def spy(*args):
+        result = original(*args)
+        in_place.append(result.data_ptr() == args[5].data_ptr() if args[5] is not None else False)
+        return result
+
+    monkeypatch.setattr(cpu, "scale_act_transposed", spy)
+    Engine(network("dense"), SIZE, backend="native").explain(images(1))
+    assert in_place == [False, True, True, False]
+
+
 @pytest.mark.parametrize("chunk", [1, 3])
 @pytest.mark.parametrize("targets", [1, [[0, 1], [2, -1], [3, 3]]])
 def test_branches(targets, chunk):
