@@ -23,10 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bcos_rt.kernels.reference import ACTIVATIONS, channels_last
+from bcos_rt.kernels import reference
+from bcos_rt.kernels.reference import ACTIVATIONS
 
 __all__ = [
     "available",
+    "channels_last",
     "conv_epilogue",
     "depthwise_fused",
     "depthwise_transposed",
@@ -105,6 +107,12 @@ def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """:func:`bcos_rt.kernels.reference.channels_last`, at once where there is nothing to do."""
+    _, c, h, w = x.shape
+    return x if x.stride() == (c * h * w, 1, w * c, c) else reference.channels_last(x)
+
+
 def _readable(x: Tensor) -> Tensor:
     """``x`` with its channels next to each other; a copy only where they are not."""
     if x.ndim == 4:
@@ -125,7 +133,9 @@ def _operand(x: Tensor | None) -> tuple[int, int, int, int] | None:
 
 
 def _image_like(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(tuple(shape), dtype=dtype, memory_format=torch.channels_last)
+    n, c, h, w = shape
+    # Cheaper to make than by a memory format.
+    return torch.empty_strided((n, c, h, w), (c * h * w, 1, w * c, c), dtype=dtype)
 
 
 def _window(
@@ -134,6 +144,8 @@ def _window(
     return (*kernel, *stride, *padding, *dilation)
 
 
+# What was not asked for; nothing writes to it.
+_NOTHING = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
 _WINDOW_OF_ONE = (1, 1, 1, 1, 0, 0, 1, 1)
 
 
@@ -148,7 +160,7 @@ def _gate_like(y: Tensor, activation: str, want: bool, image: bool) -> Tensor | 
 
 
 def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if value is None else value
+    return _NOTHING[like.dtype] if value is None else value
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -171,8 +183,9 @@ def conv_epilogue(
     want_gate: bool = False,
     want_squares: bool = False,
     groups: int = 1,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``y = act(z (|z| / n)^(b-1) scale + shift + residual)`` after a convolution; ``z`` is overwritten by ``y``.
+    """``y = act(z (|z| / n)^(b-1) scale + shift + residual)`` after a convolution; ``y`` overwrites ``z`` or ``out``.
 
     Args:
         z: [N, O, H', W'] in channels-last memory, float32 or bfloat16, its bias added.
@@ -180,10 +193,11 @@ def conv_epilogue(
             ``groups``, in channels-last memory; None for b = 1.
         scale, shift: float32 [O].
         residual: like ``z``; may be a slice of the channels of a wider image.
+        out: like ``z``, a slice of the channels of an image in channels-last memory; None for ``z``.
 
     Returns:
-        ``z`` itself, the multiplier, the gate (a bit mask for relu) and the map of ``y`` [N, groups, H', W']; what was
-        not asked for is empty.
+        ``z`` or ``out``, the multiplier, the gate (a bit mask for relu) and the map of ``y`` [N, groups, H', W']; what
+        was not asked for is empty.
     """
     n, o, oh, ow = z.shape
     wants = b != 1 and squares is not None
@@ -192,13 +206,15 @@ def conv_epilogue(
     gate = _gate_like(z, activation, want_gate, True)
     out_squares = _image_like((n, groups, oh, ow), torch.float32) if want_squares else None
     residual = None if residual is None else _readable(residual)
+    y = z if out is None else out
     _kernels().epilogue(
         (n, o, height, width, oh, ow), _window(kernel, stride, padding, dilation), _storage(z), z.data_ptr(),
-        _pointer(squares) if wants else 0, squares.shape[1] if squares is not None else 1, groups, False,
-        _pointer(scale), _pointer(shift), _operand(residual), b, eps, ACTIVATIONS.index(activation),
-        _pointer(multiplier), _pointer(gate), _pointer(out_squares), torch.get_num_threads(),
+        y.data_ptr(), o if out is None else out.stride(3), _pointer(squares) if wants else 0,
+        squares.shape[1] if squares is not None else 1, groups, False, _pointer(scale), _pointer(shift),
+        _operand(residual), b, eps, ACTIVATIONS.index(activation), _pointer(multiplier), _pointer(gate),
+        _pointer(out_squares), torch.get_num_threads(),
     )  # fmt: skip
-    return z, _or_empty(multiplier, z), _or_empty(gate, z), _or_empty(out_squares, z)
+    return y, _or_empty(multiplier, z), _or_empty(gate, z), _or_empty(out_squares, z)
 
 
 def linear_epilogue(
@@ -224,7 +240,8 @@ def linear_epilogue(
     flat = None if residual is None else (residual.data_ptr(), 0, 0, o)
     wants = b != 1 and squares is not None
     _kernels().epilogue(
-        (1, o, 1, rows, 1, rows), _WINDOW_OF_ONE, _storage(z), z.data_ptr(), _pointer(squares) if wants else 0,
+        (1, o, 1, rows, 1, rows), _WINDOW_OF_ONE, _storage(z), z.data_ptr(), z.data_ptr(), o,
+        _pointer(squares) if wants else 0,
         squares.shape[-1] if squares is not None else 1, 1, True, _pointer(scale), _pointer(shift), flat, b, eps,
         ACTIVATIONS.index(activation), _pointer(multiplier), _pointer(gate), _pointer(out_squares),
         torch.get_num_threads(),
@@ -290,7 +307,7 @@ def scale_act(
     squares = _image_like((n, groups, h, w), torch.float32) if want_squares else None
     _kernels().scale_act(
         (n, c, h, w, h, w), _storage(x), _operand(x), None, None, scale.data_ptr(), shift.data_ptr(),
-        ACTIVATIONS.index(activation), groups, 1, out.data_ptr(), _pointer(squares), torch.get_num_threads(),
+        ACTIVATIONS.index(activation), groups, 1, out.data_ptr(), c, _pointer(squares), torch.get_num_threads(),
     )  # fmt: skip
     return out, _or_empty(squares, x)
 
@@ -330,30 +347,45 @@ def transposed_epilogue(
     identity: Tensor | None = None,
     gate: Tensor | None = None,
     want_raw: bool = False,
+    in_place: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """``G = total + identity``; returns ``G multiplier``, written over ``total``, and ``G gate`` (empty if not wanted).
+    """``G = total + identity``; returns ``G multiplier`` and ``G gate`` (empty if not wanted).
 
     Args:
         total: [M, C, H, W] in channels-last memory, or rows [M, C] or [M, L, C], contiguous.
+        in_place: the first result overwrites ``total``; otherwise ``total`` may have any strides.
         multiplier, gate: of N images for M = N K rows; a uint8 gate is a bit mask.
     """
-    end, raw, _kept = _end(total, multiplier, identity, gate, want_raw)
-    _kernels().adjoint_end(_sizes(total), _storage(total), end, torch.get_num_threads())
-    return total, _or_empty(raw, total)
+    total = _readable(total)
+    out = total
+    if not in_place:
+        out = _image_like(total.shape, total.dtype) if total.ndim == 4 else total.new_empty(total.shape)
+    end, raw, _kept = _end(out, multiplier, identity, gate, want_raw)
+    _kernels().adjoint_end(_sizes(total), _storage(total), _operand(total), end, torch.get_num_threads())
+    return out, _or_empty(raw, total)
 
 
 def scale_act_transposed(
-    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, activation: str, identity: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    activation: str,
+    identity: Tensor | None = None,
+    in_place: bool = False,
 ) -> Tensor:
-    """``grad scale gate(scale x + shift) + identity``: grad [N K, C, H, W], x [N, C, H, W]."""
+    """``grad scale gate(scale x + shift) + identity``: grad [N K, C, H, W], x [N, C, H, W].
+
+    With ``in_place`` it overwrites ``identity``, an image in channels-last memory or its first channels.
+    """
     m, c, h, w = grad.shape
     grad, x = _readable(grad), _readable(x)
     identity = None if identity is None else _readable(identity)
-    out = _image_like(grad.shape, grad.dtype)
+    out = identity if in_place and identity is not None else _image_like(grad.shape, grad.dtype)
     _kernels().scale_act(
         (m, c, h, w, h, w), _storage(x), _operand(x), _operand(grad), _operand(identity), scale.data_ptr(),
-        shift.data_ptr(), ACTIVATIONS.index(activation), 1, max(m // max(x.shape[0], 1), 1), out.data_ptr(), 0,
-        torch.get_num_threads(),
+        shift.data_ptr(), ACTIVATIONS.index(activation), 1, max(m // max(x.shape[0], 1), 1), out.data_ptr(),
+        out.stride(3), 0, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -409,13 +441,19 @@ def depthwise_fused(
     want_multiplier: bool = False,
     want_gate: bool = False,
     want_squares: bool = False,
+    size: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A depthwise B-cos convolution with its epilogue, ``z`` and the norms in one pass; see :func:`conv_epilogue`."""
+    """A depthwise B-cos convolution with its epilogue, ``z`` and the norms in one pass; see :func:`conv_epilogue`.
+
+    Args:
+        padding: before the image.
+        size: (H', W') of the result; None where there is as much padding behind the image as before it.
+    """
     n, c, h, w = x.shape
     x = _readable(x)
-    oh, ow = (
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip((h, w), kernel, stride, padding, dilation, strict=True)
+    oh, ow = size or (
+        (extent + 2 * p - d * (k - 1) - 1) // s + 1
+        for extent, k, s, p, d in zip((h, w), kernel, stride, padding, dilation, strict=True)
     )
     y = _image_like((n, c, oh, ow), x.dtype)
     multiplier = torch.empty_like(y) if want_multiplier else None
@@ -443,7 +481,10 @@ def depthwise_transposed(
     gate: Tensor | None = None,
     want_raw: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The adjoint of a depthwise convolution with its epilogue; see :func:`transposed_epilogue`."""
+    """The adjoint of a depthwise convolution with its epilogue; see :func:`transposed_epilogue`.
+
+    ``padding`` is that before the image; ``input_size`` may be any part of what the windows cover.
+    """
     m, c, oh, ow = grad.shape
     grad = _readable(grad)
     out = _image_like((m, c, *input_size), grad.dtype)

@@ -44,7 +44,8 @@ static inline AdjointPixel<T> adjoint_pixel(
 
 // Channels c to c + n (n < LANES only if PART) of a pixel.
 template <bool PART, typename T>
-static inline void finish(const AdjointPixel<T>& pixel, int64_t c, int n, vfloat total) {
+static inline __attribute__((always_inline)) void finish(
+    const AdjointPixel<T>& pixel, int64_t c, int n, vfloat total) {
     if (pixel.identity) total += get<PART>(pixel.identity + c, n);
     put<PART>(pixel.out + c, pixel.multiplier ? total * get<PART>(pixel.multiplier + c, n) : total, n);
     if (!pixel.raw) return;

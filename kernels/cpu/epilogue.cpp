@@ -1,18 +1,17 @@
 // Kernels around a library's convolutions, one pass over each image. Compiled once for each instruction set.
 //
-// Every loop runs over rows of pixels, in parallel; in a row over pixels, and over vectors of channels inside.
+// Each thread has a range of pixels; a loop runs over pieces of rows, over their pixels, and over vectors of channels.
 #include "epilogue.h"
 
 #include <cstdlib>
 
 #include "activation.h"
 #include "adjoint.h"
+#include "parallel.h"
 
 namespace bcos {
 namespace BCOS_ISA {
 
-// Below this many values a team of threads costs more than it saves.
-static constexpr int64_t PARALLEL_VALUES = 1 << 15;
 // Columns of a map whose sums fit the stack.
 static constexpr int64_t STACK_COLUMNS = 4096;
 
@@ -62,9 +61,8 @@ struct GroupSums {
     vfloat total;
     inline void add(vfloat square, int64_t c, int n) {
         if (!out) return;
-        for (int i = n; i < LANES; ++i) square[i] = 0;
         if (groups == 1) {
-            total += square;
+            total += n == LANES ? square : first_lanes(square, n);
             return;
         }
         for (int i = 0; i < n; ++i) {
@@ -79,10 +77,10 @@ struct GroupSums {
 
 // One vector of channels of one pixel; returns y as it is stored.
 template <bool PART, int ACTIVATION, typename T>
-static inline vfloat finish_forward(
-    const Epilogue& a, const T* residual, int64_t place, int64_t mask_place, int64_t c, int n, vfloat inverse) {
-    T* z = (T*)a.z + place + c;
-    const vfloat response = get<PART>((const T*)z, n);
+static inline __attribute__((always_inline)) vfloat finish_forward(
+    const Epilogue& a, const T* residual, T* y_out, int64_t place, int64_t mask_place, int64_t c, int n,
+    vfloat inverse) {
+    const vfloat response = get<PART>((const T*)a.z + place + c, n);
     vfloat s = a.scale ? get<PART>(a.scale + c, n) : broadcast(1.f);
     if (a.b == 2.f) {
         s = magnitude(response) * inverse * s;
@@ -95,7 +93,7 @@ static inline vfloat finish_forward(
     const int activation = ACTIVATION >= 0 ? ACTIVATION : a.activation;
     const vfloat gate = activation_gate(u, activation);
     const vfloat y = activated(u, gate, activation);
-    put<PART>(z, y, n);
+    put<PART>(y_out + c, y, n);
     if (a.multiplier) put<PART>((T*)a.multiplier + place + c, activation ? s * gate : s, n);
     if (a.gate) {
         if (activation == 1) {
@@ -108,7 +106,10 @@ static inline vfloat finish_forward(
 }
 
 template <int ACTIVATION, typename T>
-static void forward_row(const Epilogue& a, int64_t image, int64_t oh, float* inverses) {
+static void forward_row(
+    const Epilogue& given, int64_t image, int64_t oh, int64_t first, int64_t last, float* inverses) {
+    // A copy that no store can be to: its members stay in registers.
+    const Epilogue a = given;
     const Sizes& size = a.sizes;
     const int64_t channels = size.channels, per_group = channels / a.groups, mask_bytes = (channels + 7) / 8;
     if (a.squares) {
@@ -116,9 +117,10 @@ static void forward_row(const Epilogue& a, int64_t image, int64_t oh, float* inv
     }
     // Groups of whole vectors share one factor a vector; others are looked up lane by lane.
     const bool whole = a.groups == 1 || per_group % LANES == 0;
-    for (int64_t ow = 0; ow < size.out_width; ++ow) {
+    for (int64_t ow = first; ow < last; ++ow) {
         const int64_t pixel = (image * size.out_height + oh) * size.out_width + ow;
         const int64_t place = pixel * channels, mask_place = pixel * mask_bytes;
+        T* y_out = (T*)a.y + pixel * a.y_pixel;
         const T* residual = a.residual.data ? at<T>(a.residual, image, oh, ow) : nullptr;
         GroupSums sums = {a.out_squares ? a.out_squares + pixel * a.groups : nullptr, a.groups, per_group, {}};
         vfloat inverse = a.squares ? broadcast(inverses[ow]) : vfloat{};
@@ -132,8 +134,8 @@ static void forward_row(const Epilogue& a, int64_t image, int64_t oh, float* inv
                 }
             }
             const vfloat y = n == LANES
-                ? finish_forward<false, ACTIVATION>(a, residual, place, mask_place, c, n, inverse)
-                : finish_forward<true, ACTIVATION>(a, residual, place, mask_place, c, n, inverse);
+                ? finish_forward<false, ACTIVATION>(a, residual, y_out, place, mask_place, c, n, inverse)
+                : finish_forward<true, ACTIVATION>(a, residual, y_out, place, mask_place, c, n, inverse);
             sums.add(y * y, c, n);
         }
         sums.end();
@@ -143,18 +145,15 @@ static void forward_row(const Epilogue& a, int64_t image, int64_t oh, float* inv
 template <int ACTIVATION, typename T>
 static void forward_rows(const Epilogue& a) {
     const Sizes& size = a.sizes;
-    const int64_t rows = size.batch * size.out_height, values = rows * size.out_width * size.channels;
-    const int64_t count = size.out_width * a.groups;
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1 && values > PARALLEL_VALUES)
-    {
+    const int64_t pixels = size.batch * size.out_height * size.out_width, count = size.out_width * a.groups;
+    in_parts(pixels, pixels * size.channels, a.threads, [&](int64_t begin, int64_t end) {
         float stack[STACK_COLUMNS];
         float* inverses = count <= STACK_COLUMNS ? stack : (float*)malloc(sizeof(float) * count);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
-            forward_row<ACTIVATION, T>(a, row / size.out_height, row % size.out_height, inverses);
-        }
+        by_row(begin, end, size.out_width, [&](int64_t row, int64_t first, int64_t last) {
+            forward_row<ACTIVATION, T>(a, row / size.out_height, row % size.out_height, first, last, inverses);
+        });
         if (inverses != stack) free(inverses);
-    }
+    });
 }
 
 template <typename T>
@@ -171,92 +170,117 @@ static void forward_epilogue(const Epilogue& a) {
 template <typename T>
 static void adjoint_epilogue(const AdjointEpilogue& a) {
     const Sizes& size = a.sizes;
-    const int64_t rows = size.batch * size.height, channels = size.channels;
-#pragma omp parallel for schedule(static) num_threads(a.threads) \
-    if (a.threads > 1 && rows * size.width * channels > PARALLEL_VALUES)
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t m = row / size.height, h = row % size.height;
-        for (int64_t w = 0; w < size.width; ++w) {
-            const AdjointPixel<T> pixel = adjoint_pixel<T>(a.adjoint, m, h, w, size.height, size.width, channels);
-            int64_t c = 0;
-            for (; c + LANES <= channels; c += LANES) finish<false>(pixel, c, LANES, load(pixel.out + c));
-            if (c < channels) {
-                const int n = (int)(channels - c);
-                finish<true>(pixel, c, n, load_part(pixel.out + c, n));
+    const Adjoint& to = a.adjoint;
+    const int64_t channels = size.channels, pixels = size.batch * size.height * size.width;
+    // Where in every operand one pixel's channels follow the other's, a piece of a row is one long pixel.
+    auto dense = [](const Image& image, int64_t pixel) { return !image.data || image.pixel == pixel; };
+    const bool dense_gate = !to.raw || (to.gate_is_bits ? channels % 8 == 0 && dense(to.gate, channels / 8)
+                                                        : dense(to.gate, channels));
+    const bool joined =
+        dense(a.total, channels) && dense(to.multiplier, channels) && dense(to.identity, channels) && dense_gate;
+    in_parts(pixels, pixels * channels, a.threads, [&](int64_t begin, int64_t end) {
+        by_row(begin, end, size.width, [&](int64_t row, int64_t first, int64_t last) {
+            const int64_t m = row / size.height, h = row % size.height;
+            const int64_t step = joined ? last - first : 1;
+            for (int64_t w = first; w < last; w += step) {
+                const AdjointPixel<T> pixel = adjoint_pixel<T>(to, m, h, w, size.height, size.width, channels);
+                const T* total = at<T>(a.total, m, h, w);
+                const int64_t count = step * channels;
+                int64_t c = 0;
+                for (; c + LANES <= count; c += LANES) finish<false>(pixel, c, LANES, load(total + c));
+                if (c < count) {
+                    const int n = (int)(count - c);
+                    finish<true>(pixel, c, n, load_part(total + c, n));
+                }
             }
-        }
-    }
+        });
+    });
 }
 
-template <bool PART, typename T>
-static inline vfloat scaled(const ScaleAct& a, const T* x, const T* grad, const T* identity, T* out, int64_t c, int n) {
+template <bool PART, int ACTIVATION, typename T>
+static inline __attribute__((always_inline)) vfloat scaled(
+    const ScaleAct& a, const T* x, const T* grad, const T* identity, T* out, int64_t c, int n) {
     const vfloat scale = get<PART>(a.scale + c, n);
     const vfloat u = get<PART>(x + c, n) * scale + get<PART>(a.shift + c, n);
-    const vfloat gate = activation_gate(u, a.activation);
+    const int activation = ACTIVATION >= 0 ? ACTIVATION : a.activation;
+    const vfloat gate = activation_gate(u, activation);
     vfloat y;
     if (grad) {
         y = get<PART>(grad + c, n) * (scale * gate);
         if (identity) y += get<PART>(identity + c, n);
     } else {
-        y = activated(u, gate, a.activation);
+        y = activated(u, gate, activation);
     }
     put<PART>(out + c, y, n);
     return rounded(y, (const T*)nullptr);
 }
 
+template <int ACTIVATION, typename T>
+static void scale_act_rows(const ScaleAct& given) {
+    const int64_t pixels = given.sizes.batch * given.sizes.height * given.sizes.width;
+    in_parts(pixels, pixels * given.sizes.channels, given.threads, [&](int64_t begin, int64_t end) {
+        // A copy that no store can be to: its members stay in registers.
+        const ScaleAct a = given;
+        const Sizes& size = a.sizes;
+        const int64_t channels = size.channels;
+        by_row(begin, end, size.width, [&](int64_t row, int64_t first, int64_t last) {
+            const int64_t m = row / size.height, h = row % size.height;
+            for (int64_t w = first; w < last; ++w) {
+                const int64_t pixel = row * size.width + w;
+                const T* x = at<T>(a.x, m / a.per_image, h, w);
+                const T* grad = a.grad.data ? at<T>(a.grad, m, h, w) : nullptr;
+                const T* identity = a.identity.data ? at<T>(a.identity, m, h, w) : nullptr;
+                T* out = (T*)a.out + pixel * a.out_pixel;
+                GroupSums sums = {
+                    a.squares ? a.squares + pixel * a.groups : nullptr, a.groups, channels / a.groups, {}};
+                int64_t c = 0;
+                for (; c + LANES <= channels; c += LANES) {
+                    const vfloat y = scaled<false, ACTIVATION>(a, x, grad, identity, out, c, LANES);
+                    sums.add(y * y, c, LANES);
+                }
+                if (c < channels) {
+                    const int n = (int)(channels - c);
+                    const vfloat y = scaled<true, ACTIVATION>(a, x, grad, identity, out, c, n);
+                    sums.add(y * y, c, n);
+                }
+                sums.end();
+            }
+        });
+    });
+}
+
 template <typename T>
-static void scale_act_rows(const ScaleAct& a) {
-    const Sizes& size = a.sizes;
-    const int64_t rows = size.batch * size.height, channels = size.channels;
-#pragma omp parallel for schedule(static) num_threads(a.threads) \
-    if (a.threads > 1 && rows * size.width * channels > PARALLEL_VALUES)
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t m = row / size.height, h = row % size.height;
-        for (int64_t w = 0; w < size.width; ++w) {
-            const int64_t pixel = row * size.width + w;
-            const T* x = at<T>(a.x, m / a.per_image, h, w);
-            const T* grad = a.grad.data ? at<T>(a.grad, m, h, w) : nullptr;
-            const T* identity = a.identity.data ? at<T>(a.identity, m, h, w) : nullptr;
-            T* out = (T*)a.out + pixel * channels;
-            GroupSums sums = {a.squares ? a.squares + pixel * a.groups : nullptr, a.groups, channels / a.groups, {}};
-            int64_t c = 0;
-            for (; c + LANES <= channels; c += LANES) {
-                const vfloat y = scaled<false>(a, x, grad, identity, out, c, LANES);
-                sums.add(y * y, c, LANES);
-            }
-            if (c < channels) {
-                const int n = (int)(channels - c);
-                const vfloat y = scaled<true>(a, x, grad, identity, out, c, n);
-                sums.add(y * y, c, n);
-            }
-            sums.end();
-        }
+static void scale_act_by_activation(const ScaleAct& a) {
+    if (a.activation == 1) {
+        scale_act_rows<1, T>(a);
+    } else {
+        scale_act_rows<-1, T>(a);
     }
 }
 
 template <typename T>
 static void square_sum_rows(const SquareSum& a) {
     const Sizes& size = a.sizes;
-    const int64_t rows = size.batch * size.height, channels = size.channels;
-#pragma omp parallel for schedule(static) num_threads(a.threads) \
-    if (a.threads > 1 && rows * size.width * channels > PARALLEL_VALUES)
-    for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t w = 0; w < size.width; ++w) {
-            const T* x = at<T>(a.x, row / size.height, row % size.height, w);
-            GroupSums sums = {a.squares + (row * size.width + w) * a.groups, a.groups, channels / a.groups, {}};
-            int64_t c = 0;
-            for (; c + LANES <= channels; c += LANES) {
-                const vfloat v = load(x + c);
-                sums.add(v * v, c, LANES);
+    const int64_t channels = size.channels, pixels = size.batch * size.height * size.width;
+    in_parts(pixels, pixels * channels, a.threads, [&](int64_t begin, int64_t end) {
+        by_row(begin, end, size.width, [&](int64_t row, int64_t first, int64_t last) {
+            for (int64_t w = first; w < last; ++w) {
+                const T* x = at<T>(a.x, row / size.height, row % size.height, w);
+                GroupSums sums = {a.squares + (row * size.width + w) * a.groups, a.groups, channels / a.groups, {}};
+                int64_t c = 0;
+                for (; c + LANES <= channels; c += LANES) {
+                    const vfloat v = load(x + c);
+                    sums.add(v * v, c, LANES);
+                }
+                if (c < channels) {
+                    const int n = (int)(channels - c);
+                    const vfloat v = load_part(x + c, n);
+                    sums.add(v * v, c, n);
+                }
+                sums.end();
             }
-            if (c < channels) {
-                const int n = (int)(channels - c);
-                const vfloat v = load_part(x + c, n);
-                sums.add(v * v, c, n);
-            }
-            sums.end();
-        }
-    }
+        });
+    });
 }
 
 static inline float pixel_of(const Planes& image, int64_t n, int64_t c, int64_t h, int64_t w) {
@@ -360,7 +384,7 @@ static void contribution_rows(const Contributions& a) {
 
 void epilogue(const Epilogue& a) { BCOS_BY_STORAGE(forward_epilogue, a) }
 void adjoint_end(const AdjointEpilogue& a) { BCOS_BY_STORAGE(adjoint_epilogue, a) }
-void scale_act(const ScaleAct& a) { BCOS_BY_STORAGE(scale_act_rows, a) }
+void scale_act(const ScaleAct& a) { BCOS_BY_STORAGE(scale_act_by_activation, a) }
 void square_sum(const SquareSum& a) { BCOS_BY_STORAGE(square_sum_rows, a) }
 void encode(const Encode& a) { BCOS_BY_STORAGE(encode_rows, a) }
 void contributions(const Contributions& a) { BCOS_BY_STORAGE(contribution_rows, a) }

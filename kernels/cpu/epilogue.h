@@ -5,12 +5,15 @@
 
 namespace bcos {
 
-// z -> y = act(z (|z| / n)^(b-1) scale + shift + residual), in place.
+// y = act(z (|z| / n)^(b-1) scale + shift + residual), in place of z or not.
 struct Epilogue {
     Sizes sizes;    // height and width of the map; out_height, out_width and channels of z
     Window window;  // of the convolution
     Storage storage = Storage::float32;
-    void* z = nullptr;  // contiguous [N, out_height, out_width, C]; y afterwards
+    const void* z = nullptr;  // contiguous [N, out_height, out_width, C]
+    // [N, out_height, out_width, y_pixel], of which the first C channels are written; y may be z.
+    void* y = nullptr;
+    int64_t y_pixel = 0;
     // Sums of squares of the input, contiguous [N, height, width, entries], entries a multiple of groups; null for b = 1.
     const float* squares = nullptr;
     int64_t entries = 1, groups = 1;
@@ -25,10 +28,11 @@ struct Epilogue {
     int threads = 1;
 };
 
-// The end of an adjoint by itself, adjoint.out holding the total.
+// The end of an adjoint by itself, of a total that may be where adjoint.out is.
 struct AdjointEpilogue {
     Sizes sizes;  // batch: rows of gradients; height, width
     Storage storage = Storage::float32;
+    Image total;
     Adjoint adjoint;
     int threads = 1;
 };
@@ -41,7 +45,9 @@ struct ScaleAct {
     const float *scale = nullptr, *shift = nullptr;
     int activation = 0;
     int64_t groups = 1, per_image = 1;
+    // [N, height, width, out_pixel], of which the first C channels are written; out may be identity.
     void* out = nullptr;
+    int64_t out_pixel = 0;
     float* squares = nullptr;
     int threads = 1;
 };

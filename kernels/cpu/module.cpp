@@ -63,14 +63,17 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "bcos-rt's CPU kernels; call them through bcos_rt.kernels.cpu.";
     m.def("isa", [] { return isa_name; });
 
-    m.def("epilogue", [](py::tuple size, py::tuple win, int storage, int64_t z, int64_t squares, int64_t entries,
-                         int64_t groups, bool of_rows, int64_t scale, int64_t shift, py::object residual, float b,
-                         float eps, int activation, int64_t multiplier, int64_t gate, int64_t out_squares, int threads) {
+    m.def("epilogue", [](py::tuple size, py::tuple win, int storage, int64_t z, int64_t y, int64_t y_pixel,
+                         int64_t squares, int64_t entries, int64_t groups, bool of_rows, int64_t scale, int64_t shift,
+                         py::object residual, float b, float eps, int activation, int64_t multiplier, int64_t gate,
+                         int64_t out_squares, int threads) {
         Epilogue a;
         a.sizes = sizes(size);
         a.window = window(win);
         a.storage = static_cast<Storage>(storage);
-        a.z = address<void>(z);
+        a.z = address<const void>(z);
+        a.y = address<void>(y);
+        a.y_pixel = y_pixel;
         a.squares = address<const float>(squares);
         a.entries = entries;
         a.groups = groups;
@@ -88,10 +91,11 @@ PYBIND11_MODULE(_native, m) {
         run(kernels.epilogue, a);
     });
 
-    m.def("adjoint_end", [](py::tuple size, int storage, py::tuple end, int threads) {
+    m.def("adjoint_end", [](py::tuple size, int storage, py::object total, py::tuple end, int threads) {
         AdjointEpilogue a;
         a.sizes = sizes(size);
         a.storage = static_cast<Storage>(storage);
+        a.total = image(total);
         a.adjoint = adjoint(end);
         a.threads = threads;
         run(kernels.adjoint_end, a);
@@ -99,7 +103,7 @@ PYBIND11_MODULE(_native, m) {
 
     m.def("scale_act", [](py::tuple size, int storage, py::object x, py::object grad, py::object identity, int64_t scale,
                           int64_t shift, int activation, int64_t groups, int64_t per_image, int64_t out,
-                          int64_t squares, int threads) {
+                          int64_t out_pixel, int64_t squares, int threads) {
         ScaleAct a;
         a.sizes = sizes(size);
         a.storage = static_cast<Storage>(storage);
@@ -112,6 +116,7 @@ PYBIND11_MODULE(_native, m) {
         a.groups = groups;
         a.per_image = per_image;
         a.out = address<void>(out);
+        a.out_pixel = out_pixel;
         a.squares = address<float>(squares);
         a.threads = threads;
         run(kernels.scale_act, a);

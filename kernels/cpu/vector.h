@@ -59,6 +59,24 @@ static inline void store(uint16_t* p, vfloat v) {
 }
 
 // The first n lanes only (n < LANES): channels that are not a multiple of LANES. The other lanes read as 0.
+#if BCOS_LANES == 16
+static inline __mmask16 first_bits(int n) { return (__mmask16)((1u << n) - 1u); }
+// Half a vector goes without a mask: a load that follows a masked store of the same place waits for it.
+static inline vfloat load_part(const float* p, int n) {
+    if (n == 8) return (vfloat)_mm512_zextps256_ps512(_mm256_loadu_ps(p));
+    return (vfloat)_mm512_maskz_loadu_ps(first_bits(n), p);
+}
+static inline vfloat load_part(const uint16_t* p, int n) {
+    return widen((vhalf)_mm256_maskz_loadu_epi16(first_bits(n), p));
+}
+static inline void store_part(float* p, vfloat v, int n) {
+    if (n == 8) return _mm256_storeu_ps(p, _mm512_castps512_ps256((__m512)v));
+    _mm512_mask_storeu_ps(p, first_bits(n), (__m512)v);
+}
+static inline void store_part(uint16_t* p, vfloat v, int n) {
+    _mm256_mask_storeu_epi16(p, first_bits(n), (__m256i)narrow(v));
+}
+#else
 static inline vfloat load_part(const float* p, int n) {
     vfloat v = {};
     for (int i = 0; i < n; ++i) v[i] = p[i];
@@ -75,6 +93,17 @@ static inline void store_part(float* p, vfloat v, int n) {
 static inline void store_part(uint16_t* p, vfloat v, int n) {
     const vhalf h = narrow(v);
     for (int i = 0; i < n; ++i) p[i] = h[i];
+}
+#endif
+
+// The first n lanes of v, 0 in the others.
+static inline vfloat first_lanes(vfloat v, int n) {
+#if BCOS_LANES == 16
+    return (vfloat)_mm512_maskz_mov_ps((__mmask16)((1u << n) - 1u), (__m512)v);
+#else
+    for (int i = n; i < LANES; ++i) v[i] = 0;
+    return v;
+#endif
 }
 
 // PART: n lanes; otherwise all of them.
@@ -114,9 +143,15 @@ static inline vfloat square_root(vfloat v) {
 }
 
 static inline float sum_lanes(vfloat v) {
-    float total = 0;
-    for (int i = 0; i < LANES; ++i) total += v[i];
-    return total;
+#if BCOS_LANES == 16
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif BCOS_LANES == 8
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#else
+    const vfloat quarter = v;
+#endif
+    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
 // Bit i: lane i of a comparison's result is set.
@@ -134,9 +169,13 @@ static inline uint32_t to_bits(vint mask) {
 #endif
 }
 static inline vint from_bits(uint32_t bits) {
+#if BCOS_LANES == 16
+    return (vint)_mm512_movm_epi32((__mmask16)bits);
+#else
     vint lane;
     for (int i = 0; i < LANES; ++i) lane[i] = 1 << i;
     return (((int32_t)bits - vint{}) & lane) != 0;
+#endif
 }
 
 // LANES bits of a mask of one bit a channel, from channel c (a multiple of LANES) on; n channels are there.

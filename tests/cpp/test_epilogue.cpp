@@ -25,7 +25,9 @@ Case convolution(
     return c;
 }
 
-void check(const bcos::Table& kernels, const Case& c, bcos::Storage storage, double b, int activation, bool every) {
+void check(
+    const bcos::Table& kernels, const Case& c, bcos::Storage storage, double b, int activation, bool every,
+    bool apart = false) {
     const bcos::Sizes& size = c.sizes;
     const bcos::Window& win = c.window;
     const int64_t pixels = size.batch * size.out_height * size.out_width, channels = size.channels;
@@ -45,7 +47,11 @@ void check(const bcos::Table& kernels, const Case& c, bcos::Storage storage, dou
     a.sizes = size;
     a.window = win;
     a.storage = storage;
+    // In place, or into the channels of a wider picture.
+    Picture out(storage, size.batch, size.out_height, size.out_width, channels, 2, 3);
     a.z = z.data();
+    a.y = apart ? out.data() : z.data();
+    a.y_pixel = apart ? out.image().pixel : channels;
     a.squares = b == 1 ? nullptr : float_data(map);
     a.entries = c.entries;
     a.groups = c.groups;
@@ -63,6 +69,13 @@ void check(const bcos::Table& kernels, const Case& c, bcos::Storage storage, dou
     }
     a.threads = c.threads;
     kernels.epilogue(a);
+    if (apart) {
+        out.untouched();
+        for (int64_t i = 0; i < z.count(); ++i) {
+            if (z.get(i) != response.get(i)) return fail("z was written to");
+            z.set(i, out.values().get(i / channels * a.y_pixel + 2 + i % channels));
+        }
+    }
 
     const int64_t per_group = channels / c.groups, entries = c.entries / c.groups;
     for (int64_t p = 0; p < pixels; ++p) {
@@ -131,6 +144,7 @@ void test_epilogue(const bcos::Table& kernels) {
             for (const double b : {1., 2., 1.5}) {
                 for (int activation = 0; activation < 6; ++activation) check(kernels, c, storage, b, activation, true);
                 check(kernels, c, storage, b, 1, false);
+                check(kernels, c, storage, b, 1, true, true);
             }
         }
     }
@@ -145,7 +159,7 @@ void test_adjoint_end(const bcos::Table& kernels) {
         {2, 3, 3, 5, 21, 2}, {1, 1, 2, 2, 64, 1}, {3, 1, 1, 7, 5, 2}, {1, 2, 23, 29, 40, 3}, {0, 1, 4, 4, 8, 2}};
     for (const bcos::Storage storage : storages()) {
         for (const Shape& s : shapes) {
-            for (int with = 0; with < 16; ++with) {
+            for (int with = 0; with < 32; ++with) {
                 const bool bits = with & 8;
                 const int64_t rows = s.images * s.per_image, pixels = rows * s.height * s.width;
                 Values total(storage, pixels * s.channels), raw(storage, pixels * s.channels);
@@ -163,7 +177,15 @@ void test_adjoint_end(const bcos::Table& kernels) {
                 a.storage = storage;
                 a.threads = s.threads;
                 a.adjoint.per_image = s.per_image;
+                // In place, or from the channels of a wider picture.
+                Picture apart(storage, rows, s.height, s.width, s.channels, 1, 2);
+                for (int64_t i = 0; i < total.count(); ++i) {
+                    apart.values().set(i / s.channels * (s.channels + 3) + 1 + i % s.channels, before.get(i));
+                }
                 a.adjoint.out = total.data();
+                a.total = with & 16
+                    ? apart.image()
+                    : bcos::Image{total.data(), s.height * s.width * s.channels, s.width * s.channels, s.channels};
                 if (with & 1) a.adjoint.multiplier = multiplier.image();
                 if (with & 2) a.adjoint.identity = identity.image();
                 if (with & 4) a.adjoint.raw = raw.data();

@@ -108,6 +108,55 @@ def test_residual_and_identity_may_be_slices_of_channels():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [8, 21, 32])
+def test_results_may_be_slices_of_channels(dtype, channels):
+    z, wide = image(2, channels, 6, 6, dtype=dtype), image(2, 40, 6, 6, dtype=dtype)
+    before, part, geometry = wide.clone(), wide[:, 4 : 4 + channels], ((1, 1), (0, 0), (1, 1), 1e-6)
+    y = cpu.conv_epilogue(z, cpu.square_sum(z), (1, 1), *geometry, out=part, want_squares=True)
+    alone = cpu.conv_epilogue(z.clone(), cpu.square_sum(z), (1, 1), *geometry, want_squares=True)
+    assert y[0] is part
+    assert torch.equal(part, alone[0])
+    assert torch.equal(y[3], alone[3])
+    wide[:, 4 : 4 + channels] = before[:, 4 : 4 + channels]
+    assert torch.equal(wide, before)
+    # An adjoint in place of the first channels of a wider image.
+    grad, scale, shift = image(2, channels, 6, 6, dtype=dtype), torch.randn(channels), torch.randn(channels)
+    expected = cpu.scale_act_transposed(grad, z, scale, shift, "relu", wide[:, :channels])
+    assert torch.equal(wide, before)
+    cpu.scale_act_transposed(grad, z, scale, shift, "relu", wide[:, :channels], in_place=True)
+    assert torch.equal(wide, torch.cat([expected, before[:, channels:]], 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_epilogue_of_a_view(dtype):
+    """A slice of channels, a crop, a plain layout."""
+    wide, multiplier = image(2, 40, 6, 8, dtype=dtype), image(2, 24, 6, 8, dtype=dtype)
+    plain = image(2, 24, 6, 8, dtype=dtype).contiguous()
+    for total in (wide[:, 8:32], image(2, 24, 7, 9, dtype=dtype)[:, :, 1:, :-1], plain):
+        before = total.clone()
+        out, _ = cpu.transposed_epilogue(total, multiplier, in_place=False)
+        close(out, total.double() * multiplier.double(), dtype)
+        assert torch.equal(total, before)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_depthwise_with_more_padding_behind(kernel):
+    torch.manual_seed(5)
+    x, weight, geometry = image(2, 20, 14, 12), torch.randn(20, 1, kernel, kernel), ((2, 2), (0, 0), (1, 1))
+    before, behind = (kernel - 2) // 2, (kernel - 1) // 2
+    padded = torch.nn.functional.pad(x, (before, behind, before, behind))
+    packed, ends = cpu.pack_depthwise(weight), (None, None, None, None)
+    window = ((2, 2), (before, before), (1, 1))
+    expected = cpu.depthwise_fused(padded, packed, (kernel, kernel), *ends, *geometry, 2.0, 1e-6, "none", True)
+    y, m, _, _ = cpu.depthwise_fused(x, packed, (kernel, kernel), *ends, *window, 2.0, 1e-6, "none", True, size=(7, 6))
+    close(y, expected[0], torch.float32)
+    close(m, expected[1], torch.float32)
+    whole = cpu.depthwise_transposed(y, packed, (kernel, kernel), padded.shape[2:], *geometry)[0]
+    part = cpu.depthwise_transposed(y, packed, (kernel, kernel), (14, 12), *window)[0]
+    close(part, whole[:, :, before : before + 14, before : before + 12], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(6, 21, 5, 3), (6, 64, 4, 4), (6, 21), (6, 7, 33)])
 @pytest.mark.parametrize("mask", [True, False])
 def test_transposed_epilogue(dtype, shape, mask):

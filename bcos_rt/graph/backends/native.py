@@ -11,6 +11,7 @@ ResNet-18, batch 8, 2 cores, an explanation took 345 to 349 ms in one chunk and 
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,29 +23,20 @@ from torch.fx import GraphModule, Node
 
 from bcos_rt.errors import UnsupportedOpError
 from bcos_rt.graph.backends import Runner
+from bcos_rt.graph.backends.concatenation import Slice, join_in_place
+from bcos_rt.graph.backends.padding import fold_crop_of_the_image, fold_crops, padding_of
 from bcos_rt.graph.capture import bound_arguments
 from bcos_rt.graph.lower_transposed import ParityAxis, flipped, parity_weight
 from bcos_rt.graph.program import Program
 from bcos_rt.kernels import cpu
-from bcos_rt.kernels.cpu import winograd
-from bcos_rt.kernels.reference import channels_last, output_padding, per_row
+from bcos_rt.kernels.cpu import channels_last, winograd
+from bcos_rt.kernels.reference import output_padding, per_row
 
 __all__ = ["build"]
 
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
 Function = Callable[..., Any]
-
-
-class _Step(nn.Module):
-    """One fused op: a function of the node's tensor arguments."""
-
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)
 
 
 def build(program: Program, chunk: int = 1) -> Runner:
@@ -60,13 +52,15 @@ def build(program: Program, chunk: int = 1) -> Runner:
     if not cpu.available():
         raise UnsupportedOpError(f"backend 'native': {cpu.unavailable_reason()}")
     lowered = program.copy()
-    module = GraphModule(_lower(lowered), lowered.graph)
+    _lower(lowered)
+    module = GraphModule(nn.Module(), lowered.graph)
     # Those that no step took; they come before image and class ids.
     constants = [lowered.constants[n] for n in lowered.graph.nodes if n in lowered.constants]
+    forward = module.forward
 
     def once(images: Tensor, class_ids: Tensor | None) -> dict[str, Tensor]:
         given = (images,) if class_ids is None else (images, class_ids)
-        result: dict[str, Tensor] = module(*constants, *given)
+        result: dict[str, Tensor] = forward(*constants, *given)
         return result
 
     def run(images: Tensor, class_ids: Tensor | None) -> dict[str, Tensor]:
@@ -82,9 +76,12 @@ def build(program: Program, chunk: int = 1) -> Runner:
     return run
 
 
-def _lower(program: Program) -> nn.Module:
-    """Replace every fused op of the program's graph by a step; returns the module that holds the steps."""
-    root = nn.Module()
+def _lower(program: Program) -> None:
+    """Replace every fused op of the program's graph by a step, a plain function of the node's tensor arguments."""
+    fold_crops(program, lambda node: _is_depthwise(program, bound_arguments(node)))
+    fold_crop_of_the_image(program, lambda node: _fits_parity(program, bound_arguments(node)))
+    for node, place in join_in_place(program, lambda node: _is_dense_convolution(program, node)).items():
+        node.meta["writes_into"] = place
     for node in list(program.graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
@@ -92,15 +89,14 @@ def _lower(program: Program) -> nn.Module:
         if make is None:
             continue
         function, args = make(program, node, bound_arguments(node))
-        name = f"step_{node.name}"
-        root.add_module(name, _Step(function))
+        # The name that the generated code gives it.
+        function.__name__ = f"step_{node.name}"
         with program.graph.inserting_before(node):
-            step = program.graph.call_module(name, tuple(args))
+            step = program.graph.call_function(function, tuple(args))
         step.meta.update(node.meta)
         node.replace_all_uses_with(step)
         program.graph.erase_node(node)
     program.clean()
-    return root
 
 
 # --- convolutions ----------------------------------------------------------------------------------------------------
@@ -177,6 +173,22 @@ def _is_depthwise(program: Program, a: dict[str, Any]) -> bool:
     return bool(weight.shape[1] == 1 and weight.shape[0] == a["groups"] and a["groups"] > 1)
 
 
+def _is_dense_convolution(program: Program, node: Node) -> bool:
+    if node.target is not torch.ops.bcos_rt.conv2d_fused.default:
+        return False
+    return not _is_depthwise(program, bound_arguments(node))
+
+
+def _halves(size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether a stem's adjoint can be computed as one convolution with the parities of pixels as channels."""
+    return tuple(stride) == (2, 2) and tuple(dilation) == (1, 1) and all(s % 2 == 0 for s in size)
+
+
+def _fits_parity(program: Program, a: dict[str, Any]) -> bool:
+    size = [int(s) for s in program.image.meta["val"].shape[2:]]
+    return a["groups"] == 1 and _halves(size, a["stride"], a["dilation"])
+
+
 def _input_channels(x: Node, weight: Tensor) -> Tensor:
     """A stem's weights without the zeros that 8-channel encoding gave them: here the image has 6 (or 3)."""
     source: Any = x
@@ -198,25 +210,34 @@ def _conv2d_fused(program: Program, node: Node, a: dict[str, Any]) -> tuple[Func
     if _is_depthwise(program, a):
         packed = cpu.pack_depthwise(weight)
         bias = None if bias is None else bias.float().contiguous()
+        source, padding = a["x"], geometry[1]
+        if (padded := padding_of(source)) is not None:
+            source, before = padded
+            padding = [p + more for p, more in zip(padding, before, strict=True)]
+        window = (geometry[0], padding, geometry[2])
+        size = tuple(int(s) for s in node.meta["val"][0].shape[2:])
 
         def depthwise(x: Tensor, residual: Tensor | None) -> Any:
             return cpu.depthwise_fused(
-                x, packed, kernel, bias, scale, shift, residual, *geometry, b, eps, activation, *wants
+                x, packed, kernel, bias, scale, shift, residual, *window, b, eps, activation, *wants, size
             )
 
-        return depthwise, [a["x"], a["residual"]]
+        return depthwise, [source, a["residual"]]
     weight = _input_channels(a["x"], weight)
     convolution = _convolution(weight, None if bias is None else bias.to(weight.dtype), *geometry, groups)
+    place: Slice | None = node.meta.get("writes_into")
 
-    def dense(x: Tensor, squares: Tensor | None, residual: Tensor | None) -> Any:
+    def dense(x: Tensor, squares: Tensor | None, residual: Tensor | None, buffer: Tensor | None = None) -> Any:
         z = convolution(x)
         if squares is None and b != 1:
             squares = cpu.square_sum(x, groups)
+        out = None if buffer is None or place is None else buffer.narrow(1, place.begin, place.end - place.begin)
         return cpu.conv_epilogue(
-            z, squares, kernel, *geometry, eps, scale, shift, residual, b, activation, *wants, groups=groups
+            z, squares, kernel, *geometry, eps, scale, shift, residual, b, activation, *wants, groups, out
         )
 
-    return dense, [a["x"], a["squares"], a["residual"]]
+    args = [a["x"], a["squares"], a["residual"]]
+    return dense, args if place is None else [*args, place.buffer]
 
 
 def _conv2d_transposed(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
@@ -242,7 +263,7 @@ def _with_epilogue(back: Callable[[Tensor], Tensor], a: dict[str, Any]) -> Funct
 
         def bare(grad: Tensor, *_: Any) -> Any:
             out = back(grad)
-            return out, out.new_empty(0)
+            return out, None
 
         return bare
 
@@ -273,7 +294,7 @@ def _conv2d_contributions(program: Program, node: Node, a: dict[str, Any]) -> tu
     stride, padding, dilation = list(a["stride"]), list(a["padding"]), list(a["dilation"])
     height, width = (int(s) for s in program.image.meta["val"].shape[2:])
     scale, want_colour = a["scale"], any(u.args[1] == 2 for u in node.users)
-    if stride == [2, 2] and dilation == [1, 1] and height % 2 == 0 and width % 2 == 0:
+    if _halves((height, width), stride, dilation):
         axes = [ParityAxis.of(k, 2, p) for k, p in zip(weight.shape[2:], padding, strict=True)]
         # One padding serves both ends; what it makes too many is not read.
         pads = [max(-axis.first, axis.last) for axis in axes]
@@ -333,6 +354,13 @@ def _linear_transposed(program: Program, node: Node, a: dict[str, Any]) -> tuple
 
 def _square_sum(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
     groups = a["groups"]
+    if groups == 1 and padding_of(a["x"]) is not None:
+        # The image's encoding came with its map, which has fewer channels to pad.
+        source, pads = a["x"].args[:2]
+        if source.target is operator.getitem and source.args[1] == 0 and "encoded_channels" in source.args[0].meta:
+            with program.graph.inserting_before(node):
+                squares = program.graph.call_function(operator.getitem, (source.args[0], 1))
+            return lambda squares: F.pad(squares, pads), [squares]
     return lambda x: cpu.square_sum(x, groups), [a["x"]]
 
 
@@ -344,7 +372,7 @@ def _avg_pool2d(program: Program, node: Node, a: dict[str, Any]) -> tuple[Functi
     def run(x: Tensor) -> Any:
         y = x.mean((2, 3), keepdim=True) if whole else F.avg_pool2d(x, kernel, stride, padding, ceil, count)
         y = channels_last(y)
-        return y, (cpu.square_sum(y, groups) if want else y.new_empty(0))
+        return y, (cpu.square_sum(y, groups) if want else None)
 
     return run, [a["x"]]
 
@@ -376,9 +404,9 @@ def _max_pool2d(program: Program, node: Node, a: dict[str, Any]) -> tuple[Functi
             y, index = F.max_pool2d(x, kernel, stride, padding, dilation, ceil, return_indices=True)
         else:
             y = F.max_pool2d(x, kernel, stride, padding, dilation, ceil)
-            index = y.new_empty(0)
+            index = None
         y = channels_last(y)
-        return y, index, (cpu.square_sum(y, groups) if want_squares else y.new_empty(0))
+        return y, index, (cpu.square_sum(y, groups) if want_squares else None)
 
     return run, [a["x"]]
 
@@ -396,7 +424,7 @@ def _max_pool2d_transposed(program: Program, node: Node, a: dict[str, Any]) -> t
             channels_last(grad), like, kernel, stride, padding, dilation, ceil, channels_last(places)
         )
         if m is None and identity is None and not want_raw:
-            return channels_last(back), grad.new_empty(0)
+            return channels_last(back), None
         return cpu.transposed_epilogue(channels_last(back), m, identity, gate, want_raw)
 
     want_raw = a["want_raw"]
@@ -413,24 +441,46 @@ def _scale_act(program: Program, node: Node, a: dict[str, Any]) -> tuple[Functio
 
 def _scale_act_transposed(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
     scale, shift = (program.constants[a[name]].float().contiguous() for name in ("scale", "shift"))
-    activation = a["activation"]
+    activation, in_place = a["activation"], _may_overwrite(node, a["identity"])
+    node.meta["accumulates"] = True
 
     def run(grad: Tensor, x: Tensor, identity: Tensor | None) -> Tensor:
-        return cpu.scale_act_transposed(grad, x, scale, shift, activation, identity)
+        return cpu.scale_act_transposed(grad, x, scale, shift, activation, identity, in_place)
 
     return run, [a["grad"], a["x"], a["identity"]]
+
+
+def _may_overwrite(node: Node, identity: Any) -> bool:
+    """Whether the adjoint of a dense layer can add to the gradient of what the layer concatenated with its result.
+
+    That is so where that gradient is the first channels of an earlier such adjoint's result, where nothing else reads
+    them, and where this result is sliced in turn (what is left in the end gets memory of its own size).
+    """
+    if not isinstance(identity, Node) or len(identity.users) != 1 or (own := _channel_range(identity)) is None:
+        return False
+    whole: Any = identity.args[0]
+    ranges = [_channel_range(user) for user in whole.users if user is not identity]
+    behind = all(r is not None and r[0] >= own[1] for r in ranges)
+    sliced = all(_channel_range(user) is not None for user in node.users)
+    return "accumulates" in whole.meta and own[0] == 0 and behind and sliced
+
+
+def _channel_range(node: Node) -> tuple[int, int] | None:
+    """The channels [begin, end) that a slice of channels takes."""
+    if node.target is not aten.slice.Tensor:
+        return None
+    a = bound_arguments(node)
+    channels = int(a["self"].meta["val"].shape[1])
+    begin, end = a["start"] or 0, channels if a["end"] is None else min(a["end"], channels)
+    return (begin, end) if a["dim"] == 1 and a["step"] == 1 and 0 <= begin <= end else None
 
 
 def _transposed_epilogue(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
     want_raw = a["want_raw"]
 
     def run(total: Tensor, m: Tensor | None, identity: Tensor | None, gate: Tensor | None) -> Any:
-        # Written over: others may still read it, and it may be a view.
-        if total.ndim == 4:
-            own = torch.empty(total.shape, dtype=total.dtype, memory_format=torch.channels_last).copy_(total)
-        else:
-            own = total.clone(memory_format=torch.contiguous_format)
-        return cpu.transposed_epilogue(own, m, identity, gate, want_raw)
+        # Not in place: others may still read it, and it may be a view.
+        return cpu.transposed_epilogue(total, m, identity, gate, want_raw, in_place=False)
 
     return run, [a["total"], a["multiplier"], a["identity"], a["gate"]]
 
