@@ -52,7 +52,7 @@ def join_in_place(program: Program, writes: Callable[[Node], bool]) -> dict[Node
         direct = {
             producer: operand
             for link in chain
-            for operand in link.args[0]
+            for operand in _operands(link)
             if (producer := _sole_producer(operand)) is not None and writes(producer)
         }
         if len(chain) == 1 and not direct:
@@ -66,14 +66,14 @@ def join_in_place(program: Program, writes: Callable[[Node], bool]) -> dict[Node
         for link in chain:
             ends = 0
             places: list[tuple[int, int] | None] = []
-            for operand in link.args[0]:
+            for operand in _operands(link):
                 begin, ends = ends, ends + int(operand.meta["val"].shape[1])
                 producer = _sole_producer(operand)
-                if producer in direct:
+                if producer is not None and producer in direct:
                     slices[producer] = Slice(buffer, begin, ends)
                 places.append(None if producer in direct or (begin == 0 and operand is before) else (begin, ends))
             with program.graph.inserting_before(link):
-                joined = program.graph.call_function(_join(link, places, ends), (buffer, *link.args[0]))
+                joined = program.graph.call_function(_join(link, places, ends), (buffer, *_operands(link)))
             joined.meta.update(link.meta)
             link.replace_all_uses_with(joined)
             program.graph.erase_node(link)
@@ -89,7 +89,7 @@ def _chains(program: Program) -> list[list[Node]]:
         if not _joins_channels(program, node):
             continue
         # What one chain already goes on with is copied by another.
-        chain = last.pop(node.args[0][0], None)
+        chain = last.pop(_operands(node)[0], None)
         if chain is None:
             chain = []
             chains.append(chain)
@@ -107,8 +107,13 @@ def _joins_channels(program: Program, node: Node) -> bool:
         return False
     if not all(isinstance(size, int) for size in value.shape[1:]):
         return False
-    operands: Any = node.args[0]
-    return all(o.meta["val"].ndim == 4 and o.meta["val"].dtype == value.dtype for o in operands)
+    return all(o.meta["val"].ndim == 4 and o.meta["val"].dtype == value.dtype for o in _operands(node))
+
+
+def _operands(link: Node) -> list[Node]:
+    """What a node concatenates."""
+    given: Any = link.args[0]
+    return list(given)
 
 
 def _sole_producer(operand: Node) -> Node | None:
@@ -116,9 +121,8 @@ def _sole_producer(operand: Node) -> Node | None:
     if len(operand.users) != 1 or operand.target is not operator.getitem or operand.args[1] != 0:
         return None
     (user,) = operand.users
-    joined: Any = user.args[0]
     producer = operand.args[0]
-    once = user.target is aten.cat.default and sum(o is operand for o in joined) == 1
+    once = user.target is aten.cat.default and sum(o is operand for o in _operands(user)) == 1
     return producer if once and isinstance(producer, Node) else None
 
 

@@ -32,7 +32,7 @@ from bcos_rt.kernels import cpu
 from bcos_rt.kernels.cpu import channels_last, winograd
 from bcos_rt.kernels.reference import output_padding, per_row
 
-__all__ = ["build"]
+__all__ = ["build", "lowered"]
 
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
@@ -51,11 +51,7 @@ def build(program: Program, chunk: int = 1) -> Runner:
     """
     if not cpu.available():
         raise UnsupportedOpError(f"backend 'native': {cpu.unavailable_reason()}")
-    lowered = program.copy()
-    _lower(lowered)
-    module = GraphModule(nn.Module(), lowered.graph)
-    # Those that no step took; they come before image and class ids.
-    constants = [lowered.constants[n] for n in lowered.graph.nodes if n in lowered.constants]
+    module, constants = lowered(program)
     forward = module.forward
 
     def once(images: Tensor, class_ids: Tensor | None) -> dict[str, Tensor]:
@@ -76,6 +72,14 @@ def build(program: Program, chunk: int = 1) -> Runner:
     return run
 
 
+def lowered(program: Program) -> tuple[GraphModule, list[Tensor]]:
+    """The program in steps, and the constants that no step took: its first arguments, before image and class ids."""
+    program = program.copy()
+    _lower(program)
+    module = GraphModule(nn.Module(), program.graph)
+    return module, [program.constants[n] for n in program.graph.nodes if n in program.constants]
+
+
 def _lower(program: Program) -> None:
     """Replace every fused op of the program's graph by a step, a plain function of the node's tensor arguments."""
     fold_crops(program, lambda node: _is_depthwise(program, bound_arguments(node)))
@@ -88,7 +92,10 @@ def _lower(program: Program) -> None:
         make = _MAKERS.get(node.target._opname) if node.target.namespace == "bcos_rt" else None
         if make is None:
             continue
-        function, args = make(program, node, bound_arguments(node))
+        arguments = bound_arguments(node)
+        function, args = make(program, node, arguments)
+        if "weight" in arguments:
+            node.meta["weight_shape"] = tuple(program.constants[arguments["weight"]].shape)
         # The name that the generated code gives it.
         function.__name__ = f"step_{node.name}"
         with program.graph.inserting_before(node):
@@ -157,8 +164,12 @@ def _adjoint(
     def make(weight: Tensor, grad: Tensor) -> Callable[[Tensor], Tensor]:
         size = list(grad.shape)
         packed = mkldnn._reorder_convolution_transpose_weight(weight, p, extra, s, d, groups, size)
-        rest = (None, p, extra, s, d, groups, "none", [], "")
-        return lambda grad: channels_last(mkldnn._convolution_transpose_pointwise(grad, packed, *rest))
+
+        def run(grad: Tensor) -> Tensor:
+            out = mkldnn._convolution_transpose_pointwise(grad, packed, None, p, extra, s, d, groups, "none", [], "")
+            return channels_last(out)
+
+        return run
 
     return _AtFirstCall(weight.contiguous(), make)
 
