@@ -45,18 +45,21 @@ class Engine:
         example: images [N, 3, H, W], of which only the size counts, or that size as (H, W).
         dtype: what weights and activations are stored in: float32 or bfloat16, on a GPU float16 too. Norms, scales and
             results are float32.
+        forward_dtype: what the forward pass alone is stored in: ``dtype`` (None) or float32. With bfloat16 for
+            ``dtype``, float32 here keeps explanations: 16-bit rounding in the forward pass grows from layer to layer,
+            while the adjoint is linear (``docs/results/bf16.md``). Logits are then those of a float32 engine.
         device: where it runs; None: where the network is.
         backend: "native" (our C++ kernels around oneDNN), "inductor" (``torch.compile`` with freezing; needs a C++
             compiler), "eager" (plain PyTorch), "triton" (CUDA devices, and alone there; not yet run on one), or
             "auto": on a CUDA device triton; else native where it is built; else inductor where there is a compiler;
             else eager (the order expected, not yet a measured one). :attr:`backend` says what it took.
-        chunk: images that go through together (native only); None for the backend's own choice.
+        chunk: images that go through together (native only); None for the backend's own choice, two.
 
     Attributes:
         backend: the backend taken.
         device: where it runs: images and results are there.
         image_size: (H, W).
-        dtype: as given.
+        dtype, forward_dtype: as given; no None.
         programs: the fused programs, for a look inside.
 
     Raises:
@@ -70,6 +73,7 @@ class Engine:
         example: Tensor | tuple[int, int],
         *,
         dtype: torch.dtype = torch.float32,
+        forward_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         backend: Backend = "auto",
         chunk: int | None = None,
@@ -82,6 +86,10 @@ class Engine:
         allowed = GPU_DTYPES if taken == "triton" else DTYPES
         if dtype not in allowed:
             raise InvalidArgumentError("dtype", dtype, " or ".join(map(str, allowed)) + f" (backend {taken!r})")
+        forward = dtype if forward_dtype is None else forward_dtype
+        if forward not in (dtype, torch.float32):
+            expected = "None, torch.float32" + ("" if dtype == torch.float32 else f" or {dtype}, as dtype=")
+            raise InvalidArgumentError("forward_dtype", forward_dtype, expected)
         if like.dtype != torch.float32:
             raise InvalidArgumentError("net", f"of dtype {like.dtype}", "a float32 network (dtype= sets the storage)")
         if like.device.type != "cpu":
@@ -89,6 +97,7 @@ class Engine:
             network = copy.deepcopy(network).cpu()
         encoding = network.encoding
         about = {
+            "forward_float32": forward == torch.float32,
             "label": label,
             "class_names": network.class_names,
             "mean": encoding.mean.flatten().tolist(),
@@ -96,7 +105,8 @@ class Engine:
             "six_channels": encoding.six_channels,
         }
         scale = FLOAT16_SEED_SCALE if dtype == torch.float16 else 1.0
-        self._start(build_fused(network, size, dtype, scale), size, dtype, taken, place, about, chunk)
+        programs = build_fused(network, size, dtype, scale, forward_dtype=forward)
+        self._start(programs, size, dtype, taken, place, about, chunk)
 
     def _start(
         self,
@@ -110,6 +120,7 @@ class Engine:
     ) -> None:
         self.programs, self.image_size, self.dtype, self.backend = programs, image_size, dtype, backend
         self.device = device
+        self.forward_dtype = torch.float32 if about["forward_float32"] else dtype
         self._about = about
         self._label = str(about["label"])
         self._names = tuple(about["class_names"]) if about["class_names"] is not None else None
@@ -156,6 +167,7 @@ class Engine:
         try:
             programs = FusedPrograms(file.programs["predict"], file.programs["explain"], dict(file.meta["passes"]))
             about = {name: file.meta[name] for name in ("label", "class_names", "mean", "std", "six_channels")}
+            about["forward_float32"] = bool(file.meta.get("forward_float32", False))
         except KeyError as error:
             raise CheckpointError(f"{path}: an engine file without {error}") from error
         engine = cls.__new__(cls)
@@ -325,7 +337,7 @@ def _build(backend: str, programs: tuple[Program, ...], device: torch.device, ch
     if backend == "native":
         from bcos_rt.graph.backends import native
 
-        return tuple(native.build(program, chunk or 1) for program in programs)
+        return tuple(native.build(program, chunk or 2) for program in programs)
     if backend == "inductor":
         from bcos_rt.graph.backends import inductor
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,9 @@ from bcos_rt.graph.adjoint import Adjoint, class_seed
 from bcos_rt.graph.capture import Captured, capture
 from bcos_rt.graph.fuse import fuse_adjoint, fuse_forward
 from bcos_rt.graph.fused_rules import FUSED_RULES
-from bcos_rt.graph.program import Program, fold_constants, propagate
+from bcos_rt.graph.program import Program, fold_constants
 from bcos_rt.graph.rules import RULES
+from bcos_rt.graph.storage import store_adjoint_as, store_as
 from bcos_rt.nn.network import BcosNetwork
 
 __all__ = ["FusedPrograms", "build_fused"]
@@ -46,6 +46,7 @@ def build_fused(
     dtype: torch.dtype = torch.float32,
     seed_scale: float = 1.0,
     colour: bool = False,
+    forward_dtype: torch.dtype | None = None,
 ) -> FusedPrograms:
     """Capture a network, fuse its forward pass, derive the adjoint in fused ops, and fuse that.
 
@@ -54,6 +55,8 @@ def build_fused(
         image_size: (H, W) the programs are made for; batch and number of classes stay free.
         dtype: what activations, multipliers and layer weights are stored in; per-channel scales, norms and the
             explanation's outputs stay in the network's dtype.
+        forward_dtype: what the forward pass is stored in, ``dtype`` then being the adjoint's; ``dtype`` or the
+            network's dtype. None: ``dtype``.
         colour: whether the explanation has an output ``colour``.
         seed_scale: factor on the adjoint while it runs (half of |W| lies below fp16's smallest normal number).
 
@@ -85,7 +88,10 @@ def build_fused(
         result = Program(graph, constants, names, copies[captured.encoded], ids)
         result.set_outputs({name: copies[node] for name, node in outputs.items()})
         fold_constants(result)
-        if dtype != values_dtype:
+        if forward_dtype not in (None, dtype):
+            if class_ids is not None:
+                store_adjoint_as(result, dtype, copies[start])
+        elif dtype != values_dtype:
             store_as(result, dtype)
         return result
 
@@ -98,6 +104,7 @@ def build_fused(
     captured.builder.begin_adjoint()
     class_ids = adjoint.add_inputs()
     used, seed = class_seed(adjoint, class_ids)
+    start = seed
     if seed_scale != 1:
         seed = adjoint.call(aten.mul.Scalar, seed, seed_scale)
     grad = adjoint.run({**RULES, **FUSED_RULES}, seed, forward)
@@ -147,53 +154,3 @@ def _tail(adjoint: Adjoint, captured: Captured, grad: Node, seed_scale: float, c
     outputs["contributions"] = adjoint.reshape(contributions, [*lead, height, width])
     outputs["residual"] = adjoint.reshape(residual, lead)
     return outputs
-
-
-# Arguments of fused ops that stay in the network's dtype: per channel, read once a kernel.
-_WIDE_ARGUMENTS = {"scale", "shift", "bias", "mean", "std", "inverse_std", "image"}
-
-
-def store_as(program: Program, dtype: torch.dtype) -> None:
-    """Store activations and weights as ``dtype``; scales, shifts, mean, std and outputs stay as they are."""
-    wide_dtype = program.image.meta["val"].dtype
-    for node in list(program.constants):
-        if node.meta["val"].dtype == wide_dtype and not _only_wide_uses(node):
-            value = program.constants[node].to(dtype)
-            wide_users = [u for u in node.users if _uses_wide(u, node)]
-            narrow = program.add_constant(value, program.names[node], node)
-            node.replace_all_uses_with(narrow, delete_user_cb=_outside(wide_users))
-    for node in program.graph.nodes:
-        if node.op == "call_function":
-            node.args = torch.fx.node.map_aggregate(node.args, lambda a: dtype if a is wide_dtype else a)
-            node.kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda a: dtype if a is wide_dtype else a)
-    program.clean()
-    propagate(program.graph, program.image.meta["val"].fake_mode)
-    outputs = dict(program.outputs)
-    for name, node in outputs.items():
-        if node.meta["val"].is_floating_point() and node.meta["val"].dtype != wide_dtype:
-            with program.graph.inserting_before(next(iter(reversed(program.graph.nodes)))):
-                outputs[name] = program.graph.call_function(aten._to_copy.default, (node,), {"dtype": wide_dtype})
-            outputs[name].meta.update(node.meta)
-            outputs[name].meta["val"] = node.meta["val"].to(wide_dtype)
-    program.set_outputs(outputs)
-
-
-def _outside(users: list[Node]) -> Callable[[Node], bool]:
-    return lambda user: user not in users
-
-
-def _uses_wide(user: Node, node: Node) -> bool:
-    if user.target is torch.ops.bcos_rt.encode_image.default:
-        return True
-    if not isinstance(user.target, torch._ops.OpOverload) or user.target.namespace != "bcos_rt":
-        return False
-    names = [a.name for a in user.target._schema.arguments]
-    given: dict[str, Any] = {**dict(zip(names, user.args, strict=False)), **user.kwargs}
-    return all(name in _WIDE_ARGUMENTS for name, value in given.items() if value is node)
-
-
-def _only_wide_uses(node: Node) -> bool:
-    """Used by kernels that read it wide alone, or a few numbers (mean, logit bias) in sums and products."""
-    few = node.meta["val"].numel() <= 8
-    simple = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
-    return all(_uses_wide(user, node) or (few and user.target in simple) for user in node.users)

@@ -118,7 +118,7 @@ def plan(cell: Cell, quick: bool = False) -> Plan:
         return Plan(rounds=7, least_rounds=3, seconds=12.0)
     if TRAIN in cell.modes:
         return Plan(rounds=9, least_rounds=5, seconds=40.0)
-    return Plan(rounds=9, least_rounds=3, seconds=20.0) if quick else Plan(rounds=15, least_rounds=5, seconds=40.0)
+    return Plan(rounds=9, least_rounds=3, seconds=20.0) if quick else Plan(rounds=15, least_rounds=5, seconds=30.0)
 
 
 def expected_seconds(cell: Cell, quick: bool = False) -> float:
