@@ -5,9 +5,9 @@ Needs no compiler when it runs. A fused op becomes a step: the convolution with 
 flipped weights (the transposed one is up to 10 % slower in oneDNN); the stem's, with its few output channels, is one
 convolution that computes the four parities of pixels as channels (6.0 to 4.0 ms on ResNet-18, 2 cores).
 
-Images go through in chunks of two by default, so that peak memory does not grow with the batch. Explanations of 8 images
-in chunks of 1, 2, 4 and 8 took 337, 295, 292 and 293 ms on ResNet-18, 730, 709, 681 and 762 on ResNet-50, 604, 517, 522
-and 603 on DenseNet-121 (2 cores, medians of 5 interleaved runs).
+Images go through in chunks of two by default, so that peak memory does not grow with the batch. Explanations of 8
+images in chunks of 1, 2, 4 and 8 took 337, 295, 292 and 293 ms on ResNet-18, 730, 709, 681 and 762 on ResNet-50, 604,
+517, 522 and 603 on DenseNet-121 (2 cores, medians of 5 interleaved runs).
 """
 
 from __future__ import annotations
