@@ -125,9 +125,10 @@ def photographs(
 
     rows = []
     for name in _checked(network):
-        rows.append(compare_dtypes(name, tar, count, backend))
-        console.print(rows[-1])
-        write_rows(output / "photographs.csv", rows, COLUMNS)
+        for forward in ("bfloat16", "float32"):
+            rows.append(compare_dtypes(name, tar, count, backend, forward=forward))
+            console.print(rows[-1])
+            write_rows(output / "photographs.csv", rows, COLUMNS)
     _end({"photographs": rows}, as_json)
 
 

@@ -100,7 +100,7 @@ def fastest_layout(
 
 
 class EngineContender(Contender):
-    """:class:`bcos_rt.Engine`. Options: "backend"; "dtype", a name such as "bfloat16"."""
+    """:class:`bcos_rt.Engine`. Options: "backend"; "dtype" and "forward_dtype", names such as "bfloat16"."""
 
     net: Any = None
     engine: Any = None
@@ -118,8 +118,11 @@ class EngineContender(Contender):
         images = torch_images(self)
         if self.engine is None:
             dtype = getattr(torch, self.options.get("dtype", "float32"))
+            forward = getattr(torch, self.options["forward_dtype"]) if "forward_dtype" in self.options else None
             try:
-                self.engine = Engine(self.net, images, dtype=dtype, backend=self.options["backend"])
+                self.engine = Engine(
+                    self.net, images, dtype=dtype, forward_dtype=forward, backend=self.options["backend"]
+                )
             except BcosError as error:
                 raise UnsupportedError(str(error)) from error
             # The engine has what it needs of it; a service keeps no more either.

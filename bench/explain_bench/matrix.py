@@ -20,6 +20,13 @@ ENTRIES = {
     for entry in (
         Entry("native", f"{_OURS}EngineContender", _BOTH, {"backend": "native"}),
         Entry("native_bf16", f"{_OURS}EngineContender", _BOTH, {"backend": "native", "dtype": "bfloat16"}),
+        # The forward pass in float32, its adjoint in bfloat16.
+        Entry(
+            "native_mixed",
+            f"{_OURS}EngineContender",
+            (EXPLAIN,),
+            {"backend": "native", "dtype": "bfloat16", "forward_dtype": "float32"},
+        ),
         Entry("inductor", f"{_OURS}EngineContender", _BOTH, {"backend": "inductor"}),
         Entry("inductor_bf16", f"{_OURS}EngineContender", _BOTH, {"backend": "inductor", "dtype": "bfloat16"}),
         Entry("eager", f"{_OURS}EngineContender", _BOTH, {"backend": "eager"}),
@@ -37,10 +44,10 @@ ENTRIES = {
 }
 
 # Every figure of the table but two needs only these; the best plain forward needs plain_compiled, which compiles fast.
-QUICK = ("native", "native_bf16", "onnx", "published", "plain_eager", "plain_compiled", "plain_onnx")
+QUICK = ("native", "native_bf16", "native_mixed", "onnx", "published", "plain_eager", "plain_compiled", "plain_onnx")
 # Compile for a minute or more a setting.
 SLOW = ("inductor", "inductor_bf16", "published_compiled", "published_grad")
-FULL = (*QUICK[:2], "eager", *QUICK[2:], "published_compiled")
+FULL = (*QUICK, "eager", "published_compiled")
 GROWTH = ("native", "published", "plain_eager", "plain_onnx")
 
 

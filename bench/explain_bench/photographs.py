@@ -1,4 +1,4 @@
-"""How near bf16 contribution maps are to fp32 ones on photographs."""
+"""How near bf16 contribution maps are to fp32 ones on photographs, with all of an engine in bf16 or its adjoint."""
 
 from __future__ import annotations
 
@@ -15,23 +15,32 @@ from bench.explain_bench.networks import subject
 
 __all__ = ["COLUMNS", "compare_dtypes"]
 
-COLUMNS = ("network", "photographs", "cosine_min", "cosine_median", "backend")
+COLUMNS = ("network", "forward", "photographs", "cosine_min", "cosine_median", "backend")
 
 
-def compare_dtypes(network: str, tar: Path, count: int, backend: str = "auto", size: int = 224) -> dict[str, Any]:
-    """Cosines of both engines' maps of a photograph's fp32 top class, over evenly spaced photographs of a tar file."""
+def compare_dtypes(
+    network: str, tar: Path, count: int, backend: Any = "auto", size: int = 224, forward: str = "bfloat16"
+) -> dict[str, Any]:
+    """Cosines of both engines' maps of a photograph's fp32 top class, over evenly spaced photographs of a tar file.
+
+    Args:
+        forward: dtype of the bf16 engine's forward pass.
+    """
     net = subject(network).net
-    engines = [Engine(net, (size, size), dtype=d, backend=backend) for d in (torch.float32, torch.bfloat16)]  # type: ignore[arg-type]
+    full_engine = Engine(net, (size, size), backend=backend)
+    half_engine = Engine(
+        net, (size, size), dtype=torch.bfloat16, forward_dtype=getattr(torch, forward), backend=backend
+    )
     cosines = []
     with tempfile.TemporaryDirectory() as folder, tarfile.open(tar) as archive:
         archive.extractall(folder, filter="data")
         files = sorted(Path(folder).rglob("*.jpg"))
         for path in files[:: max(1, len(files) // count)][:count]:
             image = load_image(path, size=size)[None]
-            full = engines[0].explain(image)
-            half = engines[1].explain(image, full.target)
+            full = full_engine.explain(image)
+            half = half_engine.explain(image, full.target)
             a, b = (e.contributions.double().flatten() for e in (full, half))
             cosines.append(float(torch.nn.functional.cosine_similarity(a, b, 0)))
     middle = sorted(cosines)[len(cosines) // 2]
-    values = (network, len(cosines), min(cosines), middle, engines[0].backend)
+    values = (network, forward, len(cosines), min(cosines), middle, full_engine.backend)
     return dict(zip(COLUMNS, values, strict=True))

@@ -97,13 +97,14 @@ def figures(
     Args:
         main, training: rows of ``main.csv`` and ``training.csv``.
         photographs: rows of ``photographs.csv``: network, photographs, cosine_min, cosine_median.
-        ours: the engine's backend; its bf16 row is ``{ours}_bf16``.
+        ours: the engine's backend; its bf16 rows are ``{ours}_bf16`` and ``{ours}_mixed``.
         threads, size: of the settings looked at.
     """
     out: list[Figure] = []
     for (network, batch), cell in _cells(main, threads, size).items():
         plain = cell.best(PLAIN, FORWARD)
         explained, half = cell.get(ours, EXPLAIN), cell.get(f"{ours}_bf16", EXPLAIN)
+        mixed = cell.get(f"{ours}_mixed", EXPLAIN)
         published, compiled = cell.get("published", EXPLAIN), cell.get("published_compiled", EXPLAIN)
         onnx, plain_onnx = cell.get("onnx", EXPLAIN), cell.get("plain_onnx", FORWARD)
         many = batch >= 8
@@ -113,6 +114,7 @@ def figures(
             ("forward+explanation / published", explained, published, 0.70 if many else 0.40, _times),
             ("forward+explanation / published, compiled", explained, compiled, 0.85, _times),
             ("bf16 forward+explanation / best plain fp32 forward", half, plain, 1.5 if many else 1.9, _times),
+            ("the same, only the adjoint in bf16", mixed, plain, 1.5 if many else 1.9, _times),
             ("peak memory / published", explained, published, 0.5, _column("memory_mib")),
             ("ONNX forward+explanation / plain ONNX forward", onnx, plain_onnx, 2.2, _times),
         ]  # fmt: skip
@@ -124,9 +126,10 @@ def figures(
     for row in photographs:
         low, middle = float(row["cosine_min"]), float(row["cosine_median"])
         note = f"smallest of {row['photographs']} photographs; median {middle:.4f}"
-        out.append(
-            Figure("bf16 contribution maps, cosine", row["network"], 1, low, low, middle, 0.99, low >= 0.99, note)
-        )
+        name = "bf16 contribution maps, cosine"
+        if row.get("forward") == "float32":
+            name = "contribution maps with only the adjoint in bf16, cosine"
+        out.append(Figure(name, row["network"], 1, low, low, middle, 0.99, low >= 0.99, note))
     return out
 
 
