@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from bcos_rt.benchmark import machine
 from bcos_rt.benchmark.comparison import OK, Workplace, compare, measure_memory
-from bcos_rt.benchmark.contender import EXPLAIN, FORWARD, Setting
+from bcos_rt.benchmark.contender import EXPLAIN, Setting
 from bcos_rt.benchmark.table import COLUMNS, read_rows, row_of, write_json, write_rows
 from bench.explain_bench.matrix import ENTRIES, SLOW, Cell, expected_seconds, plan
 
@@ -152,8 +152,7 @@ def _cell(cell: Cell, place: Workplace, session: dict[str, str], quick: bool, te
     if cell.memory:
         for m in measured:
             # What compiles for minutes is not compiled once more for this.
-            plain = m.mode == FORWARD and m.entry.name.startswith("plain")
-            if m.status == OK and m.entry.name not in SLOW and (m.mode == EXPLAIN or plain):
+            if m.status == OK and m.mode == EXPLAIN and m.entry.name not in SLOW:
                 tell(f"memory of {m.entry.name}")
                 m.memory = measure_memory(m.entry, setting, plan(cell, quick), place.launch, m.mode)
                 if "error" in m.memory:

@@ -133,6 +133,18 @@ def test_a_saved_engine_starts_without_the_network(name, backend, tmp_path, monk
     assert loaded.summary() == engine.summary()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mixed_engine_is_mixed_when_loaded(backend, tmp_path):
+    net, images = network("residual"), torch.rand(2, 3, *SIZE)
+    engine = Engine(net, SIZE, dtype=torch.bfloat16, forward_dtype=torch.float32, backend=backend)
+    torch.testing.assert_close(engine.predict(images), Engine(net, SIZE, backend=backend).predict(images))
+    loaded = Engine.load(engine.save(tmp_path / "net.engine"), backend=backend)
+    assert (loaded.dtype, loaded.forward_dtype) == (torch.bfloat16, torch.float32)
+    expected, actual = engine.explain(images), loaded.explain(images)
+    for field in ("logits", "weights", "contributions", "residual"):
+        assert torch.equal(getattr(actual, field), getattr(expected, field)), field
+
+
 def test_a_damaged_file_is_said_to_be_one(tmp_path):
     path = Engine(network("residual"), SIZE).save(tmp_path / "net.engine")
     path.write_bytes(path.read_bytes()[:-2000])
@@ -165,6 +177,7 @@ def test_a_conventional_model_gets_its_initial_explanation():
         ({"example": "large"}, InvalidTypeError, "example"),
         ({"example": (0, 5)}, InvalidArgumentError, "example"),
         ({"dtype": torch.float16}, InvalidArgumentError, "dtype"),
+        ({"forward_dtype": torch.bfloat16}, InvalidArgumentError, "forward_dtype"),
         ({"backend": "nativ"}, InvalidArgumentError, "did you mean"),
         ({"chunk": 0}, InvalidArgumentError, "chunk"),
         ({"net": 3}, InvalidTypeError, "net"),
