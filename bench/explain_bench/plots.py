@@ -38,6 +38,9 @@ def bars(rows: Sequence[Row], path: Path, threads: int, title: str) -> None:
             here = [r for r in mine if (r["network"], int(r["batch"])) == (network, batch)]
             here.sort(key=lambda r: (r["mode"], -float(r["median_ms"])))
             axis = axes[i, j]
+            if not here:
+                axis.set_axis_off()
+                continue
             middle = [float(r["median_ms"]) for r in here]
             low = [m - float(r["q1_ms"]) for m, r in zip(middle, here, strict=True)]
             high = [float(r["q3_ms"]) - m for m, r in zip(middle, here, strict=True)]
