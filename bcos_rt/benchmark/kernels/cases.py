@@ -342,25 +342,24 @@ def _linear_transposed(layer: Layer, variant: str, dtype: torch.dtype, device: s
     return _fused("linear_transposed", "grad", given, layer.flops, device)
 
 
-def _max_pool2d(layer: Layer, variant: str, dtype: torch.dtype, device: str) -> Case:
+def _pool(name: str, end_flops: int, layer: Layer, dtype: torch.dtype, device: str) -> Case:
+    """A pool with its map of squares: an operation a place of the window, and ``end_flops`` a result."""
     make = _Operands(dtype, device)
-    # Without the index: between the CPU engine's own steps it has another form than the op's.
     given = {
         "x": make.normal(*layer.input_shape), "kernel_size": layer.kernel, "stride": layer.stride,
         "padding": layer.padding, "want_squares": True,
     }  # fmt: skip
-    flops = math.prod(layer.output_shape) * (math.prod(layer.kernel) + 2)
-    return _fused("max_pool2d", "x", given, flops, device)
+    flops = math.prod(layer.output_shape) * (math.prod(layer.kernel) + end_flops)
+    return _fused(name, "x", given, flops, device)
+
+
+def _max_pool2d(layer: Layer, variant: str, dtype: torch.dtype, device: str) -> Case:
+    # Without the index: between the CPU engine's own steps it has another form than the op's.
+    return _pool("max_pool2d", 2, layer, dtype, device)
 
 
 def _avg_pool2d(layer: Layer, variant: str, dtype: torch.dtype, device: str) -> Case:
-    make = _Operands(dtype, device)
-    given = {
-        "x": make.normal(*layer.input_shape), "kernel_size": layer.kernel, "stride": layer.stride,
-        "padding": layer.padding, "want_squares": True,
-    }  # fmt: skip
-    flops = math.prod(layer.output_shape) * (math.prod(layer.kernel) + 3)
-    return _fused("avg_pool2d", "x", given, flops, device)
+    return _pool("avg_pool2d", 3, layer, dtype, device)
 
 
 def _avg_pool2d_transposed(layer: Layer, variant: str, dtype: torch.dtype, device: str) -> Case:

@@ -39,19 +39,23 @@ aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
 Function = Callable[..., Any]
 
+# Images that go through together unless an engine is told another number.
+CHUNK = 2
 
-def build(program: Program, chunk: int = 2) -> Runner:
+
+def build(program: Program, chunk: int | None = None) -> Runner:
     """Lower a program to steps.
 
     Args:
         program: fused ops, float32 or bfloat16, on the CPU.
-        chunk: images that go through together.
+        chunk: images that go through together; None: two.
 
     Raises:
         UnsupportedOpError: the C++ kernels are not built, or the program's dtype is neither float32 nor bfloat16.
     """
     if not cpu.available():
         raise UnsupportedOpError(f"backend 'native': {cpu.unavailable_reason()}")
+    together = CHUNK if chunk is None else chunk
     module, constants = lowered(program)
     forward = module.forward
 
@@ -62,11 +66,11 @@ def build(program: Program, chunk: int = 2) -> Runner:
 
     def run(images: Tensor, class_ids: Tensor | None) -> dict[str, Tensor]:
         with torch.inference_mode():
-            if images.shape[0] <= chunk:
+            if images.shape[0] <= together:
                 return once(images, class_ids)
             parts = [
-                once(images[i : i + chunk], None if class_ids is None else class_ids[i : i + chunk])
-                for i in range(0, images.shape[0], chunk)
+                once(images[i : i + together], None if class_ids is None else class_ids[i : i + together])
+                for i in range(0, images.shape[0], together)
             ]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

@@ -41,13 +41,10 @@ def fold_crops(program: Program, folds: Callable[[Node], bool]) -> None:
         folds: whether the step of a transposed convolution (which has no epilogue yet) can do that.
     """
     for node in list(program.graph.nodes):
-        found = _pads(node)
-        if found is None or max(found[1]) > 0:
+        found = _cropped_convolution(node, folds)
+        if found is None:
             continue
-        cropped, (left, _, top, _) = found
-        producer = _bare_result(cropped)
-        if producer is None or not folds(producer):
-            continue
+        producer, (top, left) = found
         a = bound_arguments(producer)
         a["input_size"] = [int(s) for s in node.meta["val"].shape[2:]]
         a["padding"] = [a["padding"][0] - top, a["padding"][1] - left]
@@ -77,13 +74,10 @@ def fold_crop_of_the_image(program: Program, folds: Callable[[Node], bool]) -> N
         if node.target is not bcos.image_contributions.default:
             continue
         given = bound_arguments(node)
-        found = _pads(given["grad"])
-        if found is None or max(found[1]) > 0 or _sole_user(given["grad"]) is None:
+        found = _cropped_convolution(given["grad"], folds)
+        if found is None or _sole_user(given["grad"]) is None:
             continue
-        cropped, (left, _, top, _) = found
-        producer = _bare_result(cropped)
-        if producer is None or not folds(producer):
-            continue
+        producer, (top, left) = found
         a = bound_arguments(producer)
         args = (
             a["grad"], a["weight"], given["image"], given["inverse_std"], a["stride"],
@@ -107,6 +101,19 @@ def _pads(node: Node) -> tuple[Node, tuple[int, int, int, int]] | None:
     if not all(isinstance(p, int) for p in (left, right, top, bottom)):
         return None
     return a["self"], (left, right, top, bottom)
+
+
+def _cropped_convolution(node: Node, folds: Callable[[Node], bool]) -> tuple[Node, tuple[int, int]] | None:
+    """The transposed convolution whose bare result a node crops, if it folds; rows and columns to come off in front.
+
+    They are negative, as in the node.
+    """
+    found = _pads(node)
+    if found is None or max(found[1]) > 0:
+        return None
+    cropped, (left, _, top, _) = found
+    producer = _bare_result(cropped)
+    return None if producer is None or not folds(producer) else (producer, (top, left))
 
 
 def _sole_user(node: Node) -> Node | None:
