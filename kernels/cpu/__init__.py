@@ -37,6 +37,7 @@ __all__ = [
     "isa",
     "linear_epilogue",
     "pack_depthwise",
+    "readable",
     "row_square_sum",
     "scale_act",
     "scale_act_transposed",
@@ -113,7 +114,7 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride() == (c * h * w, 1, w * c, c) else reference.channels_last(x)
 
 
-def _readable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """``x`` with its channels next to each other; a copy only where they are not."""
     if x.ndim == 4:
         if x.stride(1) == 1 or x.shape[1] == 1:
@@ -126,7 +127,7 @@ def _operand(x: Tensor | None) -> tuple[int, int, int, int] | None:
     """(address, batch, row, pixel strides) of an image [N, C, H, W], or of rows [M, ..., C] as images of one row."""
     if x is None:
         return None
-    x = _readable(x)
+    x = readable(x)
     if x.ndim == 4:
         return x.data_ptr(), x.stride(0), x.stride(2), x.stride(3)
     return x.data_ptr(), x.stride(0), 0, x.stride(1) if x.ndim == 3 else 0
@@ -153,7 +154,7 @@ def _gate_like(y: Tensor, activation: str, want: bool, image: bool) -> Tensor | 
     if not want or activation == "none":
         return None
     if activation != "relu":
-        return torch.empty_like(y)
+        return _image_like(y.shape, y.dtype) if image else torch.empty_like(y)
     if not image:
         return torch.empty((*y.shape[:-1], -(-y.shape[-1] // 8)), dtype=torch.uint8)
     return _image_like((y.shape[0], -(-y.shape[1] // 8), *y.shape[2:]), torch.uint8)
@@ -184,16 +185,19 @@ def conv_epilogue(
     want_squares: bool = False,
     groups: int = 1,
     out: Tensor | None = None,
+    product: tuple[Any, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``y = act(z (|z| / n)^(b-1) scale + shift + residual)`` after a convolution; ``y`` overwrites ``z`` or ``out``.
 
     Args:
-        z: [N, O, H', W'] in channels-last memory, float32 or bfloat16, its bias added.
+        z: [N, O, H', W'] in channels-last memory or a slice of its channels, float32 or bfloat16, its bias added.
         squares: float32 map of sums of squares of the convolution's input, [N, T, H, W] with T a multiple of
             ``groups``, in channels-last memory; None for b = 1.
         scale, shift: float32 [O].
         residual: like ``z``; may be a slice of the channels of a wider image.
-        out: like ``z``, a slice of the channels of an image in channels-last memory; None for ``z``.
+        out: like ``z``; None for ``z``.
+        product: what ``z`` is to be filled with first (:meth:`bcos_rt.kernels.cpu.pointwise.Pointwise.product`); None
+            where it holds its values.
 
     Returns:
         ``z`` or ``out``, the multiplier, the gate (a bit mask for relu) and the map of ``y`` [N, groups, H', W']; what
@@ -202,17 +206,17 @@ def conv_epilogue(
     n, o, oh, ow = z.shape
     wants = b != 1 and squares is not None
     height, width = (squares.shape[2], squares.shape[3]) if wants and squares is not None else (oh, ow)
-    multiplier = torch.empty_like(z) if want_multiplier else None
+    multiplier = _image_like(z.shape, z.dtype) if want_multiplier else None
     gate = _gate_like(z, activation, want_gate, True)
     out_squares = _image_like((n, groups, oh, ow), torch.float32) if want_squares else None
-    residual = None if residual is None else _readable(residual)
+    residual = None if residual is None else readable(residual)
     y = z if out is None else out
     _kernels().epilogue(
         (n, o, height, width, oh, ow), _window(kernel, stride, padding, dilation), _storage(z), z.data_ptr(),
-        y.data_ptr(), o if out is None else out.stride(3), _pointer(squares) if wants else 0,
+        z.stride(3), y.data_ptr(), y.stride(3), _pointer(squares) if wants else 0,
         squares.shape[1] if squares is not None else 1, groups, False, _pointer(scale), _pointer(shift),
         _operand(residual), b, eps, ACTIVATIONS.index(activation), _pointer(multiplier), _pointer(gate),
-        _pointer(out_squares), torch.get_num_threads(),
+        _pointer(out_squares), torch.get_num_threads(), product,
     )  # fmt: skip
     return y, _or_empty(multiplier, z), _or_empty(gate, z), _or_empty(out_squares, z)
 
@@ -240,11 +244,11 @@ def linear_epilogue(
     flat = None if residual is None else (residual.data_ptr(), 0, 0, o)
     wants = b != 1 and squares is not None
     _kernels().epilogue(
-        (1, o, 1, rows, 1, rows), _WINDOW_OF_ONE, _storage(z), z.data_ptr(), z.data_ptr(), o,
+        (1, o, 1, rows, 1, rows), _WINDOW_OF_ONE, _storage(z), z.data_ptr(), o, z.data_ptr(), o,
         _pointer(squares) if wants else 0,
         squares.shape[-1] if squares is not None else 1, 1, True, _pointer(scale), _pointer(shift), flat, b, eps,
         ACTIVATIONS.index(activation), _pointer(multiplier), _pointer(gate), _pointer(out_squares),
-        torch.get_num_threads(),
+        torch.get_num_threads(), None,
     )  # fmt: skip
     return z, _or_empty(multiplier, z), _or_empty(gate, z), _or_empty(out_squares, z)
 
@@ -252,7 +256,7 @@ def linear_epilogue(
 def square_sum(x: Tensor, groups: int = 1) -> Tensor:
     """Channel sums of squares by group: [N, C, H, W] -> float32 [N, groups, H, W]."""
     n, c, h, w = x.shape
-    x = _readable(x)
+    x = readable(x)
     out = _image_like((n, groups, h, w), torch.float32)
     _kernels().square_sum((n, c, h, w, h, w), _storage(x), _operand(x), groups, out.data_ptr(), torch.get_num_threads())
     return out
@@ -302,7 +306,7 @@ def scale_act(
 ) -> tuple[Tensor, Tensor]:
     """``act(scale x + shift)`` and its map; ``x`` may be a slice of channels."""
     n, c, h, w = x.shape
-    x = _readable(x)
+    x = readable(x)
     out = _image_like(x.shape, x.dtype)
     squares = _image_like((n, groups, h, w), torch.float32) if want_squares else None
     _kernels().scale_act(
@@ -324,7 +328,7 @@ def _end(
 ) -> tuple[tuple[Any, ...], Tensor | None, tuple[Tensor | None, ...]]:
     """The epilogue's operands for results like ``out``; the tensors they point into have to live until the call."""
     raw = torch.empty_like(out) if want_raw else None
-    kept = tuple(None if t is None else _readable(t) for t in (multiplier, identity, gate))
+    kept = tuple(None if t is None else readable(t) for t in (multiplier, identity, gate))
     images = next((t.shape[0] for t in (multiplier, gate) if t is not None), out.shape[0])
     per_image = out.shape[0] // images if images else 1
     bits = gate is not None and gate.dtype == torch.uint8
@@ -348,6 +352,7 @@ def transposed_epilogue(
     gate: Tensor | None = None,
     want_raw: bool = False,
     in_place: bool = True,
+    product: tuple[Any, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``G = total + identity``; returns ``G multiplier`` and ``G gate`` (empty if not wanted).
 
@@ -355,13 +360,14 @@ def transposed_epilogue(
         total: [M, C, H, W] in channels-last memory, or rows [M, C] or [M, L, C], contiguous.
         in_place: the first result overwrites ``total``; otherwise ``total`` may have any strides.
         multiplier, gate: of N images for M = N K rows; a uint8 gate is a bit mask.
+        product: what ``total`` is to be filled with first, as for :func:`conv_epilogue`.
     """
-    total = _readable(total)
+    total = readable(total)
     out = total
     if not in_place:
         out = _image_like(total.shape, total.dtype) if total.ndim == 4 else total.new_empty(total.shape)
     end, raw, _kept = _end(out, multiplier, identity, gate, want_raw)
-    _kernels().adjoint_end(_sizes(total), _storage(total), _operand(total), end, torch.get_num_threads())
+    _kernels().adjoint_end(_sizes(total), _storage(total), _operand(total), end, torch.get_num_threads(), product)
     return out, _or_empty(raw, total)
 
 
@@ -379,8 +385,8 @@ def scale_act_transposed(
     With ``in_place`` it overwrites ``identity``, an image in channels-last memory or its first channels.
     """
     m, c, h, w = grad.shape
-    grad, x = _readable(grad), _readable(x)
-    identity = None if identity is None else _readable(identity)
+    grad, x = readable(grad), readable(x)
+    identity = None if identity is None else readable(identity)
     out = identity if in_place and identity is not None else _image_like(grad.shape, grad.dtype)
     _kernels().scale_act(
         (m, c, h, w, h, w), _storage(x), _operand(x), _operand(grad), _operand(identity), scale.data_ptr(),
@@ -403,7 +409,7 @@ def image_contributions(
     """
     channels = inverse_std.numel()
     m, (_, _, h, w) = grad.shape[0], image.shape
-    grad = _readable(grad)
+    grad = readable(grad)
     image, planes = _planes(image)
     weights = torch.empty((m, channels, h, w), dtype=torch.float32)
     contributions = torch.empty((m, h, w), dtype=torch.float32)
@@ -450,7 +456,7 @@ def depthwise_fused(
         size: (H', W') of the result; None where there is as much padding behind the image as before it.
     """
     n, c, h, w = x.shape
-    x = _readable(x)
+    x = readable(x)
     oh, ow = size or (
         (extent + 2 * p - d * (k - 1) - 1) // s + 1
         for extent, k, s, p, d in zip((h, w), kernel, stride, padding, dilation, strict=True)
@@ -459,7 +465,7 @@ def depthwise_fused(
     multiplier = torch.empty_like(y) if want_multiplier else None
     gate = _gate_like(y, activation, want_gate, True)
     squares = _image_like((n, 1, oh, ow), torch.float32) if want_squares else None
-    residual = None if residual is None else _readable(residual)
+    residual = None if residual is None else readable(residual)
     _kernels().depthwise(
         (n, c, h, w, oh, ow), _window(kernel, stride, padding, dilation), _storage(x), _operand(x), _operand(residual),
         packed.data_ptr(), _pointer(bias), _pointer(scale), _pointer(shift), b, eps, ACTIVATIONS.index(activation),
@@ -486,7 +492,7 @@ def depthwise_transposed(
     ``padding`` is that before the image; ``input_size`` may be any part of what the windows cover.
     """
     m, c, oh, ow = grad.shape
-    grad = _readable(grad)
+    grad = readable(grad)
     out = _image_like((m, c, *input_size), grad.dtype)
     end, raw, _kept = _end(out, multiplier, identity, gate, want_raw)
     _kernels().depthwise_adjoint(

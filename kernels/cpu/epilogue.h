@@ -10,7 +10,8 @@ struct Epilogue {
     Sizes sizes;    // height and width of the map; out_height, out_width and channels of z
     Window window;  // of the convolution
     Storage storage = Storage::float32;
-    const void* z = nullptr;  // contiguous [N, out_height, out_width, C]
+    const void* z = nullptr;  // [N, out_height, out_width, z_pixel], of which the first C channels are read
+    int64_t z_pixel = 0;
     // [N, out_height, out_width, y_pixel], of which the first C channels are written; y may be z.
     void* y = nullptr;
     int64_t y_pixel = 0;

@@ -53,6 +53,18 @@ static Adjoint adjoint(const py::tuple& t) {
     return a;
 }
 
+// (input, depth, stride_h, stride_w, packed weight)
+static Product product(const py::object& given) {
+    const auto t = py::cast<py::tuple>(given);
+    Product a;
+    a.input = image(t[0]);
+    a.depth = t[1].cast<int64_t>();
+    a.stride_h = t[2].cast<int64_t>();
+    a.stride_w = t[3].cast<int64_t>();
+    a.weight = address<const float>(t[4].cast<int64_t>());
+    return a;
+}
+
 template <typename Arguments>
 static void run(void (*kernel)(const Arguments&), const Arguments& arguments) {
     py::gil_scoped_release release;
@@ -63,15 +75,16 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "bcos-rt's CPU kernels; call them through bcos_rt.kernels.cpu.";
     m.def("isa", [] { return isa_name; });
 
-    m.def("epilogue", [](py::tuple size, py::tuple win, int storage, int64_t z, int64_t y, int64_t y_pixel,
-                         int64_t squares, int64_t entries, int64_t groups, bool of_rows, int64_t scale, int64_t shift,
+    m.def("epilogue", [](py::tuple size, py::tuple win, int storage, int64_t z, int64_t z_pixel, int64_t y,
+                         int64_t y_pixel, int64_t squares, int64_t entries, int64_t groups, bool of_rows, int64_t scale, int64_t shift,
                          py::object residual, float b, float eps, int activation, int64_t multiplier, int64_t gate,
-                         int64_t out_squares, int threads) {
+                         int64_t out_squares, int threads, py::object before) {
         Epilogue a;
         a.sizes = sizes(size);
         a.window = window(win);
         a.storage = static_cast<Storage>(storage);
         a.z = address<const void>(z);
+        a.z_pixel = z_pixel;
         a.y = address<void>(y);
         a.y_pixel = y_pixel;
         a.squares = address<const float>(squares);
@@ -88,16 +101,19 @@ PYBIND11_MODULE(_native, m) {
         a.gate = address<void>(gate);
         a.out_squares = address<float>(out_squares);
         a.threads = threads;
+        if (!before.is_none()) return run(kernels.pointwise_forward, PointwiseForward{product(before), a});
         run(kernels.epilogue, a);
     });
 
-    m.def("adjoint_end", [](py::tuple size, int storage, py::object total, py::tuple end, int threads) {
+    m.def("adjoint_end", [](py::tuple size, int storage, py::object total, py::tuple end, int threads,
+                            py::object before) {
         AdjointEpilogue a;
         a.sizes = sizes(size);
         a.storage = static_cast<Storage>(storage);
         a.total = image(total);
         a.adjoint = adjoint(end);
         a.threads = threads;
+        if (!before.is_none()) return run(kernels.pointwise_adjoint, PointwiseAdjoint{product(before), a});
         run(kernels.adjoint_end, a);
     });
 
@@ -203,6 +219,17 @@ PYBIND11_MODULE(_native, m) {
         a.adjoint = adjoint(end);
         a.threads = threads;
         run(kernels.depthwise_adjoint, a);
+    });
+
+    m.attr("POINTWISE_PAD") = (int64_t)PointwisePack::PAD;
+
+    m.def("pointwise_pack", [](int64_t outputs, int64_t depth, int64_t weight, int64_t packed) {
+        PointwisePack a;
+        a.weight = address<const float>(weight);
+        a.packed = address<float>(packed);
+        a.outputs = outputs;
+        a.depth = depth;
+        run(kernels.pointwise_pack, a);
     });
 
     m.def("winograd_scratch", &winograd_scratch);

@@ -3,6 +3,7 @@
 
 #include "depthwise.h"
 #include "epilogue.h"
+#include "pointwise.h"
 #include "winograd.h"
 
 namespace bcos {
@@ -16,6 +17,9 @@ struct Table {
     void (*contributions)(const Contributions&);
     void (*depthwise)(const Depthwise&);
     void (*depthwise_adjoint)(const DepthwiseAdjoint&);
+    void (*pointwise_pack)(const PointwisePack&);
+    void (*pointwise_forward)(const PointwiseForward&);
+    void (*pointwise_adjoint)(const PointwiseAdjoint&);
     void (*winograd_pack)(const WinogradPack&);
     void (*winograd)(const Winograd&);
 };
@@ -30,12 +34,16 @@ struct Table {
     void contributions(const Contributions&);               \
     void depthwise(const Depthwise&);                       \
     void depthwise_adjoint(const DepthwiseAdjoint&);        \
+    void pointwise_pack(const PointwisePack&);              \
+    void pointwise_forward(const PointwiseForward&);        \
+    void pointwise_adjoint(const PointwiseAdjoint&);        \
     void winograd_pack(const WinogradPack&);                \
     void winograd(const Winograd&);                         \
     static inline Table table() {                           \
-        return {epilogue, adjoint_end,   scale_act, square_sum,        \
-                encode,   contributions, depthwise, depthwise_adjoint, \
-                winograd_pack, winograd};                              \
+        return {epilogue,       adjoint_end,       scale_act,         square_sum,    \
+                encode,         contributions,     depthwise,         depthwise_adjoint, \
+                pointwise_pack, pointwise_forward, pointwise_adjoint, winograd_pack, \
+                winograd};                                                           \
     }                                                       \
     }
 

@@ -6,27 +6,15 @@
 // networks", 2016). With the usual 1 and 2 as P and Q rounding errors are three to five times those of these points.
 #include "winograd.h"
 
-#include "vector.h"
+#include "gemm.h"
 
 namespace bcos {
 namespace BCOS_ISA {
 
 static constexpr double P = 0.625, Q = 1.5;
-// Rows and vectors of the accumulator tile: as many as the registers hold.
-#if BCOS_LANES == 16
-static constexpr int WIDE = 4;
-#else
-static constexpr int WIDE = 2;
-#endif
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static inline int vectors_of(int64_t outputs) {
-    int n = WIDE;
-    while (outputs % (n * LANES)) n /= 2;
-    return n;
-}
-
-// [O, C, 3, 3] to [place][panel of NV vectors of outputs][C][NV * LANES].
+// [O, C, 3, 3] to the 36 matrices [C, O], packed one after the other.
 void winograd_pack(const WinogradPack& a) {
     const double p = P, q = Q;
     const double g[6][3] = {
@@ -37,21 +25,16 @@ void winograd_pack(const WinogradPack& a) {
         {1 / (2 * q * q * (q * q - p * p)), -q / (2 * q * q * (q * q - p * p)), 1 / (2 * (q * q - p * p))},
         {0, 0, 1},
     };
-    const int64_t panel = vectors_of(a.outputs) * LANES;
-    for (int64_t o = 0; o < a.outputs; ++o) {
-        for (int64_t c = 0; c < a.channels; ++c) {
+    for (int place = 0; place < WINOGRAD_PLACES; ++place) {
+        const double *down = g[place / 6], *across = g[place % 6];
+        pack_panels(a.channels, a.outputs, a.packed + place * a.channels * a.outputs, [&](int64_t c, int64_t o) {
             const float* w = a.weight + (o * a.channels + c) * 9;
-            for (int i = 0; i < 6; ++i) {
-                for (int j = 0; j < 6; ++j) {
-                    double sum = 0;
-                    for (int r = 0; r < 3; ++r) {
-                        for (int s = 0; s < 3; ++s) sum += g[i][r] * w[r * 3 + s] * g[j][s];
-                    }
-                    const int64_t place = i * 6 + j;
-                    a.packed[(place * a.outputs + o / panel * panel) * a.channels + c * panel + o % panel] = (float)sum;
-                }
+            double sum = 0;
+            for (int r = 0; r < 3; ++r) {
+                for (int s = 0; s < 3; ++s) sum += down[r] * w[r * 3 + s] * across[s];
             }
-        }
+            return (float)sum;
+        });
     }
 }
 
@@ -82,55 +65,6 @@ static inline void from_places(const vfloat* m, int step, vfloat* y) {
     y[3] = ppp * difference_p + qqq * difference_q + m[5 * step];
 }
 
-// ROWS rows of A [., depth] times a panel B [depth, NV vectors] to C.
-template <int ROWS, int NV>
-static inline void product(const float* a, int64_t depth, const float* b, float* c, int64_t c_row) {
-    vfloat sum[ROWS][NV] = {};
-    for (int64_t k = 0; k < depth; ++k) {
-        vfloat right[NV];
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) right[v] = load(b + (k * NV + v) * LANES);
-#pragma GCC unroll 12
-        for (int r = 0; r < ROWS; ++r) {
-            const vfloat left = broadcast(a[r * depth + k]);
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) sum[r][v] += left * right[v];
-        }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) store(c + r * c_row + v * LANES, sum[r][v]);
-    }
-}
-
-template <int ROWS, int NV>
-static inline void tail(int64_t rows, const float* a, int64_t depth, const float* b, float* c, int64_t c_row) {
-    if constexpr (ROWS > 0) {
-        if (rows == ROWS) {
-            product<ROWS, NV>(a, depth, b, c, c_row);
-        } else {
-            tail<ROWS - 1, NV>(rows, a, depth, b, c, c_row);
-        }
-    }
-}
-
-template <int NV>
-static void panel(int64_t rows, const float* a, int64_t depth, const float* b, float* c, int64_t c_row) {
-#if BCOS_LANES == 16
-    constexpr int ROWS = NV == 4 ? 6 : NV == 2 ? 12 : 14;
-#else
-    constexpr int ROWS = NV == 2 ? 5 : 8;
-#endif
-    const int64_t parts = (rows + ROWS - 1) / ROWS;
-    // Of nearly equal height: 16 rows are 6, 5, 5.
-    for (int64_t i = 0, row = 0; i < parts; ++i) {
-        const int64_t height = (rows - row + parts - i - 1) / (parts - i);
-        tail<ROWS, NV>(height, a + row * depth, depth, b, c + row * c_row, c_row);
-        row += height;
-    }
-}
-
 void winograd(const Winograd& a) {
     const Sizes& s = a.sizes;
     const int64_t across = (s.out_width + 3) / 4, down = (s.out_height + 3) / 4;
@@ -139,8 +73,7 @@ void winograd(const Winograd& a) {
     const int64_t v_place = block * s.channels + WINOGRAD_APART, m_place = block * a.outputs + WINOGRAD_APART;
     float* const v_all = a.scratch;
     float* const m_all = a.scratch + WINOGRAD_PLACES * v_place;
-    const int nv = vectors_of(a.outputs);
-    const int64_t width = nv * LANES, panels = a.outputs / width;
+    const int64_t panels = panels_of(a.outputs);
     const float* input = static_cast<const float*>(a.input.data);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
     for (int64_t first = 0; first < tiles; first += block) {
@@ -182,17 +115,11 @@ void winograd(const Winograd& a) {
         }
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < WINOGRAD_PLACES * panels; ++item) {
-            const int64_t place = item / panels, part = item % panels;
-            const float* left = v_all + place * v_place;
-            const float* right = a.weight + (place * a.outputs + part * width) * s.channels;
-            float* result = m_all + place * m_place + part * width;
-            if (nv == 4) {
-                panel<WIDE>(count, left, s.channels, right, result, a.outputs);
-            } else if (nv == 2) {
-                panel<2>(count, left, s.channels, right, result, a.outputs);
-            } else {
-                panel<1>(count, left, s.channels, right, result, a.outputs);
-            }
+            const int64_t place = item / panels;
+            const float* const v = v_all + place * v_place;
+            panel_product(
+                0, count, {{}, 1, 0, s.channels}, [&](int64_t t) { return v + t * s.channels; },
+                a.weight + place * s.channels * a.outputs, m_all + place * m_place, a.outputs, a.outputs, item % panels);
         }
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < count; ++t) {

@@ -80,7 +80,7 @@ class Winograd:
         out = cpu._image_like((n, self.outputs, height, width), torch.float32)
         floats = kernels.winograd_scratch(_tiles(x, self.padding), self.channels, self.outputs)
         scratch = torch.empty(floats)
-        x = cpu._readable(x)
+        x = cpu.readable(x)
         kernels.winograd(
             (n, self.channels, h, w, height, width), cpu._operand(x), self.packed.data_ptr(), self.outputs,
             *self.padding, out.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),

@@ -75,9 +75,10 @@ def test_layers_write_into_the_buffer(monkeypatch):
     written = []
     original = cpu.conv_epilogue
 
-    def spy(z, *args):
-        result = original(z, *args)
-        written.append(result[0].data_ptr() != z.data_ptr())
+    def spy(*args, **kwargs):
+        result = original(*args, **kwargs)
+        # A slice's pixels lie further apart than its own channels.
+        written.append(result[0].stride(3) != result[0].shape[1])
         return result
 
     monkeypatch.setattr(cpu, "conv_epilogue", spy)

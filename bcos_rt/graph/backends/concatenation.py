@@ -35,6 +35,10 @@ class Slice:
     begin: int
     end: int
 
+    def of(self, buffer: Tensor) -> Tensor:
+        """The channels of a buffer's value."""
+        return buffer.narrow(1, self.begin, self.end - self.begin)
+
 
 def join_in_place(program: Program, writes: Callable[[Node], bool]) -> dict[Node, Slice]:
     """Replace concatenations of channels by steps on buffers.

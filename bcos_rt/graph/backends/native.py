@@ -30,7 +30,7 @@ from bcos_rt.graph.capture import bound_arguments
 from bcos_rt.graph.lower_transposed import ParityAxis, flipped, parity_weight
 from bcos_rt.graph.program import Program
 from bcos_rt.kernels import cpu
-from bcos_rt.kernels.cpu import channels_last, winograd
+from bcos_rt.kernels.cpu import channels_last, pointwise, winograd
 from bcos_rt.kernels.reference import output_padding, per_row
 
 __all__ = ["build", "lowered"]
@@ -240,20 +240,35 @@ def _conv2d_fused(program: Program, node: Node, a: dict[str, Any]) -> tuple[Func
 
         return depthwise, [source, a["residual"]]
     weight = _input_channels(a["x"], weight)
-    convolution = _convolution(weight, None if bias is None else bias.to(weight.dtype), *geometry, groups)
     place: Slice | None = node.meta.get("writes_into")
+    args = [a["x"], a["squares"], a["residual"]]
+    args = args if place is None else [*args, place.buffer]
+    if bias is None and pointwise.suits(weight, geometry[1], groups):
+        matrix = pointwise.Pointwise(weight, geometry[0])
+
+        def one_by_one(x: Tensor, squares: Tensor | None, residual: Tensor | None, buffer: Tensor | None = None) -> Any:
+            x = cpu.readable(x)
+            if squares is None and b != 1:
+                squares = cpu.square_sum(x)
+            y = matrix.empty(x) if buffer is None or place is None else place.of(buffer)
+            return cpu.conv_epilogue(
+                y, squares, kernel, *geometry, eps, scale, shift, residual, b, activation, *wants,
+                product=matrix.product(x),
+            )  # fmt: skip
+
+        return one_by_one, args
+    convolution = _convolution(weight, None if bias is None else bias.to(weight.dtype), *geometry, groups)
 
     def dense(x: Tensor, squares: Tensor | None, residual: Tensor | None, buffer: Tensor | None = None) -> Any:
         z = convolution(x)
         if squares is None and b != 1:
             squares = cpu.square_sum(x, groups)
-        out = None if buffer is None or place is None else buffer.narrow(1, place.begin, place.end - place.begin)
+        out = None if buffer is None or place is None else place.of(buffer)
         return cpu.conv_epilogue(
             z, squares, kernel, *geometry, eps, scale, shift, residual, b, activation, *wants, groups, out
         )
 
-    args = [a["x"], a["squares"], a["residual"]]
-    return dense, args if place is None else [*args, place.buffer]
+    return dense, args
 
 
 def _conv2d_transposed(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
@@ -268,6 +283,15 @@ def _conv2d_transposed(program: Program, node: Node, a: dict[str, Any]) -> tuple
             return cpu.depthwise_transposed(grad, packed, kernel, size, *geometry, m, identity, gate, want_raw)
 
         return depthwise, args
+    if geometry[0] == [1, 1] and pointwise.suits(weight, geometry[1], a["groups"]):
+        matrix = pointwise.Pointwise(flipped(weight, 1))
+
+        def one_by_one(grad: Tensor, m: Tensor | None, identity: Tensor | None, gate: Tensor | None) -> Any:
+            grad = cpu.readable(grad)
+            out = matrix.empty(grad)
+            return cpu.transposed_epilogue(out, m, identity, gate, want_raw, product=matrix.product(grad))
+
+        return one_by_one, args
     back = _adjoint(weight, size, *geometry, a["groups"])
     return _with_epilogue(back, a), args
 
