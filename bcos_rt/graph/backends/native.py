@@ -206,14 +206,16 @@ def _fits_parity(program: Program, a: dict[str, Any]) -> bool:
 
 
 def _input_channels(x: Node, weight: Tensor) -> Tensor:
-    """A stem's weights without the zeros that 8-channel encoding gave them: here the image has 6 (or 3)."""
+    """A stem's weights for the channels that :func:`_encode_image` left of the 8 of its op; others as they are."""
     source: Any = x
     while source.op == "call_function" and source.target in (aten.pad.default, aten.constant_pad_nd.default):
         source = source.args[0]
-    channels = source.meta.get("encoded_channels")
-    if channels is None and source.args and isinstance(source.args[0], Node):
-        channels = source.args[0].meta.get("encoded_channels")
-    return weight if channels is None else weight[:, :channels].contiguous()
+    meta = source.args[0].meta if source.target is operator.getitem else source.meta
+    if "encoded_channels" not in meta:
+        return weight
+    if meta["mirrored"]:
+        return (weight[:, :3] - weight[:, 3:6]).contiguous()
+    return weight[:, : meta["encoded_channels"]].contiguous()
 
 
 def _conv2d_fused(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
@@ -316,14 +318,38 @@ def _with_epilogue(back: Callable[[Tensor], Tensor], a: dict[str, Any]) -> Funct
 # --- the stem --------------------------------------------------------------------------------------------------------
 
 
+def _mirrors(program: Program, node: Node, mean: Tensor, std: Tensor) -> bool:
+    """Whether the inverted channels are the others' negative, as with means 1 - m, and only dense layers read them.
+
+    Three channels v then do: a response to ``[v, -v]`` is that of ``w[:, :3] - w[:, 3:]`` to v.
+    """
+    error = (mean[3:].double() - (1 - mean[:3].double())).abs().max()
+    if error > torch.finfo(torch.float32).eps or not torch.equal(std[3:], std[:3]):
+        return False
+    readers = [user for out in node.users if out.args[1] == 0 for user in out.users]
+    while readers:
+        reader = readers.pop()
+        if padding_of(reader) is not None:
+            readers.extend(reader.users)
+        elif reader.target is not torch.ops.bcos_rt.square_sum.default and not (
+            _is_dense_convolution(program, reader) and bound_arguments(reader)["groups"] == 1
+        ):
+            return False
+    return True
+
+
 def _encode_image(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
     mean, std = program.constants[a["mean"]], program.constants[a["std"]]
     six, dtype = a["six_channels"], a["dtype"]
-    channels = 6 if six else 3
-    node.meta["encoded_channels"] = channels
+    mirrored = six and _mirrors(program, node, mean, std)
+    channels = 6 if six and not mirrored else 3
+    node.meta.update(encoded_channels=channels, mirrored=mirrored)
+    if mirrored:
+        mean, std = mean[:3], std[:3]
 
     def run(image: Tensor) -> Any:
-        return cpu.encode_image(image, mean, std, six, dtype, channels)
+        encoded, squares = cpu.encode_image(image, mean, std, channels == 6, dtype, channels)
+        return encoded, squares.mul_(2) if mirrored else squares
 
     return run, [a["image"]]
 
