@@ -337,7 +337,7 @@ def _build(backend: str, programs: tuple[Program, ...], device: torch.device, ch
     if backend == "native":
         from bcos_rt.graph.backends import native
 
-        return tuple(native.build(program, chunk) for program in programs)
+        return tuple(native.build(programs, chunk))
     if backend == "inductor":
         from bcos_rt.graph.backends import inductor
 

@@ -92,9 +92,10 @@ def build_fused(
             if class_ids is not None:
                 store_adjoint_as(result, dtype, copies[start])
         elif dtype != values_dtype:
-            store_as(result, dtype)
+            store_as(result, dtype, stored)
         return result
 
+    stored: dict[int, tuple[Tensor, Tensor]] = {}
     values_dtype = captured.encoded.meta["val"].dtype
     constant_nodes: dict[Node, str] = {}
     predict = program({"logits": captured.logits}, None, {})

@@ -25,14 +25,18 @@ aten = torch.ops.aten
 _WIDE_ARGUMENTS = {"scale", "shift", "bias", "mean", "std", "inverse_std", "image"}
 
 
-def store_as(program: Program, dtype: torch.dtype) -> None:
-    """Store activations and weights as ``dtype``; scales, shifts, mean, std and outputs stay as they are."""
+def store_as(program: Program, dtype: torch.dtype, stored: dict[int, tuple[Tensor, Tensor]]) -> None:
+    """Store activations and weights as ``dtype``; scales, shifts, mean, std and outputs stay as they are.
+
+    ``stored`` has what constants of other programs were rounded to, by their identity, and is added to.
+    """
     wide_dtype = program.image.meta["val"].dtype
     for node in list(program.constants):
         if node.meta["val"].dtype == wide_dtype and not _only_wide_uses(node):
-            value = program.constants[node].to(dtype)
+            value = program.constants[node]
+            _, rounded = stored.setdefault(id(value), (value, value.to(dtype)))
             wide_users = [u for u in node.users if _uses_wide(u, node)]
-            narrow = program.add_constant(value, program.names[node], node)
+            narrow = program.add_constant(rounded, program.names[node], node)
             node.replace_all_uses_with(narrow, delete_user_cb=_outside(wide_users))
     for node in program.graph.nodes:
         if node.op == "call_function":

@@ -133,6 +133,12 @@ def _operand(x: Tensor | None) -> tuple[int, int, int, int] | None:
     return x.data_ptr(), x.stride(0), 0, x.stride(1) if x.ndim == 3 else 0
 
 
+def _pixel_stride(x: Tensor) -> int:
+    """From pixel to pixel in channels-last memory, or in a slice of its channels; strides of sizes of 1 say nothing."""
+    _, _, h, w = x.shape
+    return x.stride(3) if w > 1 else x.stride(2) if h > 1 else x.stride(0)
+
+
 def _image_like(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     n, c, h, w = shape
     # Cheaper to make than by a memory format.
@@ -213,7 +219,7 @@ def conv_epilogue(
     y = z if out is None else out
     _kernels().epilogue(
         (n, o, height, width, oh, ow), _window(kernel, stride, padding, dilation), _storage(z), z.data_ptr(),
-        z.stride(3), y.data_ptr(), y.stride(3), _pointer(squares) if wants else 0,
+        _pixel_stride(z), y.data_ptr(), _pixel_stride(y), _pointer(squares) if wants else 0,
         squares.shape[1] if squares is not None else 1, groups, False, _pointer(scale), _pointer(shift),
         _operand(residual), b, eps, ACTIVATIONS.index(activation), _pointer(multiplier), _pointer(gate),
         _pointer(out_squares), torch.get_num_threads(), product,

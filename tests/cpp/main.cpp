@@ -92,6 +92,8 @@ int main() {
             {"contributions", test::test_contributions},
             {"depthwise", test::test_depthwise},
             {"depthwise_adjoint", test::test_depthwise_adjoint},
+            {"pointwise_forward", test::test_pointwise_forward},
+            {"pointwise_adjoint", test::test_pointwise_adjoint},
             {"winograd", test::test_winograd},
         };
         for (const auto& [kernel, run] : tests) {

@@ -50,6 +50,7 @@ void check(
     // In place, or into the channels of a wider picture.
     Picture out(storage, size.batch, size.out_height, size.out_width, channels, 2, 3);
     a.z = z.data();
+    a.z_pixel = channels;
     a.y = apart ? out.data() : z.data();
     a.y_pixel = apart ? out.image().pixel : channels;
     a.squares = b == 1 ? nullptr : float_data(map);

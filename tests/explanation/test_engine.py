@@ -10,6 +10,7 @@ import torch
 from bcos_rt import Engine, explain
 from bcos_rt.errors import CheckpointError, InvalidArgumentError, InvalidTypeError, UnsupportedOpError
 from bcos_rt.explanation import engine as engine_module
+from bcos_rt.graph.fused import build_fused
 from bcos_rt.kernels import cpu
 from tests.graph.networks import NETWORKS, RECIPES, network
 from tests.tolerances import TOLERANCES
@@ -211,3 +212,28 @@ def test_bad_targets():
     engine = Engine(network("residual"), SIZE)
     with pytest.raises(InvalidArgumentError, match="class 5"):
         engine.explain(torch.rand(1, 3, *SIZE), 5)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prediction_and_explanation_share_packed_weights(dtype, monkeypatch):
+    """What the forward pass reads is packed once for both programs."""
+    from bcos_rt.graph.backends import native
+
+    made = []
+    original = native._Packed.get
+
+    def spy(self, constant, how, make):
+        def counted():
+            made.append(how)
+            return make()
+
+        return original(self, constant, how, counted)
+
+    monkeypatch.setattr(native._Packed, "get", spy)
+    programs = build_fused(network("inverted"), SIZE, dtype)
+    native.build([programs.predict])
+    alone = len(made)
+    native.build([programs.predict, programs.explain])
+    assert alone > 3
+    assert len(made) - alone == alone + 1  # the stem's filters, which each program folds for itself

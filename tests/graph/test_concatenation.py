@@ -52,9 +52,7 @@ def lowered(net: nn.Module) -> list[list[object]]:
     programs = build_fused(net, SIZE)
     targets = []
     for program in (programs.predict, programs.explain):
-        copy = program.copy()
-        native._lower(copy)
-        targets.append([node.target for node in copy.graph.nodes])
+        targets.append([node.target for node in native.lowered(program)[0].graph.nodes])
     return targets
 
 

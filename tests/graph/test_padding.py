@@ -55,9 +55,7 @@ def pads_left(net: nn.Module, size: tuple[int, int]) -> list[int]:
     """Paddings and crops of the prediction and of the explanation."""
     programs, counts = build_fused(net, size), []
     for program in (programs.predict, programs.explain):
-        copy = program.copy()
-        native._lower(copy)
-        counts.append(sum(node.target in PADS for node in copy.graph.nodes))
+        counts.append(sum(node.target in PADS for node in native.lowered(program)[0].graph.nodes))
     return counts
 
 

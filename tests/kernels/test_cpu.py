@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bcos_rt.kernels import cpu, reference, reference_layers
-from bcos_rt.kernels.cpu import winograd
+from bcos_rt.kernels.cpu import pointwise, winograd
 from bcos_rt.kernels.reference import ACTIVATIONS, channels_last
 from tests.tolerances import KERNEL
 
@@ -393,3 +393,61 @@ def test_where_winograd_is_chosen():
         assert not suits(**other), other
     assert not suits(outputs=24)
     assert not suits((1, 24, 56, 56))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (14, 14), (29, 31)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize(("channels", "outputs"), [(1, 1), (16, 24), (50, 64), (33, 130)])
+@pytest.mark.parametrize("b", [1.0, 1.5, 2.0, 2.5])
+def test_pointwise(size, stride, channels, outputs, b):
+    """Slices of channels in and out, panels that are not full, every output of the epilogue."""
+    torch.manual_seed(0)
+    x, weight = image(2, channels + 24, *size)[:, 8 : 8 + channels], torch.randn(outputs, channels, 1, 1)
+    scale, shift = torch.randn(outputs), torch.randn(outputs)
+    matrix = pointwise.Pointwise(weight, stride)
+    y = matrix.empty(x)
+    residual = image(2, *y.shape[1:])
+    if outputs == 24:
+        y = image(2, 40, *y.shape[2:])[:, 8:32]
+    given = (1e-6, scale, shift, residual, b, "silu", True, True, True)
+    geometry = ((1, 1), stride, (0, 0), (1, 1))
+    found = cpu.conv_epilogue(y, cpu.square_sum(x), *geometry, *given, product=matrix.product(x))
+    assert found[0].data_ptr() == y.data_ptr()
+    z = channels_last(torch.nn.functional.conv2d(x.double(), weight.double(), stride=stride).float())
+    expected = cpu.conv_epilogue(z, cpu.square_sum(x), *geometry, *given)
+    for what, ours, theirs in zip(("y", "multiplier", "gate", "squares"), found, expected, strict=True):
+        close(ours, theirs, torch.float32, what)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (29, 31)])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_pointwise_adjoint(size, classes):
+    torch.manual_seed(0)
+    grad, weight = image(2 * classes, 50, *size), torch.randn(70, 50, 1, 1)
+    m, gate, identity = image(2, 70, *size), image(2, 70, *size), image(2 * classes, 70, *size)
+    matrix = pointwise.Pointwise(weight)
+    found = cpu.transposed_epilogue(matrix.empty(grad), m, identity, gate, True, product=matrix.product(grad))
+    total = torch.nn.functional.conv2d(grad.double(), weight.double()) + identity.double()
+    close(found[0], reference.per_row(m, len(grad)).double() * total, torch.float32)
+    close(found[1], reference.per_row(gate, len(grad)).double() * total, torch.float32)
+    bare, _ = cpu.transposed_epilogue(matrix.empty(grad), product=matrix.product(grad))
+    close(bare, total - identity.double(), torch.float32)
+
+
+def test_pointwise_of_no_image():
+    x, matrix = image(0, 16, 5, 5), pointwise.Pointwise(torch.randn(32, 16, 1, 1))
+    found = cpu.conv_epilogue(
+        matrix.empty(x), cpu.square_sum(x), (1, 1), (1, 1), (0, 0), (1, 1), 1e-6, product=matrix.product(x)
+    )
+    assert found[0].shape == (0, 32, 5, 5)
+
+
+def test_where_pointwise_is_chosen():
+    """Where the matrix product is all there is to it, and the instruction set is the one it was measured with."""
+
+    def suits(kernel=1, padding=(0, 0), groups=1, dtype=torch.float32):
+        return pointwise.suits(torch.empty(32, 16 // groups, kernel, kernel, dtype=dtype), padding, groups)
+
+    assert suits() == (cpu.isa() == "avx512")
+    for other in ({"kernel": 3}, {"padding": (1, 1)}, {"groups": 2}, {"dtype": torch.bfloat16}):
+        assert not suits(**other), other

@@ -240,7 +240,7 @@ def _fused(
 
     else:
         # As the engine runs it, images all together.
-        step = native.build(program, chunk=lead.shape[0])
+        (step,) = native.build([program], chunk=lead.shape[0])
 
         def run() -> Results:
             return tuple(step(lead, None).values())

@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,11 +44,11 @@ Function = Callable[..., Any]
 CHUNK = 2
 
 
-def build(program: Program, chunk: int | None = None) -> Runner:
-    """Lower a program to steps.
+def build(programs: Sequence[Program], chunk: int | None = None) -> list[Runner]:
+    """Lower programs to steps; what they pack of a constant that they share is packed once.
 
     Args:
-        program: fused ops, float32 or bfloat16, on the CPU.
+        programs: fused ops, float32 or bfloat16, on the CPU.
         chunk: images that go through together; None: two.
 
     Raises:
@@ -55,8 +56,11 @@ def build(program: Program, chunk: int | None = None) -> Runner:
     """
     if not cpu.available():
         raise UnsupportedOpError(f"backend 'native': {cpu.unavailable_reason()}")
-    together = CHUNK if chunk is None else chunk
-    module, constants = lowered(program)
+    packed = _Packed()
+    return [_runner(*lowered(program, packed), CHUNK if chunk is None else chunk) for program in programs]
+
+
+def _runner(module: GraphModule, constants: list[Tensor], together: int) -> Runner:
     forward = module.forward
 
     def once(images: Tensor, class_ids: Tensor | None) -> dict[str, Tensor]:
@@ -77,16 +81,37 @@ def build(program: Program, chunk: int | None = None) -> Runner:
     return run
 
 
-def lowered(program: Program) -> tuple[GraphModule, list[Tensor]]:
+class _Packed:
+    """What was packed of constants, for the programs that read them. The constants have to live as long as this."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], Any] = {}
+
+    def get(self, constant: Tensor, how: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """``make()``, made once for this memory and this way of packing it."""
+        key = (constant.data_ptr(), tuple(constant.shape), constant.dtype, *how)
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+@dataclass(frozen=True)
+class _Lowering:
+    program: Program
+    packed: _Packed
+
+
+def lowered(program: Program, packed: _Packed | None = None) -> tuple[GraphModule, list[Tensor]]:
     """The program in steps, and the constants that no step took: its first arguments, before image and class ids."""
     program = program.copy()
-    _lower(program)
+    _lower(program, _Packed() if packed is None else packed)
     module = GraphModule(nn.Module(), program.graph)
     return module, [program.constants[n] for n in program.graph.nodes if n in program.constants]
 
 
-def _lower(program: Program) -> None:
+def _lower(program: Program, packed: _Packed) -> None:
     """Replace every fused op of the program's graph by a step, a plain function of the node's tensor arguments."""
+    low = _Lowering(program, packed)
     fold_crops(program, lambda node: _is_depthwise(program, bound_arguments(node)))
     fold_crop_of_the_image(program, lambda node: _fits_parity(program, bound_arguments(node)))
     for node, place in join_in_place(program, lambda node: _is_dense_convolution(program, node)).items():
@@ -98,7 +123,7 @@ def _lower(program: Program) -> None:
         if make is None:
             continue
         arguments = bound_arguments(node)
-        function, args = make(program, node, arguments)
+        function, args = make(low, node, arguments)
         if "weight" in arguments:
             node.meta["weight_shape"] = tuple(program.constants[arguments["weight"]].shape)
         # The name that the generated code gives it.
@@ -184,6 +209,10 @@ def _value(program: Program, node: Any) -> Tensor | None:
     return None if node is None else program.constants[node]
 
 
+def _address(value: Tensor | None) -> int:
+    return 0 if value is None else value.data_ptr()
+
+
 def _is_depthwise(program: Program, a: dict[str, Any]) -> bool:
     weight = program.constants[a["weight"]]
     return bool(weight.shape[1] == 1 and weight.shape[0] == a["groups"] and a["groups"] > 1)
@@ -218,15 +247,15 @@ def _input_channels(x: Node, weight: Tensor) -> Tensor:
     return weight[:, : meta["encoded_channels"]].contiguous()
 
 
-def _conv2d_fused(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
-    weight = program.constants[a["weight"]]
-    bias, scale, shift = (_value(program, a[name]) for name in ("bias", "scale", "shift"))
+def _conv2d_fused(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+    weight = low.program.constants[a["weight"]]
+    bias, scale, shift = (_value(low.program, a[name]) for name in ("bias", "scale", "shift"))
     scale, shift = (None if v is None else v.float().contiguous() for v in (scale, shift))
     kernel, geometry = list(weight.shape[2:]), (list(a["stride"]), list(a["padding"]), list(a["dilation"]))
     wants = (a["want_multiplier"], a["want_gate"], a["want_squares"])
     b, eps, activation, groups = a["b"], a["eps"], a["activation"], a["groups"]
-    if _is_depthwise(program, a):
-        packed = cpu.pack_depthwise(weight)
+    if _is_depthwise(low.program, a):
+        packed = low.packed.get(weight, ("depthwise",), lambda: cpu.pack_depthwise(weight))
         bias = None if bias is None else bias.float().contiguous()
         source, padding = a["x"], geometry[1]
         if (padded := padding_of(source)) is not None:
@@ -241,12 +270,13 @@ def _conv2d_fused(program: Program, node: Node, a: dict[str, Any]) -> tuple[Func
             )
 
         return depthwise, [source, a["residual"]]
-    weight = _input_channels(a["x"], weight)
+    constant, weight = weight, _input_channels(a["x"], weight)
     place: Slice | None = node.meta.get("writes_into")
     args = [a["x"], a["squares"], a["residual"]]
     args = args if place is None else [*args, place.buffer]
     if bias is None and pointwise.suits(weight, geometry[1], groups):
-        matrix = pointwise.Pointwise(weight, geometry[0])
+        how: tuple[Any, ...] = ("pointwise", *geometry[0], *weight.shape)
+        matrix = low.packed.get(constant, how, lambda: pointwise.Pointwise(weight, geometry[0]))
 
         def one_by_one(x: Tensor, squares: Tensor | None, residual: Tensor | None, buffer: Tensor | None = None) -> Any:
             x = cpu.readable(x)
@@ -259,7 +289,11 @@ def _conv2d_fused(program: Program, node: Node, a: dict[str, Any]) -> tuple[Func
             )  # fmt: skip
 
         return one_by_one, args
-    convolution = _convolution(weight, None if bias is None else bias.to(weight.dtype), *geometry, groups)
+    size = tuple(a["x"].meta["val"].shape[2:])
+    how = ("convolution", _address(bias), *map(tuple, geometry), groups, size, *weight.shape)
+    convolution = low.packed.get(
+        constant, how, lambda: _convolution(weight, None if bias is None else bias.to(weight.dtype), *geometry, groups)
+    )
 
     def dense(x: Tensor, squares: Tensor | None, residual: Tensor | None, buffer: Tensor | None = None) -> Any:
         z = convolution(x)
@@ -273,13 +307,14 @@ def _conv2d_fused(program: Program, node: Node, a: dict[str, Any]) -> tuple[Func
     return dense, args
 
 
-def _conv2d_transposed(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
-    weight = program.constants[a["weight"]]
+def _conv2d_transposed(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+    weight = low.program.constants[a["weight"]]
     geometry = (list(a["stride"]), list(a["padding"]), list(a["dilation"]))
     size, want_raw = list(a["input_size"]), a["want_raw"]
     args = [a["grad"], a["multiplier"], a["identity"], a["gate"]]
-    if _is_depthwise(program, a):
-        packed, kernel = cpu.pack_depthwise(weight), list(weight.shape[2:])
+    if _is_depthwise(low.program, a):
+        packed = low.packed.get(weight, ("depthwise",), lambda: cpu.pack_depthwise(weight))
+        kernel = list(weight.shape[2:])
 
         def depthwise(grad: Tensor, m: Tensor | None, identity: Tensor | None, gate: Tensor | None) -> Any:
             return cpu.depthwise_transposed(grad, packed, kernel, size, *geometry, m, identity, gate, want_raw)
@@ -338,10 +373,10 @@ def _mirrors(program: Program, node: Node, mean: Tensor, std: Tensor) -> bool:
     return True
 
 
-def _encode_image(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
-    mean, std = program.constants[a["mean"]], program.constants[a["std"]]
+def _encode_image(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+    mean, std = low.program.constants[a["mean"]], low.program.constants[a["std"]]
     six, dtype = a["six_channels"], a["dtype"]
-    mirrored = six and _mirrors(program, node, mean, std)
+    mirrored = six and _mirrors(low.program, node, mean, std)
     channels = 6 if six and not mirrored else 3
     node.meta.update(encoded_channels=channels, mirrored=mirrored)
     if mirrored:
@@ -354,11 +389,11 @@ def _encode_image(program: Program, node: Node, a: dict[str, Any]) -> tuple[Func
     return run, [a["image"]]
 
 
-def _conv2d_contributions(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
-    inverse = program.constants[a["inverse_std"]].float().contiguous()
-    weight = program.constants[a["weight"]][:, : inverse.numel()]
+def _conv2d_contributions(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+    inverse = low.program.constants[a["inverse_std"]].float().contiguous()
+    weight = low.program.constants[a["weight"]][:, : inverse.numel()]
     stride, padding, dilation = list(a["stride"]), list(a["padding"]), list(a["dilation"])
-    height, width = (int(s) for s in program.image.meta["val"].shape[2:])
+    height, width = (int(s) for s in low.program.image.meta["val"].shape[2:])
     scale, want_colour = a["scale"], any(u.args[1] == 2 for u in node.users)
     if _halves((height, width), stride, dilation):
         axes = [ParityAxis.of(k, 2, p) for k, p in zip(weight.shape[2:], padding, strict=True)]
@@ -380,8 +415,8 @@ def _conv2d_contributions(program: Program, node: Node, a: dict[str, Any]) -> tu
     return run, [a["grad"], a["image"]]
 
 
-def _image_contributions(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
-    inverse = program.constants[a["inverse_std"]].float().contiguous()
+def _image_contributions(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+    inverse = low.program.constants[a["inverse_std"]].float().contiguous()
     scale, want_colour = a["scale"], any(u.args[1] == 2 for u in node.users)
 
     def run(grad: Tensor, image: Tensor) -> Any:
@@ -393,9 +428,9 @@ def _image_contributions(program: Program, node: Node, a: dict[str, Any]) -> tup
 # --- linear layers, pooling, the rest --------------------------------------------------------------------------------
 
 
-def _linear_fused(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
-    weight = program.constants[a["weight"]]
-    bias, scale, shift = (_value(program, a[name]) for name in ("bias", "scale", "shift"))
+def _linear_fused(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+    weight = low.program.constants[a["weight"]]
+    bias, scale, shift = (_value(low.program, a[name]) for name in ("bias", "scale", "shift"))
     bias = None if bias is None else bias.to(weight.dtype)
     scale, shift = (None if v is None else v.float().contiguous() for v in (scale, shift))
     wants = (a["want_multiplier"], a["want_gate"], a["want_squares"])
@@ -410,27 +445,27 @@ def _linear_fused(program: Program, node: Node, a: dict[str, Any]) -> tuple[Func
     return run, [a["x"], a["squares"], a["residual"]]
 
 
-def _linear_transposed(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
-    weight = program.constants[a["weight"]].t().contiguous()
+def _linear_transposed(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+    weight = low.program.constants[a["weight"]].t().contiguous()
     return (
         _with_epilogue(lambda grad: F.linear(grad, weight).contiguous(), a),
         [a["grad"], a["multiplier"], a["identity"], a["gate"]],
     )
 
 
-def _square_sum(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+def _square_sum(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
     groups = a["groups"]
     if groups == 1 and padding_of(a["x"]) is not None:
         # The image's encoding came with its map, which has fewer channels to pad.
         source, pads = a["x"].args[:2]
         if source.target is operator.getitem and source.args[1] == 0 and "encoded_channels" in source.args[0].meta:
-            with program.graph.inserting_before(node):
-                squares = program.graph.call_function(operator.getitem, (source.args[0], 1))
+            with low.program.graph.inserting_before(node):
+                squares = low.program.graph.call_function(operator.getitem, (source.args[0], 1))
             return lambda squares: F.pad(squares, pads), [squares]
     return lambda x: cpu.square_sum(x, groups), [a["x"]]
 
 
-def _avg_pool2d(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+def _avg_pool2d(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
     kernel, stride, padding = (tuple(a[name]) for name in ("kernel_size", "stride", "padding"))
     ceil, count, want, groups = a["ceil_mode"], a["count_include_pad"], a["want_squares"], a["groups"]
     whole = kernel == tuple(a["x"].meta["val"].shape[2:]) and padding == (0, 0)
@@ -443,7 +478,7 @@ def _avg_pool2d(program: Program, node: Node, a: dict[str, Any]) -> tuple[Functi
     return run, [a["x"]]
 
 
-def _avg_pool2d_transposed(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+def _avg_pool2d_transposed(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
     kernel, stride, padding, size = (list(a[name]) for name in ("kernel_size", "stride", "padding", "input_size"))
     ceil, count = a["ceil_mode"], a["count_include_pad"]
     area = size[0] * size[1]
@@ -460,7 +495,7 @@ def _avg_pool2d_transposed(program: Program, node: Node, a: dict[str, Any]) -> t
     return _with_epilogue(spread if whole else back, a), [a["grad"], a["multiplier"], a["identity"], a["gate"]]
 
 
-def _max_pool2d(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+def _max_pool2d(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
     kernel, stride, padding, dilation = (tuple(a[name]) for name in ("kernel_size", "stride", "padding", "dilation"))
     ceil, want_index, want_squares, groups = (a[name] for name in ("ceil_mode", "want_index", "want_squares", "groups"))
 
@@ -477,7 +512,7 @@ def _max_pool2d(program: Program, node: Node, a: dict[str, Any]) -> tuple[Functi
     return run, [a["x"]]
 
 
-def _max_pool2d_transposed(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+def _max_pool2d_transposed(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
     kernel, stride, padding, dilation, size = (
         list(a[name]) for name in ("kernel_size", "stride", "padding", "dilation", "input_size")
     )
@@ -499,14 +534,14 @@ def _max_pool2d_transposed(program: Program, node: Node, a: dict[str, Any]) -> t
     return run, [a["grad"], a["index"], a["multiplier"], a["identity"], a["gate"]]
 
 
-def _scale_act(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
-    scale, shift = (program.constants[a[name]].float().contiguous() for name in ("scale", "shift"))
+def _scale_act(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+    scale, shift = (low.program.constants[a[name]].float().contiguous() for name in ("scale", "shift"))
     activation, want, groups = a["activation"], a["want_squares"], a["groups"]
     return lambda x: cpu.scale_act(x, scale, shift, activation, want, groups), [a["x"]]
 
 
-def _scale_act_transposed(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
-    scale, shift = (program.constants[a[name]].float().contiguous() for name in ("scale", "shift"))
+def _scale_act_transposed(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+    scale, shift = (low.program.constants[a[name]].float().contiguous() for name in ("scale", "shift"))
     activation, in_place = a["activation"], _may_overwrite(node, a["identity"])
     node.meta["accumulates"] = True
 
@@ -541,7 +576,7 @@ def _channel_range(node: Node) -> tuple[int, int] | None:
     return (begin, end) if a["dim"] == 1 and a["step"] == 1 and 0 <= begin <= end else None
 
 
-def _transposed_epilogue(program: Program, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+def _transposed_epilogue(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
     want_raw = a["want_raw"]
 
     def run(total: Tensor, m: Tensor | None, identity: Tensor | None, gate: Tensor | None) -> Any:
@@ -551,7 +586,7 @@ def _transposed_epilogue(program: Program, node: Node, a: dict[str, Any]) -> tup
     return run, [a["total"], a["multiplier"], a["identity"], a["gate"]]
 
 
-_MAKERS: dict[str, Callable[[Program, Node, dict[str, Any]], tuple[Function, list[Any]]]] = {
+_MAKERS: dict[str, Callable[[_Lowering, Node, dict[str, Any]], tuple[Function, list[Any]]]] = {
     "avg_pool2d": _avg_pool2d,
     "avg_pool2d_transposed": _avg_pool2d_transposed,
     "conv2d_contributions": _conv2d_contributions,
