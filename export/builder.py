@@ -158,7 +158,11 @@ class OnnxBuilder:
             return self.int_scalar(int(value))
         half = self.in_half() and not wide
         kind, name = (np.float16, "half") if half else (np.float32, "float")
-        return self._initializer(f"{name}_{value!r}", np.array(value, dtype=kind))
+        array = np.array(value, dtype=kind)
+        if value and not array:
+            # What is not 0, a divisor say, stays so.
+            array = np.copysign(np.finfo(kind).smallest_subnormal, kind(value))
+        return self._initializer(f"{name}_{value!r}", array)
 
     def tensor(self, value: Tensor, name: str, wide: bool = False) -> ir.Value:
         """A constant tensor made while emitting, in the current node's type (``wide``: fp32)."""

@@ -425,14 +425,18 @@ def flipped_weight(b: OnnxBuilder, weight: ir.Value, shape: Sequence[int], group
 
 @onnx_op(aten.conv_transpose2d.input)
 def conv_transpose2d(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
-    """``Conv`` with the flipped kernel at stride 1, else ``ConvTranspose``."""
+    """``Conv`` with the flipped kernel at stride 1, else ``ConvTranspose``.
+
+    In onnxruntime (CPU) the forms that a compiler is given (bcos_rt.graph.lower_transposed) are no faster for strides:
+    parities as channels take as long, zeros put between places longer.
+    """
     weight, shape = a["weight"], _shape(a["weight"])
     kernel = [int(s) for s in shape[2:]]
     stride, padding, dilation = _pair(a["stride"]), _pair(a["padding"]), _pair(a["dilation"])
     extra = _pair(a["output_padding"])
     bias = [b[a["bias"]]] if a["bias"] is not None else []
     flipped = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
-    if stride == [1, 1] and extra == [0, 0] and max(kernel) > 1 and min(flipped) >= 0:
+    if stride == [1, 1] and extra == [0, 0] and min(flipped) >= 0:
         result: ir.Value = b.op(
             "Conv",
             b[a["input"]],

@@ -302,7 +302,14 @@ def clamp(adjoint: Adjoint, node: Node, grad: Node) -> None:
     low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
     if isinstance(low, Node) or isinstance(high, Node) or not low <= 0 <= high:
         raise adjoint.fail(node, f"clamp to [{low}, {high}] does not map 0 to 0, so it is no gate times its input")
-    _send_gated(adjoint, node.args[0], grad, _ratio(adjoint, node, 0.0 if low == 0 else 1.0))
+    x = node.args[0]
+    if low == 0:
+        # Nothing divides by 0, and where x <= 0 the quotient is 0 by itself.
+        positive = adjoint.call(aten.clamp_min.default, x, torch.finfo(node.meta["val"].dtype).tiny)
+        gate = adjoint.call(aten.div.Tensor, node, positive)
+    else:
+        gate = _ratio(adjoint, node, 1.0)
+    _send_gated(adjoint, x, grad, gate)
 
 
 @rule(aten.elu.default, aten.celu.default, aten.selu.default, aten.tanh.default)

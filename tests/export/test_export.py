@@ -361,6 +361,25 @@ def test_half_precision_with_every_kind_of_layer(tmp_path):
         assert report.parity.differences["weights"].cosine > 0.98
 
 
+def test_half_precision_divides_by_nothing_that_became_zero(tmp_path):
+    """A ReLU6's gate divides by at least float32's smallest normal number, which float16 does not have."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.ReLU6(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8, 4),
+    )
+    net, _ = bcosify(model, Recipe.equivalent())
+    to_onnx(net.eval(), tmp_path / "half.onnx", SIZE, precision="fp16")
+    to_onnx(net, tmp_path / "single.onnx", SIZE)
+    dark = torch.zeros(3, 3, *SIZE)
+    half, full = (run_file(tmp_path / f"{name}.onnx", dark, [0, 1, 2]) for name in ("half", "single"))
+    assert np.isfinite(half["weights"]).all()
+    assert relative(half["weights"], full["weights"]) < TOLERANCES["onnx_weights_fp16"]
+
+
 @pytest.mark.parametrize("outputs", [["residual"], ["logits", "residual"], ["class_used"], ["contributions"]])
 def test_half_precision_with_outputs_left_out(net, exported, outputs, tmp_path):
     to_onnx(net, tmp_path / "half.onnx", SIZE, precision="fp16", outputs=outputs)
