@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
-from bcos_rt.kernels import reference, reference_layers
+from bcos_rt.kernels import cpu, reference, reference_layers
 from bcos_rt.kernels.reference import ACTIVATIONS, CONV_EPS, LINEAR_EPS
 
 __all__ = [
@@ -266,6 +266,13 @@ def _too_many_taps(weight: Tensor, groups: int) -> bool:
     return max(weight.shape[2:]) > MAX_TAPS and not (groups > 1 and weight.shape[1] == 1)
 
 
+def _uses_cpp(x: Tensor) -> bool:
+    """Whether the C++ kernels can go over an image without rearranging it."""
+    if _backend.get() != "auto" or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return cpu.available() and cpu.in_channels_last(x)
+
+
 def _conv2d_uses_triton(x: Tensor, weight: Tensor, groups: int) -> bool:
     """As :func:`_use_triton`, but a layer takes the reference for kernels of over 31 places (ViT-B/32's patches)."""
     return _use_triton(x) and not (_backend.get() == "auto" and _too_many_taps(weight, groups))
@@ -354,7 +361,13 @@ def _conv2d_values(
     shape = _conv_size("conv2d", x.shape, weight, stride, padding, dilation, groups)
     _check_learned_b("conv2d", b, x)
     if not _conv2d_uses_triton(x, weight, groups):
-        return reference.conv2d(x, weight, bias, stride, padding, dilation, groups, b, eps)
+        geometry = (stride, padding, dilation)
+        if not isinstance(b, Tensor) and b != 1 and _uses_cpp(x):
+            z = cpu.channels_last(F.conv2d(x, weight, bias, *geometry, groups))
+            return cpu.conv_epilogue(
+                z, cpu.square_sum(x, groups), weight.shape[2:], *geometry, eps, b=b, groups=groups
+            )[0]
+        return reference.conv2d(x, weight, bias, *geometry, groups, b, eps)
     _check_size("conv2d", "the result", x, math.prod(shape))
     _check_size("conv2d", "x, its channels padded to 8,", x, _padded(x))
     y: Tensor = _triton("conv2d_fused")(
@@ -551,7 +564,12 @@ def _conv2d_backward(
     stride, padding, dilation, groups, eps = options
     if not triton:
         with torch.autocast(x.device.type, enabled=False):
-            return reference.conv2d_backward(grad, x, weight, bias, y, stride, padding, dilation, groups, b, eps, needs)
+            # A second derivative (create_graph=True) needs operations that autograd knows.
+            known = torch.is_grad_enabled() or not _uses_cpp(x) or not cpu.in_channels_last(y)
+            response = None if known else cpu.square_response_grad
+            return reference.conv2d_backward(
+                grad, x, weight, bias, y, stride, padding, dilation, groups, b, eps, needs, response
+            )
     learned = b if isinstance(b, Tensor) else None
     grads = _conv2d_backward_op(
         grad, x, weight, bias, y, 2.0 if learned is not None else b, learned, stride, padding, dilation, groups, eps,

@@ -11,7 +11,7 @@ in Arya et al., NeurIPS 2024, arXiv 2411.00715, eq. 4)::
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,7 @@ __all__ = [
     "per_row",
     "recover_z",
     "row_norm",
+    "square_response_grad",
     "square_sum",
     "transposed_rows",
     "unpack_mask",
@@ -216,6 +217,31 @@ def grad_response(
     return grad_z.to(z.dtype), grad_n, grad_b
 
 
+def square_response_grad(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`grad_response` of a convolution for B = 2, from ``y = z |z| / n`` itself.
+
+    ``dy/dz = 2 |z| / n = 2 sqrt(|y| / n)`` and ``dy/dn = -y / n``.
+
+    Returns:
+        grad_z like ``y``; grad_n / n, [N, groups, H', W'].
+    """
+    n = patch_norm(x, kernel_size, stride, padding, dilation, groups, eps)
+    grad_z = (y.abs().to(n.dtype) / _align(n, y, 1)).sqrt() * grad * 2
+    products = grad.to(n.dtype) * y
+    grad_n = products.reshape(y.shape[0], groups, y.shape[1] // groups, *y.shape[2:]).sum(2) if groups > 1 else products.sum(1, True)
+    return grad_z.to(y.dtype), -grad_n / (n * n)
+
+
 def conv2d_backward(
     grad: Tensor,
     x: Tensor,
@@ -229,25 +255,30 @@ def conv2d_backward(
     b: float | Tensor,
     eps: float,
     needs: Sequence[bool],
+    square_response: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of :func:`conv2d` for x, weight, bias and a tensor B, through the patch norm too."""
-    grad_norm = grad_exponent = None
+    """Gradients of :func:`conv2d` for x, weight, bias and a tensor B, through the patch norm too.
+
+    ``square_response`` takes the place of :func:`square_response_grad`.
+    """
+    spread = grad_exponent = None
     grad_z = grad
     if isinstance(b, Tensor) or b != 1:
-        n = patch_norm(x, weight.shape[2:], stride, padding, dilation, groups, eps)
+        geometry = (weight.shape[2:], stride, padding, dilation, groups, eps)
         if isinstance(b, Tensor) or b != 2:
+            n = patch_norm(x, *geometry)
             z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+            grad_z, grad_n, grad_exponent = grad_response(grad, z, n, b, 1)
+            share = grad_n / n
         else:
-            z = recover_z(y, n, 1)
-        grad_z, grad_n, grad_exponent = grad_response(grad, z, n, b, 1)
+            grad_z, share = (square_response or square_response_grad)(grad, x, y, *geometry)
         if needs[0]:
             # n^2 = box(sum x^2) + eps, so dn/dx = x * box^T(grad_n / n).
-            ones = grad_n.new_ones(groups, 1, *weight.shape[2:])
+            ones = share.new_ones(groups, 1, *weight.shape[2:])
             extra = output_padding(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-            spread = F.conv_transpose2d(grad_n / n, ones, None, stride, padding, extra, groups, dilation)
-            grad_norm = _align(spread, x, 1).to(x.dtype) * x
+            spread = F.conv_transpose2d(share, ones, None, stride, padding, extra, groups, dilation)
     grad_x, grad_w, grad_b = torch.ops.aten.convolution_backward(
-        grad_z.contiguous(),
+        grad_z,
         x,
         weight,
         [weight.shape[0]] if bias is not None else None,
@@ -259,8 +290,8 @@ def conv2d_backward(
         groups,
         [needs[0], needs[1], needs[2] and bias is not None],
     )
-    if grad_norm is not None:
-        grad_x = grad_x + grad_norm
+    if spread is not None:
+        grad_x = torch.addcmul(grad_x, _align(spread, x, 1).to(x.dtype), x)
     return grad_x, grad_w, grad_b, grad_exponent
 
 

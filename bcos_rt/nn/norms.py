@@ -6,8 +6,52 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["BatchNormUncentered2d"]
+
+
+def _channel_sums(x: Tensor) -> Tensor:
+    """Sums over all but channels, [N, C, H, W] -> [C], axis by axis from the innermost one.
+
+    On CPUs 10 to 40 times as fast as a sum over three axes at once, whose loops do not follow the memory; and summed
+    in parts as few numbers as here, float32 loses less.
+    """
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).sum(2).sum(1).sum(0)
+    return x.sum(3).sum(2).sum(0)
+
+
+class _Uncentered(torch.autograd.Function):
+    """``x weight / sqrt(var + eps)``, and the batch's mean and variance, which carry no gradient of their own.
+
+    With g the gradient and s = weight / sqrt(var + eps)::
+
+        dL/dx = g s + (x - mean) (2 / M) dL/dvar,   dL/dvar = -1/2 sum(g x) weight (var + eps)^(-3/2)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        count = x.numel() // x.shape[1]
+        mean = _channel_sums(x) / count
+        centred = x - mean[:, None, None]
+        var = _channel_sums(centred.mul_(centred)) / count
+        root = (var + eps).rsqrt()
+        scale = root if weight is None else root * weight
+        ctx.save_for_backward(x, weight, mean, root)
+        ctx.mark_non_differentiable(mean, var)
+        return x * scale[:, None, None], mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, mean, root = ctx.saved_tensors
+        total = _channel_sums(grad * x)
+        scale = root if weight is None else root * weight
+        slope = -total * scale * root**2 / (x.numel() // x.shape[1])
+        grad_x = grad * scale[:, None, None]
+        grad_x.addcmul_(x, slope[:, None, None]).sub_((slope * mean)[:, None, None])
+        return grad_x, None if weight is None else total * root, None
 
 
 class BatchNormUncentered2d(nn.BatchNorm2d):
@@ -49,22 +93,32 @@ class BatchNormUncentered2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         if self.training or self.running_var is None:
-            # fp16 squares overflow: statistics are taken in fp32.
-            wide = input.to(torch.promote_types(input.dtype, torch.float32))
-            var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+            out, mean, var = self._of_batch(input)
             if self.training and self.track_running_stats:
                 self._track(mean.detach(), var.detach())
         else:
-            var = self.running_var
-        scale = (var + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        out = input * scale.to(input.dtype)[:, None, None]
+            out = self._scaled(input, self.running_var)
         if self.bias is not None:
             out = out + self.bias.to(input.dtype)[:, None, None]
         if self.has_post:
             out = self.act(self.drop(out))
         return out
+
+    def _of_batch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The result without bias, and the batch's mean and variance."""
+        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
+            found: tuple[Tensor, Tensor, Tensor] = _Uncentered.apply(x, self.weight, self.eps)
+            return found
+        # fp16 squares overflow: statistics are taken in fp32.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+        return self._scaled(x, var), mean, var
+
+    def _scaled(self, x: Tensor, var: Tensor) -> Tensor:
+        scale = (var + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        return x * scale.to(x.dtype)[:, None, None]
 
     def _track(self, mean: Tensor, var: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:

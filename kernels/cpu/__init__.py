@@ -34,6 +34,7 @@ __all__ = [
     "depthwise_transposed",
     "encode_image",
     "image_contributions",
+    "in_channels_last",
     "isa",
     "linear_epilogue",
     "pack_depthwise",
@@ -41,6 +42,7 @@ __all__ = [
     "row_square_sum",
     "scale_act",
     "scale_act_transposed",
+    "square_response_grad",
     "square_sum",
     "transposed_epilogue",
     "unavailable_reason",
@@ -108,10 +110,15 @@ def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def in_channels_last(x: Tensor) -> bool:
+    """Whether an image [N, C, H, W] has the strides of channels-last memory, those of sizes of 1 too."""
+    _, c, h, w = x.shape
+    return x.stride() == (c * h * w, 1, w * c, c)
+
+
 def channels_last(x: Tensor) -> Tensor:
     """:func:`bcos_rt.kernels.reference.channels_last`, at once where there is nothing to do."""
-    _, c, h, w = x.shape
-    return x if x.stride() == (c * h * w, 1, w * c, c) else reference.channels_last(x)
+    return x if in_channels_last(x) else reference.channels_last(x)
 
 
 def readable(x: Tensor) -> Tensor:
@@ -257,6 +264,29 @@ def linear_epilogue(
         torch.get_num_threads(), None,
     )  # fmt: skip
     return z, _or_empty(multiplier, z), _or_empty(gate, z), _or_empty(out_squares, z)
+
+
+def square_response_grad(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`bcos_rt.kernels.reference.square_response_grad` in one pass; x and y in channels-last memory."""
+    n, o, oh, ow = y.shape
+    grad, squares = readable(grad), square_sum(x, groups)
+    grad_z, norm = _image_like(y.shape, y.dtype), _image_like((n, groups, oh, ow), torch.float32)
+    _kernels().response_grad(
+        (n, o, x.shape[2], x.shape[3], oh, ow), _window(kernel_size, stride, padding, dilation), _storage(y),
+        y.data_ptr(), o, _operand(grad), squares.data_ptr(), groups, groups, eps, grad_z.data_ptr(), norm.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_z, norm
 
 
 def square_sum(x: Tensor, groups: int = 1) -> Tensor:

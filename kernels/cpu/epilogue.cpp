@@ -3,6 +3,8 @@
 // Each thread has a range of pixels; a loop runs over pieces of rows, over their pixels, and over vectors of channels.
 #include "epilogue.h"
 
+#include <vector>
+
 #include "pixels.h"
 
 namespace bcos {
@@ -21,6 +23,54 @@ static void adjoint_epilogue(const AdjointEpilogue& a) {
     const int64_t pixels = a.sizes.batch * a.sizes.height * a.sizes.width;
     in_parts(pixels, pixels * a.sizes.channels, a.threads, [&](int64_t begin, int64_t end) {
         adjoint_pixels<T>(a, begin, end);
+    });
+}
+
+template <bool PART, typename T>
+static inline __attribute__((always_inline)) vfloat response_grad(
+    const T* y, const T* grad, T* out, int64_t c, int n, vfloat inverse) {
+    const vfloat value = get<PART>(y + c, n), g = get<PART>(grad + c, n);
+    put<PART>(out + c, 2.f * g * square_root(magnitude(value) * inverse), n);
+    return g * value;
+}
+
+template <typename T>
+static void response_grad_rows(const ResponseGrad& given) {
+    const Epilogue layer = given.layer;
+    const Sizes& size = layer.sizes;
+    const int64_t channels = size.channels, groups = layer.groups, per_group = channels / groups;
+    const int64_t pixels = size.batch * size.out_height * size.out_width, width = size.out_width;
+    in_parts(pixels, pixels * channels, layer.threads, [&](int64_t begin, int64_t end) {
+        const ResponseGrad a = given;
+        std::vector<float> inverses((size_t)(width * groups));
+        by_row(begin, end, width, [&](int64_t row, int64_t first, int64_t last) {
+            const int64_t image = row / size.out_height, oh = row % size.out_height;
+            for (int64_t g = 0; g < groups; ++g) inverse_norms(layer, image, oh, g, inverses.data() + g * width);
+            for (int64_t ow = first; ow < last; ++ow) {
+                const int64_t pixel = row * width + ow;
+                const T* y = (const T*)layer.z + pixel * layer.z_pixel;
+                const T* grad = at<T>(a.grad, image, oh, ow);
+                T* out = (T*)a.grad_z + pixel * channels;
+                float* norm = a.norm + pixel * groups;
+                GroupSums sums = {norm, groups, per_group, {}};
+                for (int64_t c = 0; c < channels; c += LANES) {
+                    const int n = (int)lower(LANES, channels - c);
+                    vfloat inverse = broadcast(inverses[(size_t)ow]);
+                    for (int i = 0; groups > 1 && i < n; ++i) {
+                        inverse[i] = inverses[(size_t)((c + i) / per_group * width + ow)];
+                    }
+                    sums.add(
+                        n == LANES ? response_grad<false>(y, grad, out, c, n, inverse)
+                                   : response_grad<true>(y, grad, out, c, n, inverse),
+                        c, n);
+                }
+                sums.end();
+                for (int64_t g = 0; g < groups; ++g) {
+                    const float inverse = inverses[(size_t)(g * width + ow)];
+                    norm[g] *= -inverse * inverse;
+                }
+            }
+        });
     });
 }
 
@@ -211,6 +261,13 @@ static void contribution_rows(const Contributions& a) {
 
 void epilogue(const Epilogue& a) { BCOS_BY_STORAGE(forward_epilogue, a) }
 void adjoint_end(const AdjointEpilogue& a) { BCOS_BY_STORAGE(adjoint_epilogue, a) }
+void response_grad(const ResponseGrad& a) {
+    if (a.layer.storage == Storage::bfloat16) {
+        response_grad_rows<uint16_t>(a);
+    } else {
+        response_grad_rows<float>(a);
+    }
+}
 void scale_act(const ScaleAct& a) { BCOS_BY_STORAGE(scale_act_by_activation, a) }
 void square_sum(const SquareSum& a) { BCOS_BY_STORAGE(square_sum_rows, a) }
 void encode(const Encode& a) { BCOS_BY_STORAGE(encode_rows, a) }

@@ -29,6 +29,14 @@ struct Epilogue {
     int threads = 1;
 };
 
+// Gradients of y = z |z| / n in training: to z, 2 sqrt(|y| / n) grad, and to n, of which -sum(grad y) / n^2 is stored.
+struct ResponseGrad {
+    Epilogue layer;  // sizes, window, squares, entries, groups, eps, threads, and y as z
+    Image grad;
+    void* grad_z = nullptr;  // contiguous, as y
+    float* norm = nullptr;   // [N, out_height, out_width, groups]
+};
+
 // The end of an adjoint by itself, of a total that may be where adjoint.out is.
 struct AdjointEpilogue {
     Sizes sizes;  // batch: rows of gradients; height, width

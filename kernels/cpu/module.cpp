@@ -117,6 +117,26 @@ PYBIND11_MODULE(_native, m) {
         run(kernels.adjoint_end, a);
     });
 
+    m.def("response_grad", [](py::tuple size, py::tuple win, int storage, int64_t y, int64_t y_pixel, py::object grad,
+                              int64_t squares, int64_t entries, int64_t groups, float eps, int64_t grad_z, int64_t norm,
+                              int threads) {
+        ResponseGrad a;
+        a.layer.sizes = sizes(size);
+        a.layer.window = window(win);
+        a.layer.storage = static_cast<Storage>(storage);
+        a.layer.z = address<const void>(y);
+        a.layer.z_pixel = y_pixel;
+        a.layer.squares = address<const float>(squares);
+        a.layer.entries = entries;
+        a.layer.groups = groups;
+        a.layer.eps = eps;
+        a.layer.threads = threads;
+        a.grad = image(grad);
+        a.grad_z = address<void>(grad_z);
+        a.norm = address<float>(norm);
+        run(kernels.response_grad, a);
+    });
+
     m.def("scale_act", [](py::tuple size, int storage, py::object x, py::object grad, py::object identity, int64_t scale,
                           int64_t shift, int activation, int64_t groups, int64_t per_image, int64_t out,
                           int64_t out_pixel, int64_t squares, int threads) {

@@ -11,6 +11,7 @@ namespace bcos {
 struct Table {
     void (*epilogue)(const Epilogue&);
     void (*adjoint_end)(const AdjointEpilogue&);
+    void (*response_grad)(const ResponseGrad&);
     void (*scale_act)(const ScaleAct&);
     void (*square_sum)(const SquareSum&);
     void (*encode)(const Encode&);
@@ -28,6 +29,7 @@ struct Table {
     namespace isa {                                         \
     void epilogue(const Epilogue&);                         \
     void adjoint_end(const AdjointEpilogue&);               \
+    void response_grad(const ResponseGrad&);                \
     void scale_act(const ScaleAct&);                        \
     void square_sum(const SquareSum&);                      \
     void encode(const Encode&);                             \
@@ -40,10 +42,10 @@ struct Table {
     void winograd_pack(const WinogradPack&);                \
     void winograd(const Winograd&);                         \
     static inline Table table() {                           \
-        return {epilogue,       adjoint_end,       scale_act,         square_sum,    \
-                encode,         contributions,     depthwise,         depthwise_adjoint, \
-                pointwise_pack, pointwise_forward, pointwise_adjoint, winograd_pack, \
-                winograd};                                                           \
+        return {epilogue,          adjoint_end,       response_grad,  scale_act,     \
+                square_sum,        encode,            contributions,  depthwise,     \
+                depthwise_adjoint, pointwise_pack,    pointwise_forward,             \
+                pointwise_adjoint, winograd_pack,     winograd};                                                           \
     }                                                       \
     }
 

@@ -170,6 +170,7 @@ void test_encode(const bcos::Table& kernels);
 void test_contributions(const bcos::Table& kernels);
 void test_depthwise(const bcos::Table& kernels);
 void test_depthwise_adjoint(const bcos::Table& kernels);
+void test_response_grad(const bcos::Table& kernels);
 void test_pointwise_forward(const bcos::Table& kernels);
 void test_pointwise_adjoint(const bcos::Table& kernels);
 void test_winograd(const bcos::Table& kernels);

@@ -86,6 +86,7 @@ int main() {
         const std::pair<const char*, void (*)(const bcos::Table&)> tests[] = {
             {"epilogue", test::test_epilogue},
             {"adjoint_end", test::test_adjoint_end},
+            {"response_grad", test::test_response_grad},
             {"scale_act", test::test_scale_act},
             {"square_sum", test::test_square_sum},
             {"encode", test::test_encode},

@@ -213,4 +213,54 @@ void test_adjoint_end(const bcos::Table& kernels) {
     }
 }
 
+void test_response_grad(const bcos::Table& kernels) {
+    for (const bcos::Storage storage : storages()) {
+        for (const int64_t groups : {1, 2, 3}) {
+            const Case c = convolution(2, 21 * groups, 7, 9, {3, 2, 2, 1, 1, 1, 1, 2}, groups, groups, 2);
+            const bcos::Sizes& size = c.sizes;
+            const int64_t oh = size.out_height, ow = size.out_width, pixels = 2 * oh * ow, channels = size.channels;
+            Picture y(storage, 2, oh, ow, channels), grad(storage, 2, oh, ow, channels, 2, 1);
+            Values map = random_floats(2 * 7 * 9 * groups), grad_z(storage, pixels * channels);
+            for (int64_t i = 0; i < map.count(); ++i) map.set(i, 0.5 + std::fabs(map.get(i)));
+            Values norm = floats(pixels * groups);
+            bcos::ResponseGrad a;
+            a.layer.sizes = size;
+            a.layer.window = c.window;
+            a.layer.storage = storage;
+            a.layer.z = y.data();
+            a.layer.z_pixel = channels;
+            a.layer.squares = float_data(map);
+            a.layer.entries = a.layer.groups = groups;
+            a.layer.eps = 1e-6f;
+            a.layer.threads = 2;
+            a.grad = grad.image();
+            a.grad_z = grad_z.data();
+            a.norm = float_data(norm);
+            kernels.response_grad(a);
+            const bcos::Window& w = c.window;
+            for (int64_t p = 0; p < pixels; ++p) {
+                const int64_t n = p / (oh * ow), h = p / ow % oh, x = p % ow;
+                for (int64_t g = 0; g < groups; ++g) {
+                    double sum = 0, products = 0;
+                    for (int64_t r = 0; r < w.kernel_h; ++r) {
+                        for (int64_t s = 0; s < w.kernel_w; ++s) {
+                            const int64_t i = h * w.stride_h - w.padding_h + r * w.dilation_h;
+                            const int64_t j = x * w.stride_w - w.padding_w + s * w.dilation_w;
+                            if (i >= 0 && i < 7 && j >= 0 && j < 9) sum += map.get(((n * 7 + i) * 9 + j) * groups + g);
+                        }
+                    }
+                    const double root = std::sqrt(sum + 1e-6);
+                    for (int64_t o = g * channels / groups; o < (g + 1) * channels / groups; ++o) {
+                        const double value = y.get(n, h, x, o), slope = grad.get(n, h, x, o);
+                        close("grad_z", grad_z, p * channels + o, 2 * slope * std::sqrt(std::fabs(value) / root), 1);
+                        products += slope * value;
+                    }
+                    close("norm", norm, p * groups + g, -products / root / root, 1);
+                }
+            }
+            grad.untouched();
+        }
+    }
+}
+
 }  // namespace test

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bcos_rt.kernels import cpu, reference, reference_layers
+from bcos_rt.kernels import cpu, ops, reference, reference_layers
 from bcos_rt.kernels.cpu import pointwise, winograd
 from bcos_rt.kernels.reference import ACTIVATIONS, channels_last
 from tests.tolerances import KERNEL
@@ -451,3 +451,55 @@ def test_where_pointwise_is_chosen():
     assert suits() == (cpu.isa() == "avx512")
     for other in ({"kernel": 3}, {"padding": (1, 1)}, {"groups": 2}, {"dtype": torch.bfloat16}):
         assert not suits(**other), other
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 2, 3, 12])
+@pytest.mark.parametrize(
+    ("kernel", "geometry"), [((3, 2), ((2, 1), (1, 2), (1, 1))), ((1, 1), ((1, 1), (0, 0), (1, 1)))]
+)
+def test_square_response_grad(dtype, groups, kernel, geometry):
+    """Groups of whole vectors and of parts of one, a gradient that is a slice of channels."""
+    torch.manual_seed(0)
+    x = image(2, 12, 9, 7, dtype=dtype)
+    for outputs in (12, 48):
+        weight = torch.randn(outputs, 12 // groups, *kernel, dtype=torch.float64)
+        z = torch.nn.functional.conv2d(x.double(), weight, None, *geometry, groups)
+        norm = reference.patch_norm(x.double(), kernel, *geometry, groups)
+        y = channels_last((z * reference.dynamic_scale(z, norm, 2.0)).to(dtype))
+        grad = image(2, outputs + 8, *y.shape[2:], dtype=dtype)[:, 4 : 4 + outputs]
+        found = cpu.square_response_grad(grad, x, y, kernel, *geometry, groups, 1e-6)
+        expected = reference.square_response_grad(
+            grad.double(), x.double(), y.double(), kernel, *geometry, groups, 1e-6
+        )
+        close(found[0], expected[0], dtype, "z")
+        close(found[1], expected[1], dtype, "n")
+
+
+@pytest.mark.parametrize("b", [1.0, 1.5, 2.0, 2.5])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_layers_use_the_kernels(b, groups, monkeypatch):
+    """A layer on a channels-last image: values and gradients as on a plain one; second derivatives go without them."""
+    torch.manual_seed(0)
+    calls = []
+    for name in ("conv_epilogue", "square_response_grad"):
+        original = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *a, f=original, n=name, **k: (calls.append(n), f(*a, **k))[1])
+    given, weight, direction = image(2, 8, 7, 7), torch.randn(12, 8 // groups, 3, 3), torch.randn(2, 12, 4, 4)
+    weight.requires_grad_()
+
+    def layer(x, create_graph=False):
+        x = x.clone().requires_grad_()
+        y = ops.conv2d(x, weight, stride=(2, 2), padding=(1, 1), groups=groups, b=b)
+        return y, *torch.autograd.grad((y * direction).sum(), (x, weight), create_graph=create_graph)
+
+    ours = layer(given)
+    assert calls == ([] if b == 1 else ["conv_epilogue", "square_response_grad"][: 2 if b == 2 else 1])
+    calls.clear()
+    plain = layer(given.contiguous())
+    assert not calls
+    for mine, other in zip(ours, plain, strict=True):
+        close(mine.detach(), other.detach(), torch.float32)
+    _, first, _ = layer(given, create_graph=True)
+    assert "square_response_grad" not in calls
+    assert first.requires_grad

@@ -1,0 +1,57 @@
+"""BatchNorm without centring: its fast way on the CPU against what autograd makes of the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bcos_rt.nn import BatchNormUncentered2d
+
+
+def defined(x, weight, bias, eps):
+    """The definition, and the statistics."""
+    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    scale = (var + eps).rsqrt() * (1 if weight is None else weight)
+    out = x * scale[:, None, None]
+    return (out if bias is None else out + bias[:, None, None]), mean, var
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 4), (2, 1, 1, 6), (4, 3, 1, 1), (1, 2, 5, 5)])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"affine": False}])
+def test_values_gradients_and_statistics(shape, layout, options):
+    torch.manual_seed(0)
+    norm = BatchNormUncentered2d(shape[1], **options, dtype=torch.float64)
+    for parameter in norm.parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    # Far from 0, where a difference of squares would lose its digits.
+    x = (torch.randn(shape, dtype=torch.float64) + 30).contiguous(memory_format=layout).requires_grad_()
+    direction = torch.randn(shape, dtype=torch.float64)
+    given = [x, *norm.parameters()]
+    y = norm(x)
+    expected, mean, var = defined(x, norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(*(torch.autograd.grad((v * direction).sum(), given) for v in (y, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(norm.running_mean, 0.1 * mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * var, rtol=1e-12, atol=1e-12)
+
+
+def test_float32_statistics_are_as_exact_as_torch_var_mean():
+    torch.manual_seed(0)
+    x = (torch.randn(4, 8, 64, 64) + 3).contiguous(memory_format=torch.channels_last)
+    norm = BatchNormUncentered2d(8, momentum=1.0)
+    norm(x)
+    _, mean, var = defined(x.double(), None, None, norm.eps)
+    torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm.running_var.double(), var, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_takes_statistics_in_float32(dtype):
+    """Squares above 65504 do not overflow."""
+    x = (torch.randn(2, 3, 8, 8) * 300).to(dtype)
+    y = BatchNormUncentered2d(3)(x)
+    assert y.dtype == dtype
+    expected, _, _ = defined(x.double(), None, None, 1e-5)
+    torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=2e-2)
