@@ -49,8 +49,9 @@ class _Uncentered(torch.autograd.Function):
         total = _channel_sums(grad * x)
         scale = root if weight is None else root * weight
         slope = -total * scale * root**2 / (x.numel() // x.shape[1])
-        grad_x = grad * scale[:, None, None]
-        grad_x.addcmul_(x, slope[:, None, None]).sub_((slope * mean)[:, None, None])
+        # slope (x - mean), then g s: two passes.
+        grad_x = torch.addcmul((-slope * mean)[:, None, None], x, slope[:, None, None])
+        grad_x.addcmul_(grad, scale[:, None, None])
         return grad_x, None if weight is None else total * root, None
 
 
