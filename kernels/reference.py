@@ -238,7 +238,8 @@ def square_response_grad(
     n = patch_norm(x, kernel_size, stride, padding, dilation, groups, eps)
     grad_z = (y.abs().to(n.dtype) / _align(n, y, 1)).sqrt() * grad * 2
     products = grad.to(n.dtype) * y
-    grad_n = products.reshape(y.shape[0], groups, y.shape[1] // groups, *y.shape[2:]).sum(2) if groups > 1 else products.sum(1, True)
+    shape = (y.shape[0], groups, y.shape[1] // groups, *y.shape[2:])
+    grad_n = products.reshape(shape).sum(2)
     return grad_z.to(y.dtype), -grad_n / (n * n)
 
 
