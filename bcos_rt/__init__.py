@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bcos_rt.explanation.engine import Engine
     from bcos_rt.explanation.explain import explain
     from bcos_rt.nn.network import BcosNetwork
+    from bcos_rt.training import TrainingRecipe, finetune
 
 __all__ = [
     "BcosNetwork",
@@ -25,8 +26,10 @@ __all__ = [
     "Engine",
     "Explanation",
     "Recipe",
+    "TrainingRecipe",
     "bcosify",
     "explain",
+    "finetune",
     "load",
     "recalibrate",
     "save",
@@ -40,8 +43,10 @@ _HOMES = {
     "Engine": "bcos_rt.explanation.engine",
     "Explanation": "bcos_rt.explanation",
     "Recipe": "bcos_rt.conversion",
+    "TrainingRecipe": "bcos_rt.training",
     "bcosify": "bcos_rt.conversion",
     "explain": "bcos_rt.explanation",
+    "finetune": "bcos_rt.training",
     "load": "bcos_rt.checkpoint",
     "recalibrate": "bcos_rt.conversion",
     "save": "bcos_rt.checkpoint",

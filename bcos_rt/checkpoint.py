@@ -26,6 +26,7 @@ from bcos_rt.errors import BcosError, CheckpointError, InvalidArgumentError, Inv
 from bcos_rt.files import check_format, ordinary_mode
 from bcos_rt.models import rebuild_source
 from bcos_rt.models.weights import load_strict
+from bcos_rt.nn.exponent import exponents, set_exponents
 from bcos_rt.nn.network import BcosNetwork
 
 __all__ = ["is_checkpoint", "load", "save"]
@@ -110,6 +111,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> BcosNe
         raise CheckpointError(f"{path}: {_name_of(source)} does not convert with its recipe: {error}") from error
     net.source = dict(source)
     net.cpu()
+    try:
+        set_exponents(net, checkpoint.exponents)
+    except InvalidArgumentError as error:
+        raise CheckpointError(f"{path}: its exponents do not fit {_name_of(source)}: {error}") from error
     _match_dtypes(net, checkpoint.state)
     load_strict(net, checkpoint.state, f"{path} (made from {_name_of(source)})")
     return net.eval()
@@ -132,7 +137,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 def _config_of(net: BcosNetwork) -> dict[str, Any]:
     from bcos_rt import __version__
 
-    config = {
+    config: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "bcos_rt_version": __version__,
@@ -140,6 +145,8 @@ def _config_of(net: BcosNetwork) -> dict[str, Any]:
         "recipe": net.recipe.to_dict(),
         "class_names": net.class_names,
     }
+    if other := {name: b for name, b in exponents(net).items() if b != net.recipe.b}:
+        config["exponents"] = other  # learned, or in the middle of a schedule
     try:
         json.dumps(config)
     except (TypeError, ValueError) as error:
@@ -151,7 +158,10 @@ def _tensors(net: BcosNetwork) -> dict[str, Tensor]:
     """The state dict on the CPU, contiguous, no two tensors in the same memory (safetensors stores each by itself)."""
     state: dict[str, Tensor] = {}
     taken: set[int] = set()
+    learned = {f"{name}.b" for name in exponents(net)}
     for key, value in net.state_dict().items():
+        if key in learned:  # stands among the exponents
+            continue
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{key}: is a {type(value).__name__}; only tensors can be saved")
         value = value.detach().cpu().contiguous()
@@ -228,6 +238,7 @@ class _Checkpoint:
     recipe: Recipe
     source: dict[str, Any]
     class_names: list[str] | None
+    exponents: dict[str, float]
 
 
 def _read(path: Path) -> _Checkpoint:
@@ -259,6 +270,9 @@ def _read(path: Path) -> _Checkpoint:
         raise CheckpointError(f"{path}: damaged, recipe or source is missing")
     if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
         raise CheckpointError(f"{path}: damaged, class_names is not a list of names")
+    other = config.get("exponents", {})
+    if not (isinstance(other, dict) and all(isinstance(b, int | float) for b in other.values())):
+        raise CheckpointError(f"{path}: damaged, exponents is not a number by layer")
     try:
         parsed = Recipe.from_dict(recipe)
     except (InvalidArgumentError, InvalidTypeError) as error:
@@ -268,7 +282,7 @@ def _read(path: Path) -> _Checkpoint:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{weights}: not a safetensors file, or truncated ({error})") from error
-    return _Checkpoint(state, parsed, source, names)
+    return _Checkpoint(state, parsed, source, names, other)
 
 
 def _header(path: Path) -> dict[str, str]:

@@ -11,6 +11,8 @@ __all__ = [
     "InvalidArgumentError",
     "InvalidTypeError",
     "MissingDependencyError",
+    "TrainingError",
+    "TrainingInterruptedError",
     "UnsupportedOpError",
     "did_you_mean",
 ]
@@ -54,3 +56,11 @@ class CheckpointError(BcosError, ValueError):
 
 class MissingDependencyError(BcosError, ImportError):
     """An optional package is needed; the message says which extra installs it."""
+
+
+class TrainingError(BcosError, RuntimeError):
+    """Training cannot go on; the message names step and layer, and which checkpoint is kept."""
+
+
+class TrainingInterruptedError(BcosError):
+    """Training was asked to stop (SIGTERM) and has saved its state; the message says how to go on."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torchvision.transforms import functional as transform
 
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["load_image"]
+__all__ = ["decode_image", "load_image", "resized"]
 
 # Modes in which a sample is wider than a byte; Pillow's own conversion to RGB would clip them instead of scaling.
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
@@ -47,7 +49,11 @@ def load_image(path: str | os.PathLike[str], size: int | None = 224, crop_fracti
         raise InvalidArgumentError("size", size, "at least 1 pixel")
     if not 0 < crop_fraction <= 1:
         raise InvalidArgumentError("crop_fraction", crop_fraction, "a number in (0, 1]")
-    image = _read_rgb(Path(path))
+    return resized(_read_rgb(Path(path), repr(str(path))), size, crop_fraction)
+
+
+def resized(image: Image.Image | Tensor, size: int | None, crop_fraction: float = 0.875) -> Tensor:
+    """An RGB image or a tensor [3, H, W] in [0, 1], resized and cropped as :func:`load_image` says."""
     if size is not None:
         shorter = max(size, round(size / crop_fraction))
         image = transform.resize(_trimmed(image), [shorter], interpolation=InterpolationMode.BICUBIC, antialias=True)
@@ -55,6 +61,19 @@ def load_image(path: str | os.PathLike[str], size: int | None = 224, crop_fracti
     tensor: Tensor = image if isinstance(image, Tensor) else transform.to_tensor(image)
     # Bicubic filters overshoot at edges (Pillow clips its bytes itself).
     return tensor.clamp(0, 1)
+
+
+def decode_image(source: Path | IO[bytes] | Image.Image, name: str) -> Image.Image | Tensor:
+    """An image as :func:`load_image` reads it, before resizing: RGB bytes, or float32 [3, H, W] of deeper samples.
+
+    Args:
+        source: a file, an open one, or an image that Pillow has opened.
+        name: what to call it in errors.
+
+    Raises:
+        InvalidArgumentError: missing, truncated or no image.
+    """
+    return _read_rgb(source, name)
 
 
 def _trimmed(image: Image.Image | Tensor) -> Image.Image | Tensor:
@@ -66,26 +85,26 @@ def _trimmed(image: Image.Image | Tensor) -> Image.Image | Tensor:
     return image if target == [height, width] else transform.center_crop(image, target)
 
 
-def _read_rgb(path: Path) -> Image.Image | Tensor:
+def _read_rgb(source: Path | IO[bytes] | Image.Image, name: str) -> Image.Image | Tensor:
     """The decoded image, upright: an 8-bit RGB image, or float32 [3, H, W] in [0, 1] where samples are deeper."""
     expected = "an image file such as JPEG or PNG"
     try:
-        with Image.open(path) as opened:
+        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as opened:
             opened.load()
             return _to_rgb(ImageOps.exif_transpose(opened))
     except FileNotFoundError as error:
-        raise InvalidArgumentError("path", f"{str(path)!r}, which does not exist", expected) from error
+        raise InvalidArgumentError("path", f"{name}, which does not exist", expected) from error
     except IsADirectoryError as error:
-        raise InvalidArgumentError("path", f"{str(path)!r}, a directory", expected) from error
+        raise InvalidArgumentError("path", f"{name}, a directory", expected) from error
     except PermissionError as error:
-        raise InvalidArgumentError("path", f"{str(path)!r}, which may not be read", expected) from error
+        raise InvalidArgumentError("path", f"{name}, which may not be read", expected) from error
     except UnidentifiedImageError as error:
-        raise InvalidArgumentError("path", f"{str(path)!r}, which is no image Pillow can read", expected) from error
+        raise InvalidArgumentError("path", f"{name}, which is no image Pillow can read", expected) from error
     except Image.DecompressionBombError as error:
-        raise InvalidArgumentError("path", f"{str(path)!r} ({error})", "an image of reasonable size") from error
+        raise InvalidArgumentError("path", f"{name} ({error})", "an image of reasonable size") from error
     except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError) as error:
         # Pillow's decoders raise all of these on damaged files.
-        raise InvalidArgumentError("path", f"{str(path)!r}, corrupt or truncated ({error})", expected) from error
+        raise InvalidArgumentError("path", f"{name}, corrupt or truncated ({error})", expected) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image | Tensor:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +9,7 @@ from typing import Any
 from bcos_rt.benchmark.comparison import OK, Measured, quartiles
 from bcos_rt.benchmark.contender import Setting
 from bcos_rt.benchmark.memory import MIB
-from bcos_rt.files import ordinary_mode
+from bcos_rt.files import read_rows, write_csv, write_json, write_text
 
 __all__ = ["COLUMNS", "memory_columns", "read_rows", "row_of", "write_json", "write_rows", "write_text"]
 
@@ -82,45 +77,10 @@ def memory_columns(memory: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: a reader, or a kill, sees the old content or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        ordinary_mode(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object as JSON; what JSON does not know becomes its ``str``."""
-    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
-
-
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
     """Write a CSV file with a header; floats with five digits, None as nothing."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _cell(row.get(name)) for name in columns})
-    write_text(path, text.getvalue())
+    write_csv(path, ({name: _cell(row.get(name)) for name in columns} for row in rows), columns)
 
 
 def _cell(value: Any) -> Any:
     return f"{value:.5g}" if isinstance(value, float) else value
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, all values as text; none if there is no such file."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError:
-        return []

@@ -9,9 +9,11 @@ import typer
 from bcos_rt.cli.bench import bench
 from bcos_rt.cli.convert import convert
 from bcos_rt.cli.doctor import doctor
+from bcos_rt.cli.evaluate import evaluate, localise
 from bcos_rt.cli.explain import explain
 from bcos_rt.cli.export import export
 from bcos_rt.cli.output import CommandGroup
+from bcos_rt.cli.train import finetune, train
 
 __all__ = ["app", "main"]
 
@@ -45,6 +47,10 @@ def options(
 
 app.command()(convert)
 app.command()(explain)
+app.command()(finetune)
+app.command()(train)
+app.command()(evaluate)
+app.command()(localise)
 app.command()(export)
 app.command()(doctor)
 app.add_typer(bench, name="bench")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from bcos_rt.conversion import Recipe
 
-__all__ = ["convert"]
+__all__ = ["convert", "named_recipe"]
 
 # Largest relative logit error at which a B = 1 conversion counts as the same function.
 EQUIVALENCE_TOLERANCE = 1e-4
@@ -149,7 +149,7 @@ def convert(
         check_writable_place(output)
         check_photos(photos)
         with progress.working("loading PyTorch"):
-            chosen = _recipe(recipe).replace(**changes)
+            chosen = named_recipe(recipe).replace(**changes)
             from bcos_rt.checkpoint import save
         with progress.working(f"loading {model}"):
             source = load_source(model, weights, num_classes)
@@ -180,7 +180,7 @@ def convert(
     run(work, as_json)
 
 
-def _recipe(text: str) -> Recipe:
+def named_recipe(text: str) -> Recipe:
     from bcos_rt.conversion import Recipe
 
     if text == "default":

@@ -62,6 +62,18 @@ class Progress:
         with self.console.status(Text(text)):
             yield
 
+    @contextmanager
+    def bar(self) -> Iterator[Callable[[str, int, int], None]]:
+        """A progress bar; the block calls what it is given with a text, steps done and steps in all."""
+        if not self.console.is_terminal:
+            yield lambda _text, _done, _total: None
+            return
+        from rich.progress import Progress as Bar
+
+        with Bar(console=self.console, transient=True) as shown:
+            task = shown.add_task("")
+            yield lambda text, done, total: shown.update(task, description=text, completed=done, total=total)
+
     def track(self, items: Sequence[Any], text: str) -> Iterator[Any]:
         """Iterate with a progress bar; a single item gets a spinner."""
         if not self.console.is_terminal:

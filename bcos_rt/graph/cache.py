@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from bcos_rt.graph.adjoint import ExplanationGraph, build_explanation_graph
+from bcos_rt.nn.exponent import exponents
 from bcos_rt.nn.network import BcosNetwork
 
 __all__ = ["explanation_graph"]
@@ -23,7 +24,8 @@ _LOCK = threading.RLock()
 def _structure(net: nn.Module) -> Any:
     """Changes when the network's graph could: layers, their options, parameter shapes, dtypes, devices."""
     tensors = [*net.named_parameters(), *net.named_buffers()]
-    return repr(net), tuple((n, t.shape, t.dtype, t.device) for n, t in tensors)
+    # A schedule of B moves it by less than repr() shows.
+    return repr(net), tuple(exponents(net).values()), tuple((n, t.shape, t.dtype, t.device) for n, t in tensors)
 
 
 def explanation_graph(net: BcosNetwork, image_size: tuple[int, int], *, multi: bool = False) -> ExplanationGraph:

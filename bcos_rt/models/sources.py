@@ -1,4 +1,4 @@
-"""Source models by name: ``torchvision:NAME``, ``timm:NAME``, ``efficientnet-lite0``."""
+"""Source models by name: ``torchvision:NAME``, ``timm:NAME``, ``small:NAME``, ``efficientnet-lite0``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from bcos_rt.errors import (
     did_you_mean,
 )
 from bcos_rt.models import lite0
+from bcos_rt.models.small import SMALL_MEAN, SMALL_NETWORKS, SMALL_STD
 from bcos_rt.models.weights import load_strict, read_state_dict, strip_prefixes
 
 __all__ = ["LoadedModel", "imagenet_class_names", "known_models", "load_model", "metadata_of", "rebuild_source"]
@@ -33,7 +34,8 @@ __all__ = ["LoadedModel", "imagenet_class_names", "known_models", "load_model", 
 Triple = tuple[float, float, float]
 
 LITE0 = "efficientnet-lite0"
-_KINDS = ("torchvision", "timm", LITE0)
+SMALL = "small"
+_KINDS = ("torchvision", "timm", LITE0, SMALL)
 # Training-only heads, which are no part of the classifier; torchvision builds them by default.
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
@@ -64,7 +66,8 @@ def load_model(
     """Build a conventional model by name.
 
     Args:
-        name: ``torchvision:NAME``, ``timm:NAME`` or ``efficientnet-lite0``.
+        name: ``torchvision:NAME``, ``timm:NAME``, ``efficientnet-lite0``, or ``small:NAME`` (see
+            :mod:`bcos_rt.models.small`; no published weights).
         weights: None (or ``"default"``) for the published weights, which torchvision and timm download on first use;
             ``"random"`` for the constructor's initialisation (seed it with :func:`torch.manual_seed`); or a file,
             ``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt``, loaded strictly.
@@ -129,7 +132,7 @@ def metadata_of(module: nn.Module) -> tuple[Triple, Triple] | None:
 
 def known_models() -> list[str]:
     """Every name :func:`load_model` takes, timm's only when it is installed; tags of timm are left out."""
-    names = [LITE0] + [f"torchvision:{n}" for n in _torchvision_names()]
+    names = [LITE0, *(f"{SMALL}:{n}" for n in SMALL_NETWORKS), *(f"torchvision:{n}" for n in _torchvision_names())]
     if importlib.util.find_spec("timm") is not None:
         names += [f"timm:{n}" for n in _timm().list_models()]
     return names
@@ -156,6 +159,12 @@ def _parse(name: str) -> tuple[str, str]:
                 "name", repr(name), "an image classifier of torchvision", did_you_mean(architecture, known)
             )
         return kind, architecture
+    if kind == SMALL and colon:
+        if architecture not in SMALL_NETWORKS:
+            raise InvalidArgumentError(
+                "name", repr(name), "one of " + ", ".join(SMALL_NETWORKS), did_you_mean(architecture, SMALL_NETWORKS)
+            )
+        return kind, architecture
     if kind == "timm" and colon:
         timm = _timm()
         base, _, tag = architecture.partition(".")
@@ -171,13 +180,13 @@ def _parse(name: str) -> tuple[str, str]:
         raise InvalidArgumentError(
             "name",
             f"the path {name!r}",
-            "'torchvision:NAME', 'timm:NAME' or 'efficientnet-lite0'",
+            "'torchvision:NAME', 'timm:NAME', 'small:NAME' or 'efficientnet-lite0'",
             " (a saved B-cos network is read by bcos_rt.load(path); a file of conventional weights goes into weights=)",
         )
     raise InvalidArgumentError(
         "name",
         repr(name),
-        "'torchvision:NAME', 'timm:NAME', 'efficientnet-lite0', or an existing checkpoint",
+        "'torchvision:NAME', 'timm:NAME', 'small:NAME', 'efficientnet-lite0', or an existing checkpoint",
         _closest(name),
     )
 
@@ -215,6 +224,8 @@ def _build(kind: str, architecture: str, num_classes: int | None) -> nn.Module:
             # we normalise by 0.5 / 0.5 ourselves.
             options.update(aux_logits=False, init_weights=True, transform_input=False)
         module = torchvision.models.get_model(architecture, weights=None, **options)
+    elif kind == SMALL:
+        module = SMALL_NETWORKS[architecture](10 if num_classes is None else num_classes)
     else:
         module = _timm().create_model(architecture, pretrained=False, **options)
     return module
@@ -238,6 +249,8 @@ def _pretrained(kind: str, architecture: str, num_classes: int | None) -> nn.Mod
 
 
 def _downloaded(kind: str, architecture: str) -> nn.Module:
+    if kind == SMALL:
+        raise CheckpointError(f"there are no published weights for {kind}:{architecture}: {_ALTERNATIVES}")
     if kind == "timm":
         timm = _timm()
         base = architecture.partition(".")[0]
@@ -351,6 +364,8 @@ def _describe(module: nn.Module, kind: str, architecture: str) -> LoadedModel:
         names = tuple(published.meta["categories"])
         if architecture in _AUXILIARY:
             mean = std = (0.5, 0.5, 0.5)
+    elif kind == SMALL:
+        mean, std, size = SMALL_MEAN, SMALL_STD, 32
     elif kind == LITE0:
         mean, std, size, names = lite0.LITE0_MEAN, lite0.LITE0_STD, 224, imagenet_class_names()
     else:

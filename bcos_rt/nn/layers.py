@@ -28,10 +28,12 @@ class BcosConv2d(nn.Conv2d):
     Shapes and constructor arguments are those of :class:`torch.nn.Conv2d`; in addition:
 
     Args:
-        b: B >= 1; 1 is the plain convolution.
+        b: B >= 1; 1 is the plain convolution. :mod:`bcos_rt.nn.exponent` changes it later, or has it learned.
         weight_norm: ``"unit"`` scales each filter to norm 1 (B-cos v2), ``"none"`` leaves it (B-cosification, eq. 4).
         tf_same_padding: pad as TensorFlow's ``SAME`` does, by the image's size (timm's ``Conv2dSame``).
     """
+
+    b: float | nn.Parameter
 
     def __init__(
         self,
@@ -72,11 +74,13 @@ class BcosConv2d(nn.Conv2d):
     def extra_repr(self) -> str:
         base: str = super().extra_repr()  # type: ignore[no-untyped-call]
         unit = ", weight_norm='unit'" if self.weight_norm == "unit" else ""
-        return f"{base}, b={self.b:g}{unit}" + (", tf_same_padding=True" if self.tf_same_padding else "")
+        return f"{base}, b={float(self.b):g}{unit}" + (", tf_same_padding=True" if self.tf_same_padding else "")
 
 
 class BcosLinear(nn.Linear):
     """B-cos linear layer over the last dimension; see :class:`BcosConv2d` for ``b`` and ``weight_norm``."""
+
+    b: float | nn.Parameter
 
     def __init__(self, *args: Any, b: float = 2.0, weight_norm: WeightNorm = "none", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -88,4 +92,8 @@ class BcosLinear(nn.Linear):
         return ops.linear(input, weight, self.bias, self.b)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + f", b={self.b:g}" + (", weight_norm='unit'" if self.weight_norm == "unit" else "")
+        return (
+            super().extra_repr()
+            + f", b={float(self.b):g}"
+            + (", weight_norm='unit'" if self.weight_norm == "unit" else "")
+        )

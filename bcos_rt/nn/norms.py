@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 
 __all__ = ["BatchNormUncentered2d"]
@@ -55,6 +55,23 @@ class _Uncentered(torch.autograd.Function):
         return grad_x, None if weight is None else total * root, None
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient too is summed, since all losses depend on it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        distributed.all_reduce(total)
+        return total
+
+
 class BatchNormUncentered2d(nn.BatchNorm2d):
     """BatchNorm that divides by the standard deviation and does not subtract the mean (B-cos v2, section 3.2).
 
@@ -65,7 +82,12 @@ class BatchNormUncentered2d(nn.BatchNorm2d):
     Args:
         bias: whether there is a bias.
         drop, act: modules applied to the result, under the names timm's ``BatchNormAct2d`` gives them.
+
+    Attributes:
+        synchronised: in training, take the statistics over the batches of all processes.
     """
+
+    synchronised = False
 
     def __init__(
         self,
@@ -107,12 +129,26 @@ class BatchNormUncentered2d(nn.BatchNorm2d):
 
     def _of_batch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The result without bias, and the batch's mean and variance."""
+        if self.synchronised and distributed.is_available() and distributed.is_initialized():
+            return self._of_all_batches(x)
         if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
             found: tuple[Tensor, Tensor, Tensor] = _Uncentered.apply(x, self.weight, self.eps)
             return found
         # fp16 squares overflow: statistics are taken in fp32.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
+        return self._scaled(x, var), mean, var
+
+    def _of_all_batches(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        count = wide.new_tensor([x.numel() // x.shape[1]])
+        distributed.all_reduce(count)
+        mean = wide.detach().sum((0, 2, 3))
+        distributed.all_reduce(mean)
+        # The variance about the mean does not change with the mean to first order: that carries no gradient.
+        mean = mean / count
+        squares: Tensor = _SumOverProcesses.apply((wide - mean[:, None, None]).square().sum((0, 2, 3)))
+        var = squares / count
         return self._scaled(x, var), mean, var
 
     def _scaled(self, x: Tensor, var: Tensor) -> Tensor:

@@ -1,0 +1,203 @@
+"""``bcos-rt evaluate`` and ``bcos-rt localise``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from bcos_rt.cli.inputs import (
+    DEFAULT_SIZE,
+    Checkpoint,
+    Json,
+    Model,
+    NumClasses,
+    Size,
+    Weights,
+    check_output,
+    check_writable_place,
+    load_source,
+)
+from bcos_rt.cli.output import Outcome, Progress, run
+from bcos_rt.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["evaluate", "localise"]
+
+Data = Annotated[
+    str, typer.Option("--data", "-d", metavar="DATA", help="Images: a folder of class folders, tar files, hf:NAME.")
+]
+Split = Annotated[str, typer.Option(help="Which part of the data, where it has parts.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
+
+
+def evaluate(
+    data: Data,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
+    split: Split = "val",
+    size: Size = None,
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    explained: Annotated[int, typer.Option(min=0, help="Images explained for the completeness error.")] = 256,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.png", help="Draw a reliability diagram.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy, calibration, and whether explanations add up, on labelled images.
+
+    A --model is evaluated as it is, conventional; a --checkpoint is a B-cos network.
+    """
+
+    def work(progress: Progress) -> Outcome:
+        if output is not None:
+            check_output(output, (".png",))
+        with progress.working("loading the network"):
+            from bcos_rt.data import open_data
+            from bcos_rt.evaluation import evaluate as measure
+
+            net, side, described = _network(model, checkpoint, weights, num_classes)
+        with progress.working(f"looking at {data}"):
+            images = open_data(data, size=size or side, split=split)
+        with progress.bar() as tell:
+            found = measure(
+                net, images, batch_size=batch_size, workers=workers, completeness_images=explained, tell=tell
+            )
+        if output is not None:
+            found.save(output)
+        report = {"command": "evaluate", "network": described, "data": data, "results": found.to_dict()}
+
+        def shown() -> list[Any]:
+            table = Table("figure", "value")
+            table.add_row("images", str(found.images))
+            table.add_row("top-1", f"{found.top1:.2%}")
+            if found.top5 is not None:
+                table.add_row("top-5", f"{found.top5:.2%}")
+            table.add_row("negative log-likelihood", f"{found.loss:.4f}")
+            table.add_row(
+                "calibration error, softmax; sigmoid", f"{found.softmax.error:.4f}; {found.sigmoid.error:.4f}"
+            )
+            if found.completeness is not None:
+                error = found.completeness
+                text = f"{error.mean:.1e}; {error.largest:.1e} logits ({error.images} images)"
+                table.add_row("completeness error, mean; largest", text)
+            return [table, *([Text(f"wrote {output}")] if output is not None else [])]
+
+        return Outcome(report, shown)
+
+    run(work, as_json)
+
+
+def localise(
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Tables and pictures.")],
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Option("--checkpoint", "-c", metavar="PATH", help="A saved B-cos network; may be repeated."),
+    ] = None,
+    model: Model = None,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="An attribution method; may be repeated. Default: bcos for checkpoints, "
+            "four post-hoc methods for --model. Networks are measured with those they know.",
+        ),
+    ] = None,
+    split: Split = "val",
+    size: Size = None,
+    grid: Annotated[int, typer.Option("--grid", min=2, help="Cells on a side.")] = 3,
+    grids: Annotated[int, typer.Option("--grids", min=1, help="At most so many grids.")] = 250,
+    smooth: Annotated[
+        int | None, typer.Option(min=0, help="Window in pixels. Default: 15 at a cell of 224, in proportion.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least sigmoid of an image's logit.")] = 0.5,
+    variant: Annotated[str, typer.Option(metavar="full|rescaled|strided", help="How networks see a grid.")] = "full",
+    same_grids: Annotated[bool, typer.Option("--same-grids", help="The first network's grids for all.")] = False,
+    batch_size: BatchSize = 64,
+    as_json: Json = False,
+) -> None:
+    """The grid pointing game: does an explanation of a class point at the image of that class?"""
+
+    def work(progress: Progress) -> Outcome:
+        check_writable_place(output)
+        if model is None and not checkpoints:
+            raise InvalidArgumentError("--model, --checkpoint", "neither", "at least one of them")
+        with progress.working("loading the networks"):
+            from bcos_rt.data import open_data
+            from bcos_rt.evaluation import grid_pointing_game
+            from bcos_rt.evaluation.attribution import method
+            from bcos_rt.nn.network import BcosNetwork
+
+            for name in methods or ():
+                method(name)
+            networks: dict[str, nn.Module] = {}
+            sides = []
+            for path in checkpoints or ():
+                name = path.stem if path.stem not in networks else str(path)
+                networks[name], side, _ = _network(None, path, None, None)
+                sides.append(side)
+            if model is not None:
+                networks[model], side, _ = _network(model, None, weights, num_classes)
+                sides.append(side)
+        chosen: dict[str, list[str]] = {}
+        for name, net in networks.items():
+            if isinstance(net, BcosNetwork):
+                chosen[name] = list(methods or ("bcos",))
+            else:
+                standard = ("input_x_gradient", "integrated_gradients", "guided_backprop", "grad_cam")
+                chosen[name] = [entry for entry in methods or standard if entry != "bcos"]
+            if not chosen[name]:
+                raise InvalidArgumentError("--method", "bcos alone", f"a post-hoc method for {name!r}")
+        with progress.working(f"looking at {data}"):
+            images = open_data(data, size=size or sides[0], split=split)
+        with progress.bar() as tell:
+            found = grid_pointing_game(
+                networks, chosen, images, n=grid, grids=grids, smooth=smooth, confidence=confidence,
+                variant=variant,  # type: ignore[arg-type]
+                same_grids=next(iter(networks)) if same_grids else None, batch_size=batch_size, tell=tell,
+            )  # fmt: skip
+        found.save(output)
+        rows = found.summary()
+
+        def shown() -> list[Any]:
+            table = Table("network", "method", "grids", "mean", "25 %", "median", "75 %")
+            for row in rows:
+                numbers = (f"{row[k]:.3f}" for k in ("mean", "q25", "median", "q75"))
+                table.add_row(row["network"], row["method"], str(row["grids"]), *numbers)
+            return [table, Text(f"chance is {1 / grid**2:.3f}; tables and pictures are in {output}")]
+
+        return Outcome({"command": "localise", "data": data, "output": str(output), "results": rows}, shown)
+
+    run(work, as_json)
+
+
+def _network(
+    model: str | None, checkpoint: Path | None, weights: str | None, num_classes: int | None
+) -> tuple[nn.Module, int, dict[str, Any]]:
+    """The network, the side of its images, and what to call it: a checkpoint's, or a conventional model's as it is."""
+    from bcos_rt.checkpoint import load
+    from bcos_rt.nn.conventional import ConventionalNetwork
+
+    if (model is None) == (checkpoint is None):
+        raise InvalidArgumentError("--model, --checkpoint", "both" if model is not None else "neither", "one of them")
+    if checkpoint is not None:
+        net = load(checkpoint)
+        side = 32 if net.source.get("kind") == "small" else DEFAULT_SIZE
+        return net, side, {"checkpoint": str(checkpoint), "source": dict(net.source)}
+    source = load_source(str(model), weights, num_classes)
+    mean, std = source.mean or (0.0, 0.0, 0.0), source.std or (1.0, 1.0, 1.0)
+    net_ = ConventionalNetwork(source.module, mean, std, source.source, source.class_names).eval()
+    return net_, source.input_size, {"model": model, "weights": weights, "source": source.source}

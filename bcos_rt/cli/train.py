@@ -1,0 +1,287 @@
+"""``bcos-rt finetune`` and ``bcos-rt train``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from bcos_rt.cli.convert import named_recipe
+from bcos_rt.cli.inputs import (
+    DEFAULT_SIZE,
+    Checkpoint,
+    Json,
+    Model,
+    NumClasses,
+    Weights,
+    check_photos,
+    check_writable_place,
+    convert_source,
+    load_photos,
+    load_source,
+)
+from bcos_rt.cli.output import Outcome, Progress, run
+from bcos_rt.errors import InvalidArgumentError, TrainingInterruptedError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bcos_rt.training import TrainingRecipe
+
+__all__ = ["finetune", "train"]
+
+# What a shell reports of a process that SIGTERM ended.
+TERMINATED = 143
+_HOW = "How"
+_WHERE = "Where"
+
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", "-d", metavar="DATA", help="Training images: a folder of class folders, tar files, hf:NAME."
+    ),
+]
+Validation = Annotated[
+    str | None, typer.Option("--val", metavar="DATA", help="Validation images. Default: a split 'val' or 'test'.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The run's folder.")]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", "-r", metavar="bcosify|bcos|standard|FILE.json", help="Training recipe.", rich_help_panel=_HOW
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", rich_help_panel=_HOW,
+        help="A field of the recipe, e.g. ema=0.999, agc=null or augmentation.size=32; may be repeated.",
+    ),
+]  # fmt: skip
+Epochs = Annotated[int | None, typer.Option("--epochs", "-e", min=1, rich_help_panel=_HOW)]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images a step, over all processes.",
+                                               rich_help_panel=_HOW)]  # fmt: skip
+Rate = Annotated[float | None, typer.Option("--lr", min=0.0, help="Peak learning rate.", rich_help_panel=_HOW)]
+Side = Annotated[
+    int | None, typer.Option("--size", "-s", min=1, help="Side of the images. Default: the recipe's.",
+                             rich_help_panel=_HOW)]  # fmt: skip
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run in --output stopped.")]
+Photos = Annotated[
+    list[Path] | None, typer.Option("--explain", metavar="IMAGE", help="Explain this photo every epoch; repeatable.")
+]
+Devices = Annotated[str, typer.Option(help="Number of devices, or 'auto'.", rich_help_panel=_WHERE)]
+Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.", rich_help_panel=_WHERE)]
+Strategy = Annotated[str, typer.Option(help="auto, ddp, fsdp, ...", rich_help_panel=_WHERE)]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.", rich_help_panel=_WHERE)]
+
+
+def finetune(
+    data: Data,
+    output: Output,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
+    conversion: Annotated[
+        str,
+        typer.Option(metavar="default|equivalent|FILE.json", help="How --model is converted, as in `bcos-rt convert`."),
+    ] = "default",
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Distil from --model itself, before its conversion.")
+    ] = False,
+    val: Validation = None,
+    recipe: RecipeOption = None,
+    changes: Changes = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Rate = None,
+    size: Side = None,
+    resume: Resume = False,
+    photos: Photos = None,
+    accelerator: Accelerator = "auto",
+    devices: Devices = "auto",
+    strategy: Strategy = "auto",
+    workers: Workers = 2,
+    as_json: Json = False,
+) -> None:
+    """Convert a pretrained model to a B-cos network and fine-tune it; or go on with a saved one.
+
+    Runs on several devices, and under torchrun and SLURM. Ctrl-C and SIGTERM save the state; --resume goes on.
+    """
+    chosen = _recipe(recipe or "bcosify", changes, epochs, batch_size, lr, size)
+
+    def build(classes: int | None, names: Sequence[str] | None) -> tuple[nn.Module, nn.Module | None, dict[str, Any]]:
+        from bcos_rt.checkpoint import load
+        from bcos_rt.nn.conventional import ConventionalNetwork
+
+        if (model is None) == (checkpoint is None):
+            raise InvalidArgumentError(
+                "--model, --checkpoint", "both" if model is not None else "neither", "one of them"
+            )
+        if checkpoint is not None:
+            if teacher:
+                raise InvalidArgumentError("--teacher", "with --checkpoint", "--model, whose weights teach")
+            return load(checkpoint), None, {"checkpoint": str(checkpoint)}
+        source = load_source(str(model), weights, num_classes or classes)
+        net, _ = convert_source(source, named_recipe(conversion))
+        if names is not None and net.class_names is None:
+            net.class_names = list(names)
+        teaching = None
+        if teacher:
+            teaching = ConventionalNetwork(source.module, source.mean or (0, 0, 0), source.std or (1, 1, 1))
+        return net, teaching, {"model": model, "weights": weights, "source": source.source}
+
+    _run(
+        "finetune", build, chosen, data, val, output, resume, photos, (accelerator, devices, strategy, workers), as_json
+    )
+
+
+def train(
+    data: Data,
+    output: Output,
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="NAME", help="torchvision:NAME, timm:NAME or small:NAME.")
+    ],
+    num_classes: NumClasses = None,
+    bcos: Annotated[
+        bool, typer.Option("--bcos/--standard", help="The B-cos network of this architecture, or the conventional one.")
+    ] = True,
+    conversion: Annotated[
+        str, typer.Option(metavar="default|equivalent|FILE.json", help="Which B-cos network, as in `bcos-rt convert`.")
+    ] = "default",
+    val: Validation = None,
+    recipe: RecipeOption = None,
+    changes: Changes = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Rate = None,
+    size: Side = None,
+    resume: Resume = False,
+    photos: Photos = None,
+    accelerator: Accelerator = "auto",
+    devices: Devices = "auto",
+    strategy: Strategy = "auto",
+    workers: Workers = 2,
+    as_json: Json = False,
+) -> None:
+    """Train a network from random weights: a B-cos network, or with --standard the conventional one."""
+    chosen = _recipe(recipe or ("bcos" if bcos else "standard"), changes, epochs, batch_size, lr, size)
+
+    def build(classes: int | None, names: Sequence[str] | None) -> tuple[nn.Module, None, dict[str, Any]]:
+        import torch
+
+        from bcos_rt.nn.conventional import ConventionalNetwork
+
+        torch.manual_seed(chosen.seed)
+        source = load_source(model, "random", num_classes or classes)
+        about = {"model": model, "source": source.source}
+        if not bcos:
+            mean, std = source.mean or (0, 0, 0), source.std or (1, 1, 1)
+            return ConventionalNetwork(source.module, mean, std, source.source, names), None, about
+        net, _ = convert_source(source, named_recipe(conversion))
+        net.class_names = list(names) if names is not None else None
+        return net, None, about
+
+    _run("train", build, chosen, data, val, output, resume, photos, (accelerator, devices, strategy, workers), as_json)
+
+
+def _run(
+    command: str,
+    build: Any,
+    chosen: TrainingRecipe,
+    data: str,
+    val: str | None,
+    output: Path,
+    resume: bool,
+    photos: list[Path] | None,
+    place: tuple[str, str, str, int],
+    as_json: bool,
+) -> None:
+    def work(progress: Progress) -> Outcome:
+        check_writable_place(output)
+        check_photos(photos or [])
+        with progress.working("loading PyTorch"):
+            import torch
+
+            from bcos_rt.data import open_data
+            from bcos_rt.training import finetune as fit
+        with progress.working(f"looking at {data}"):
+            images = open_data(data, transform=chosen.augmentation.train_transform(), split="train")
+        with progress.working("building the network"):
+            # All processes start with the same weights.
+            torch.manual_seed(chosen.seed)
+            names = images.class_names
+            net, teacher, about = build(None if names is None else len(names), names)
+        accelerator, devices, strategy, workers = place
+        pictures = load_photos(photos, chosen.augmentation.size or DEFAULT_SIZE) if photos else None
+        result = fit(
+            net, images, chosen, validation=val, output=output, teacher=teacher, resume=resume,
+            explain_images=pictures, accelerator=accelerator,
+            devices=devices if devices == "auto" or not devices.isdecimal() else int(devices), strategy=strategy,
+            workers=workers, console=progress.console,
+        )  # fmt: skip
+        last = result.history[-1]
+        described = {
+            "command": command, "output": str(output), "network": about, "epochs": len(result.history), "last": last,
+            "best": result.best,
+        }  # fmt: skip
+        return Outcome(described, lambda: [_table(result.history), Text(f"the run is in {output}", style="bold")])
+
+    try:
+        if int(os.environ.get("RANK", "0")) > 0:  # of several processes one speaks
+            work(Progress())
+        else:
+            run(work, as_json)
+    except TrainingInterruptedError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(TERMINATED) from error
+
+
+def _recipe(
+    name: str, changes: list[str] | None, epochs: int | None, batch_size: int | None, lr: float | None, size: int | None
+) -> TrainingRecipe:
+    from bcos_rt.training import TrainingRecipe
+
+    presets = {"bcosify": TrainingRecipe.bcosify, "bcos": TrainingRecipe.bcos, "standard": TrainingRecipe.standard}
+    if name in presets:
+        recipe = presets[name]()
+    elif Path(name).is_file():
+        try:
+            values = json.loads(Path(name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InvalidArgumentError("--recipe", f"{name!r} ({error})", "a readable JSON file") from error
+        if not isinstance(values, dict):
+            raise InvalidArgumentError("--recipe", f"{name!r}, a {type(values).__name__}", "a JSON object")
+        # A run's own recipe.json holds more than the recipe.
+        recipe = TrainingRecipe.from_dict(values.get("recipe", values))
+    else:
+        expected = "'bcosify', 'bcos', 'standard' or an existing JSON file"
+        raise InvalidArgumentError("--recipe", repr(name), expected, did_you_mean(name, presets))
+    given: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "augmentation.size": size}
+    given = {k: v for k, v in given.items() if v is not None}
+    for change in changes or []:
+        field, equals, text = change.partition("=")
+        if not equals:
+            raise InvalidArgumentError("--set", repr(change), "FIELD=VALUE")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        given[field] = tuple(value) if isinstance(value, list) else value
+    return recipe.replace(**given)
+
+
+def _table(history: Sequence[dict[str, Any]]) -> Table:
+    """The last epochs, one row each."""
+    known = ("epoch", "lr", "b", "train_loss", "train_top1", "val_loss", "val_top1", "ema_top1", "seconds")
+    columns = [c for c in known if any(c in row for row in history)]
+    table = Table(*(c.replace("_", " ") for c in columns))
+    for row in history[-10:]:
+        table.add_row(*("" if row.get(c) is None else f"{row[c]:.4g}" for c in columns))
+    return table

@@ -1,0 +1,17 @@
+"""Images to train on and to evaluate with: sources, augmentation, loading."""
+
+from bcos_rt.data.augment import Augmentation, Mixing
+from bcos_rt.data.loading import Augmented, EpochSampler, derived_seed, loader, shard
+from bcos_rt.data.sources import ImageData, open_data
+
+__all__ = [
+    "Augmentation",
+    "Augmented",
+    "EpochSampler",
+    "ImageData",
+    "Mixing",
+    "derived_seed",
+    "loader",
+    "open_data",
+    "shard",
+]

@@ -1,0 +1,218 @@
+"""How often a network is right, how well it knows that, and whether its explanations add up."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bcos_rt.data import loader, open_data, shard
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
+from bcos_rt.explanation.explain import explain
+from bcos_rt.files import replacing
+from bcos_rt.nn.network import BcosNetwork
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Calibration", "Completeness", "Evaluation", "evaluate", "reliability"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Confidence against accuracy in bins of equal width (Guo et al. 2017, arXiv 1706.04599).
+
+    Attributes:
+        error: expected calibration error, ``sum_b n_b / N |accuracy_b - confidence_b|``.
+        counts, confidences, accuracies: by bin; 0 for an empty one.
+    """
+
+    error: float
+    counts: tuple[int, ...]
+    confidences: tuple[float, ...]
+    accuracies: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Completeness:
+    """``|sum(contributions) + residual - logit|`` of the top class, over images.
+
+    Attributes:
+        images: how many were explained.
+        mean, median, largest: in logits.
+        largest_relative: the largest over the largest magnitude of the image's logits.
+    """
+
+    images: int
+    mean: float
+    median: float
+    largest: float
+    largest_relative: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of :func:`evaluate`.
+
+    Attributes:
+        images, classes: numbers of them.
+        top1, top5: shares of right answers; top5 None for up to five classes.
+        loss: mean negative log-likelihood of the softmax.
+        softmax, sigmoid: calibration of the top class's probability by the one and the other. A B-cos network is
+            trained with binary cross-entropy: its probabilities are sigmoids.
+        per_class: share of right answers by class, None for a class without images.
+        completeness: of B-cos networks' explanations.
+    """
+
+    images: int
+    classes: int
+    top1: float
+    top5: float | None
+    loss: float
+    softmax: Calibration
+    sigmoid: Calibration
+    per_class: tuple[float | None, ...]
+    completeness: Completeness | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    def plot(self) -> Figure:
+        """Reliability diagrams: accuracy over confidence; bars on the diagonal are calibrated."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8.4, 4), layout="constrained")
+        for axis, (name, found) in zip(
+            figure.subplots(1, 2, sharey=True), (("softmax", self.softmax), ("sigmoid", self.sigmoid)), strict=True
+        ):
+            width = 1 / len(found.counts)
+            total = sum(found.counts)
+            shades = [0.25 + 0.75 * count / max(found.counts) for count in found.counts]
+            for i, (accuracy, shade) in enumerate(zip(found.accuracies, shades, strict=True)):
+                axis.bar((i + 0.5) * width, accuracy, width * 0.92, color="tab:blue", alpha=shade)
+            axis.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=0.8)
+            axis.set_title(f"{name}: calibration error {found.error:.3f} ({total} images)", fontsize=10)
+            axis.set_xlabel("confidence (darker: more images)")
+        figure.axes[0].set_ylabel("accuracy")
+        return figure
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write :meth:`plot` as PNG."""
+        path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise InvalidArgumentError("path", repr(str(path)), "a file name ending in .png")
+        with replacing(path) as temporary:
+            self.plot().savefig(temporary, dpi=110, format="png")
+        return path
+
+
+def reliability(confidences: Tensor, right: Tensor, bins: int = 15) -> Calibration:
+    """Calibration of confidences [N] in [0, 1] with right [N] bool."""
+    if bins < 1:
+        raise InvalidArgumentError("bins", bins, "at least 1")
+    confidences, hits = confidences.double(), right.double()
+    # Bins are (low, high]; 0 falls into the first.
+    index = (torch.ceil(confidences * bins) - 1).clamp(0, bins - 1).long()
+    counts = torch.bincount(index, minlength=bins)
+    safe = counts.clamp(min=1)
+    confidence = torch.bincount(index, confidences, minlength=bins) / safe
+    accuracy = torch.bincount(index, hits, minlength=bins) / safe
+    error = float((counts * (accuracy - confidence).abs()).sum() / max(1, len(confidences)))
+    return Calibration(error, tuple(counts.tolist()), tuple(confidence.tolist()), tuple(accuracy.tolist()))
+
+
+def evaluate(
+    net: nn.Module,
+    data: Any,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    completeness_images: int = 256,
+    bins: int = 15,
+    tell: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluate a classifier on labelled images.
+
+    Args:
+        net: takes images [N, 3, H, W] in [0, 1] and returns logits [N, classes]; used in evaluation mode on the device
+            it is on, and left in the mode it was in.
+        data: what :func:`bcos_rt.data.open_data` takes.
+        batch_size, workers: images at a time; processes that read them.
+        completeness_images: how many images are explained, spread evenly over the data; for B-cos networks.
+        bins: of the calibration.
+        tell: called with what is being done, images done and images in all.
+
+    Raises:
+        InvalidTypeError: ``net`` is no module.
+        InvalidArgumentError: no image, images without labels, or labels that the network has no logit for.
+    """
+    if not isinstance(net, nn.Module):
+        raise InvalidTypeError("net", type(net).__name__, "a torch.nn.Module")
+    images = open_data(data)
+    if len(images) == 0:
+        raise InvalidArgumentError("data", "no image", "images with labels")
+    like = next(net.parameters())
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    every = max(1, -(-len(images) // max(1, completeness_images)))
+    rows: list[Tensor] = []
+    labels_seen: list[Tensor] = []
+    errors: list[Tensor] = []
+    scales: list[Tensor] = []
+    try:
+        batches = shard(len(images), batch_size)
+        for batch, (pixels, labels) in zip(batches, loader(images, batches, workers), strict=True):
+            pixels = pixels.to(like.device, like.dtype)
+            with torch.no_grad():
+                rows.append(net(pixels).double().cpu())
+            labels_seen.append(labels)
+            chosen = [i for i, index in enumerate(batch) if index % every == 0]
+            if isinstance(net, BcosNetwork) and completeness_images > 0 and chosen:
+                explanation = explain(net, pixels[chosen])
+                errors.append(explanation.completeness_error().cpu())
+                scales.append(explanation.logits.double().abs().amax(1).cpu())
+            if tell is not None:
+                tell("evaluating", batch[-1] + 1, len(images))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    logits, truth = torch.cat(rows), torch.cat(labels_seen)
+    count, classes = logits.shape
+    if int(truth.min()) < 0:
+        raise InvalidArgumentError("data", "images without labels", "labels")
+    if int(truth.max()) >= classes:
+        raise InvalidArgumentError(
+            "data", f"label {int(truth.max())}", f"labels 0 to {classes - 1}, as the network has"
+        )
+    top = logits.topk(min(5, classes), 1).indices == truth[:, None]
+    right = top[:, 0]
+    per_class: list[float | None] = []
+    for k in range(classes):
+        mine = truth == k
+        per_class.append(float(right[mine].double().mean()) if bool(mine.any()) else None)
+    completeness = None
+    if errors:
+        error = torch.cat(errors)
+        relative = error / torch.cat(scales).clamp(min=torch.finfo(torch.float64).tiny)
+        completeness = Completeness(
+            len(error), float(error.mean()), float(error.median()), float(error.max()), float(relative.max())
+        )
+    return Evaluation(
+        images=count,
+        classes=classes,
+        top1=float(right.double().mean()),
+        top5=float(top.any(1).double().mean()) if classes > 5 else None,
+        loss=float(F.cross_entropy(logits, truth)),
+        softmax=reliability(torch.softmax(logits, 1).amax(1), right, bins),
+        sigmoid=reliability(torch.sigmoid(logits.amax(1)), right, bins),
+        per_class=tuple(per_class),
+        completeness=completeness,
+    )

@@ -1,0 +1,357 @@
+"""The grid pointing game: does an explanation of a class point at the image of that class?
+
+Images of n x n distinct classes, each classified right and with confidence by itself, are put together to one image. An
+explanation of each class should then lie in its cell. Measured is the share of its positive part that does (CoDA Nets,
+Böhle et al. 2021, arXiv 2104.00032, section 4.2; B-cos networks, arXiv 2205.10268 and 2306.10898). Everything that
+decides a number is as in the published code of B-cos v2, see :func:`choose_images` and :func:`grids_of`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from bcos_rt.data import ImageData, loader, open_data, shard
+from bcos_rt.errors import InvalidArgumentError
+from bcos_rt.evaluation.attribution import Method, named_methods
+from bcos_rt.files import replacing, write_csv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "GridPointing",
+    "choose_images",
+    "confident_images",
+    "grid_pointing_game",
+    "grids_of",
+    "share_in_cells",
+    "smoothing_for",
+]
+
+Variant = Literal["full", "rescaled", "strided"]
+# The published window is 15 pixels where a cell has 224.
+SMOOTH, SMOOTH_AT = 15, 224
+
+
+@dataclass(frozen=True)
+class GridPointing:
+    """Results of :func:`grid_pointing_game`.
+
+    Attributes:
+        shares: (network, method) -> share inside the right cell of every explanation, [grids * n * n] in [0, 1].
+        n: cells on a side.
+        variant, smooth: as measured.
+        example: one grid image [3, nS, nS] and the first class's map of each (network, method), for a picture.
+    """
+
+    shares: dict[tuple[str, str], np.ndarray]
+    n: int
+    variant: str
+    smooth: int
+    example: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """A row a network and method: mean and quartiles of the shares."""
+        rows = []
+        for (network, name), values in self.shares.items():
+            low, middle, high = np.percentile(values, [25, 50, 75])
+            rows.append({
+                "network": network, "method": name, "n": self.n, "variant": self.variant, "smooth": self.smooth,
+                "grids": len(values) // self.n**2, "mean": float(values.mean()), "q25": float(low),
+                "median": float(middle), "q75": float(high),
+            })  # fmt: skip
+        return rows
+
+    def save(self, folder: str | os.PathLike[str], name: str = "localisation") -> Path:
+        """Write ``NAME.csv`` (the summary), ``NAME.npz`` (all shares), ``NAME.png`` and ``NAME_example.png``."""
+        folder = Path(folder)
+        rows = self.summary()
+        write_csv(folder / f"{name}.csv", rows, list(rows[0]))
+        with replacing(folder / f"{name}.npz") as temporary, open(temporary, "wb") as file:
+            arrays: dict[str, Any] = {f"{a}/{b}": v.astype(np.float32) for (a, b), v in self.shares.items()}
+            np.savez_compressed(file, **arrays)
+        for suffix, figure in (("", self.plot()), ("_example", self.plot_example())):
+            with replacing(folder / f"{name}{suffix}.png") as temporary:
+                figure.savefig(temporary, dpi=110, format="png")
+        return folder
+
+    def plot(self) -> Figure:
+        """A box plot as in the paper: quartiles, whiskers at 5 and 95 %, the dashed line is chance, 1 / n^2."""
+        from matplotlib.figure import Figure
+
+        networks = list(dict.fromkeys(network for network, _ in self.shares))
+        counts = [sum(1 for a, _ in self.shares if a == network) for network in networks]
+        figure = Figure(figsize=(1.5 + 0.95 * sum(counts), 4.2), layout="constrained")
+        axes = figure.subplots(1, len(networks), sharey=True, squeeze=False, width_ratios=counts)[0]
+        for axis, network in zip(axes, networks, strict=True):
+            chosen = {name: values for (a, name), values in self.shares.items() if a == network}
+            axis.boxplot(list(chosen.values()), whis=(5, 95), showfliers=False, showmeans=True, widths=0.6)
+            axis.set_xticks(range(1, len(chosen) + 1), [n.replace("_", "\n") for n in chosen], fontsize=8)
+            axis.axhline(1 / self.n**2, color="grey", linestyle="--", linewidth=0.8)
+            axis.set_title(network, fontsize=10)
+            axis.set_ylim(0, 1)
+        axes[0].set_ylabel(f"share inside the right cell, {self.n} x {self.n}")
+        return figure
+
+    def plot_example(self) -> Figure:
+        """A grid of each network's, and every method's map of the class in the first cell."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(3 * len(self.example) + 3, 3.2), layout="constrained")
+        axes = figure.subplots(1, len(self.example) + 1, squeeze=False)[0]
+        image = next(iter(self.example.values()))[0]
+        axes[0].imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
+        axes[0].set_title("a grid", fontsize=9)
+        for axis, ((network, name), (_, values)) in zip(axes[1:], self.example.items(), strict=True):
+            limit = float(np.percentile(values.abs().numpy(), 99.5)) or 1.0
+            axis.imshow(values.numpy(), cmap="bwr", vmin=-limit, vmax=limit)
+            axis.set_title(f"{network}: {name}\nof the top left class", fontsize=9)
+        for axis in axes:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        return figure
+
+
+def smoothing_for(cell: int) -> int:
+    """The odd window that is to a cell of this side what 15 pixels are to 224."""
+    return 2 * round((SMOOTH * cell / SMOOTH_AT - 1) / 2) + 1
+
+
+@torch.no_grad()
+def confident_images(
+    net: nn.Module, data: Dataset[tuple[Tensor, int]], *, batch_size: int = 64, workers: int = 0,
+    tell: Callable[[int, int], None] | None = None,
+) -> dict[int, list[tuple[int, float]]]:  # fmt: skip
+    """The images that a network classifies right: class -> (index, logit of the class), the surest first."""
+    like = next(net.parameters())
+    found: list[tuple[int, int, float]] = []
+    batches = shard(len(data), batch_size)  # type: ignore[arg-type]
+    classes = 0
+    for batch, (images, labels) in zip(batches, loader(data, batches, workers), strict=True):
+        logits = net(images.to(like.device, like.dtype))
+        classes = logits.shape[1]
+        top = logits.max(1)
+        for index, label, predicted, logit in zip(
+            batch, labels.tolist(), top.indices.tolist(), top.values.tolist(), strict=True
+        ):
+            if label == predicted:
+                found.append((label, index, logit))
+        if tell is not None:
+            tell(batch[-1] + 1, len(data))  # type: ignore[arg-type]
+    by_class: dict[int, list[tuple[int, float]]] = {k: [] for k in range(classes)}
+    for label, index, logit in found:
+        by_class[label].append((index, logit))
+    # Stable: images of the same logit stay in the data's order.
+    return {k: sorted(v, key=lambda entry: entry[1], reverse=True) for k, v in by_class.items()}
+
+
+def choose_images(
+    by_class: Mapping[int, Sequence[tuple[int, float]]], cells: int, confidence: float = 0.5
+) -> list[int]:
+    """Indices in blocks of ``cells`` distinct classes, each class's images from the surest on.
+
+    As published: while more than ``cells`` classes (more, not as many) have an unused image whose logit's sigmoid is
+    over ``confidence``, draw ``cells`` of them with NumPy's legacy generator, seed 42, and take the next image of each.
+    """
+    classes = np.array(list(by_class))
+    used = dict.fromkeys(by_class, 0)
+
+    def usable(k: int) -> bool:
+        images = by_class[k]
+        return used[k] < len(images) and 1 / (1 + math.exp(-min(max(images[used[k]][1], -700), 700))) > confidence
+
+    mask = np.array([usable(k) for k in by_class], dtype=bool)
+    position = {k: i for i, k in enumerate(by_class)}
+    generator = np.random.RandomState(42)
+    chosen: list[int] = []
+    while mask.sum() > cells:
+        for k in generator.choice(classes[mask], size=cells, replace=False).tolist():
+            chosen.append(by_class[k][used[k]][0])
+            used[k] += 1
+            mask[position[k]] = usable(k)
+    return chosen
+
+
+def grids_of(
+    chosen: Sequence[int], labels: Callable[[int], int], cells: int, count: int, published_offsets: bool = True
+) -> list[list[int]]:
+    """Indices of the images of each grid: the next ones of the list whose classes are not in the grid yet.
+
+    Args:
+        published_offsets: the published code leaves out one image of the list between grids (its offset is one too
+            far), so that grids do not coincide with the blocks of the list. Numbers hardly change; False uses the
+            blocks as they are.
+    """
+    grids: list[list[int]] = []
+    at = 0
+    while len(grids) < count:
+        grid: list[int] = []
+        seen: set[int] = set()
+        while len(grid) < cells:
+            if at >= len(chosen):
+                return grids
+            label = labels(chosen[at])
+            if label not in seen:
+                grid.append(chosen[at])
+                seen.add(label)
+            at += 1
+        grids.append(grid)
+        at += int(published_offsets)
+    return grids
+
+
+def share_in_cells(maps: Tensor, n: int, smooth: int = 0) -> Tensor:
+    """Where the positive part of maps lies: [M, nS, nS] -> [M, n * n] in reading order, rows that sum to 1 or are 0.
+
+    Args:
+        smooth: odd side of a window over which maps are averaged first (zeros outside count); 0 for none.
+    """
+    values = maps[:, None]
+    if smooth:
+        values = F.avg_pool2d(values, smooth, stride=1, padding=(smooth - 1) // 2)
+    values = values.clamp(min=0)
+    side = (maps.shape[1] // n, maps.shape[2] // n)
+    by_cell = F.avg_pool2d(values.double(), side, stride=side).flatten(1)
+    total = by_cell.sum(1, keepdim=True)
+    return torch.where(total > 0, by_cell / total.clamp(min=torch.finfo(torch.float64).tiny), torch.zeros_like(by_cell))
+
+
+def _tiled(images: Tensor, n: int) -> Tensor:
+    """[n * n, C, S, S] in reading order -> [C, nS, nS]."""
+    c, h, w = images.shape[1:]
+    return images.reshape(n, n, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, n * h, n * w)
+
+
+def _strided(apply: Method, net: nn.Module, images: Tensor, targets: Tensor, side: int, stride: int) -> Tensor:
+    """Maps of windows of ``side`` pixels, ``stride`` apart, averaged where they overlap."""
+    n, _, height, width = images.shape
+    total = images.new_zeros(n, height, width)
+    count = images.new_zeros(height, width)
+    for top in range(0, height - side + 1, stride):
+        for left in range(0, width - side + 1, stride):
+            part = (slice(top, top + side), slice(left, left + side))
+            total[(slice(None), *part)] += apply(net, images[(..., *part)], targets)
+            count[part] += 1
+    return total / count.clamp(min=1)
+
+
+def grid_pointing_game(
+    networks: Mapping[str, nn.Module],
+    methods: Sequence[str | Method] | Mapping[str, Sequence[str | Method]],
+    data: Any,
+    *,
+    n: int = 3,
+    grids: int = 250,
+    smooth: int | None = None,
+    confidence: float = 0.5,
+    variant: Variant = "full",
+    stride: int | None = None,
+    same_grids: str | None = None,
+    published_offsets: bool = True,
+    batch_size: int = 64,
+    tell: Callable[[str, int, int], None] | None = None,
+) -> GridPointing:
+    """Play the grid pointing game.
+
+    Args:
+        networks: by name; each takes images [N, 3, H, W] in [0, 1] of a cell's size and, for ``variant="full"``, of n
+            times that size, as convolutional networks do.
+        methods: names or functions (see :mod:`bcos_rt.evaluation.attribution`), for all networks or by network.
+        data: what :func:`bcos_rt.data.open_data` takes; images of one square size, with labels.
+        n: cells on a side.
+        grids: at most so many; fewer where there are not enough sure images.
+        smooth: window in pixels, see :func:`share_in_cells`; None for 15 at a cell of 224, in proportion else.
+        confidence: least sigmoid of an image's logit.
+        variant: ``"full"``: the grid is n times an image's size. ``"rescaled"``: images are shrunk first, so that the
+            grid has an image's size (to the next multiple of n below). ``"strided"``: the network sees windows of an
+            image's size, ``stride`` apart (default: half a window), whose maps are averaged where they overlap; for
+            networks that take no other size.
+        same_grids: the network whose sure images make the grids of all; None gives each network its own, as published.
+        published_offsets: see :func:`grids_of`.
+        tell: called with what is being done, steps done and steps in all.
+
+    Raises:
+        InvalidArgumentError: unusable arguments; no grid can be made for a network (named).
+    """
+    if n < 2:
+        raise InvalidArgumentError("n", n, "at least 2 cells on a side")
+    if not networks:
+        raise InvalidArgumentError("networks", "none", "at least one network")
+    if variant not in ("full", "rescaled", "strided"):
+        raise InvalidArgumentError("variant", repr(variant), "'full', 'rescaled' or 'strided'")
+    if same_grids is not None and same_grids not in networks:
+        raise InvalidArgumentError("same_grids", repr(same_grids), f"one of {', '.join(networks)}")
+    images = open_data(data)
+    side = _square(images)
+    cell = side // n if variant == "rescaled" else side
+    window = smoothing_for(cell) if smooth is None else smooth
+    if window and window % 2 == 0:
+        raise InvalidArgumentError("smooth", smooth, "an odd number of pixels, or 0 for none")
+    shares: dict[tuple[str, str], np.ndarray] = {}
+    example: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+    shared: list[list[int]] | None = None
+
+    def grids_for(name: str) -> list[list[int]]:
+        net = networks[name].eval()
+        by_class = confident_images(
+            net, images, batch_size=batch_size,
+            tell=None if tell is None else lambda done, of: tell(f"{name}: confidences", done, of),
+        )  # fmt: skip
+        chosen = choose_images(by_class, n * n, confidence)
+        labels = {index: k for k, entries in by_class.items() for index, _ in entries}
+        made = grids_of(chosen, lambda index: labels[index], n * n, grids, published_offsets)
+        if not made:
+            sure = sum(1 for entries in by_class.values() if entries)
+            raise InvalidArgumentError(
+                "data", f"{sure} classes with an image that {name!r} classifies right",
+                f"more than {n * n} classes with images of confidence > {confidence}",
+            )  # fmt: skip
+        return made
+
+    if same_grids is not None:
+        shared = grids_for(same_grids)
+    for network, net in networks.items():
+        chosen = shared if shared is not None else grids_for(network)
+        like = next(net.parameters())
+        own = methods[network] if isinstance(methods, Mapping) else methods
+        for name, apply in named_methods(own).items():
+            found: list[np.ndarray] = []
+            for i, indices in enumerate(chosen):
+                items = [images[j] for j in indices]
+                cells = torch.stack([image for image, _ in items]).to(like.device, like.dtype)
+                if variant == "rescaled":
+                    cells = F.interpolate(cells, (cell, cell), mode="bilinear", antialias=True).clamp(0, 1)
+                targets = torch.tensor([label for _, label in items], device=like.device)
+                grid = _tiled(cells, n)
+                repeated = grid[None].expand(n * n, -1, -1, -1)
+                if variant == "strided":
+                    maps = _strided(apply, net, repeated, targets, side, stride or max(1, side // 2))
+                else:
+                    maps = apply(net, repeated, targets)
+                found.append(share_in_cells(maps.detach(), n, window).diagonal().cpu().numpy())
+                if i == 0:
+                    example[network, name] = (grid.float().cpu(), maps[0].detach().float().cpu())
+                if tell is not None:
+                    tell(f"{network}: {name}", i + 1, len(chosen))
+            shares[network, name] = np.concatenate(found)
+    return GridPointing(shares, n, variant, window, example)
+
+
+def _square(images: ImageData) -> int:
+    if len(images) == 0:
+        raise InvalidArgumentError("data", "no image", "images with labels")
+    height, width = images[0][0].shape[-2:]
+    if height != width:
+        raise InvalidArgumentError("data", f"images of {height} x {width} pixels", "square images", " (give a size)")
+    return int(height)

@@ -1,0 +1,113 @@
+"""Small conventional networks for images of 32 x 32 pixels, ``small:NAME``; what an experiment on CPUs can train."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+__all__ = ["SMALL_MEAN", "SMALL_NETWORKS", "SMALL_STD", "SmallResNet", "small_densenet", "small_resnet"]
+
+# CIFAR-10's training images, RGB in [0, 1].
+SMALL_MEAN = (0.4914, 0.4822, 0.4465)
+SMALL_STD = (0.2470, 0.2435, 0.2616)
+
+
+class _Block(nn.Module):
+    """Two 3 x 3 convolutions and the shortcut around them."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or channels_in != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        out: Tensor = self.relu(self.bn2(self.conv2(x)) + shortcut)
+        return out
+
+
+def _stage(blocks: int, channels_in: int, channels: int, stride: int) -> nn.Sequential:
+    first = _Block(channels_in, channels, stride)
+    return nn.Sequential(first, *(_Block(channels, channels, 1) for _ in range(blocks - 1)))
+
+
+class SmallResNet(nn.Module):
+    """The residual network for CIFAR of He et al. 2016 (arXiv 1512.03385, section 4.2), 6n + 2 layers.
+
+    Shortcuts that change the shape are 1 x 1 convolutions with a norm (their option B), as in ImageNet's ResNets.
+
+    Args:
+        blocks: n, blocks in each of the three stages.
+        width: channels of the first stage; doubled twice.
+        num_classes: logits.
+    """
+
+    def __init__(self, blocks: int = 3, width: int = 16, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _stage(blocks, width, width, 1)
+        self.layer2 = _stage(blocks, width, 2 * width, 2)
+        self.layer3 = _stage(blocks, 2 * width, 4 * width, 2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(4 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return logits
+
+
+def small_resnet(blocks: int = 3, width: int = 16) -> Callable[[int], nn.Module]:
+    """A constructor of :class:`SmallResNet` by number of classes."""
+    return lambda num_classes: SmallResNet(blocks, width, num_classes)
+
+
+class _SmallDenseNet(torchvision.models.DenseNet):  # type: ignore[misc]
+    """torchvision's DenseNet behind a 3 x 3 stem without pooling."""
+
+    def __init__(self, growth: int, blocks: tuple[int, ...], num_classes: int) -> None:
+        super().__init__(growth, blocks, 2 * growth, num_classes=num_classes)
+        stem: OrderedDict[str, nn.Module] = OrderedDict(self.features.named_children())
+        for name in ("norm0", "relu0", "pool0"):
+            del stem[name]
+        first = nn.Conv2d(3, 2 * growth, 3, 1, 1, bias=False)
+        nn.init.kaiming_normal_(first.weight)
+        stem["conv0"] = first
+        self.features: nn.Sequential = nn.Sequential(stem)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.features(x), inplace=True)
+        logits: Tensor = self.classifier(torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1))
+        return logits
+
+
+def small_densenet(growth: int = 12, blocks: tuple[int, ...] = (4, 4, 4)) -> Callable[[int], nn.Module]:
+    """A constructor of a DenseNet-BC (Huang et al. 2017, arXiv 1608.06993, section 3) for 32 x 32 pixels."""
+    return lambda num_classes: _SmallDenseNet(growth, blocks, num_classes)
+
+
+SMALL_NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet20": small_resnet(3, 16),
+    "resnet20_w32": small_resnet(3, 32),
+    "densenet31": small_densenet(12, (4, 4, 4)),
+}

@@ -1,0 +1,203 @@
+"""Losses on labels, and what a student takes from a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bcos_rt.errors import InvalidArgumentError
+from bcos_rt.nn.conventional import ConventionalNetwork
+from bcos_rt.nn.network import BcosNetwork
+from bcos_rt.training.recipe import Distillation, TrainingRecipe
+
+__all__ = [
+    "SigLip",
+    "Teaching",
+    "bce",
+    "distance_of_features",
+    "distance_of_logits",
+    "label_loss",
+    "uniform_off_bce",
+]
+
+
+def as_targets(labels: Tensor, logits: Tensor) -> Tensor:
+    """Class numbers [N] as one-hot targets [N, classes]; what is that already (mixed images) as it is."""
+    if labels.ndim == 2:
+        return labels.to(logits.dtype)
+    return F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+
+
+def bce(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Binary cross-entropy, the mean over images and classes, what B-cos networks are trained with.
+
+    Args:
+        logits: [N, classes].
+        labels: [N] class numbers, or [N, classes] targets in [0, 1].
+        smoothing: s turns targets t into ``t (1 - s) + s / classes`` (Szegedy et al., arXiv 1512.00567).
+    """
+    targets = as_targets(labels, logits)
+    if smoothing:
+        targets = targets * (1 - smoothing) + smoothing / logits.shape[1]
+    return F.binary_cross_entropy_with_logits(logits, targets)
+
+
+def uniform_off_bce(logits: Tensor, labels: Tensor, off_value: float | None = None) -> Tensor:
+    """Binary cross-entropy whose targets are at least ``off_value``, by default 1 / classes.
+
+    So that a network that knows nothing has the loss's minimum at the uniform distribution (B-cos v2's code,
+    ``UniformOffLabelsBCEWithLogitsLoss``).
+    """
+    off = 1.0 / logits.shape[1] if off_value is None else off_value
+    return F.binary_cross_entropy_with_logits(logits, as_targets(labels, logits).clamp(min=off))
+
+
+def label_loss(recipe: TrainingRecipe) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The recipe's loss on labels, None for ``"none"``."""
+    if recipe.loss == "bce":
+        return lambda logits, labels: bce(logits, labels, recipe.smoothing)
+    if recipe.loss == "uniform_off_bce":
+        return lambda logits, labels: uniform_off_bce(logits, labels, recipe.off_value)
+    if recipe.loss == "cross_entropy":
+        return lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=recipe.smoothing)
+    return None
+
+
+def distance_of_logits(student: Tensor, teacher: Tensor, kind: str, temperature: float = 1.0) -> Tensor:
+    """How far a student's logits [N, classes] are from a teacher's; see :class:`Distillation`."""
+    if student.shape != teacher.shape:
+        raise InvalidArgumentError(
+            "teacher", f"logits of shape {tuple(teacher.shape)}", f"the student's, {tuple(student.shape)}"
+        )
+    if kind == "mse":
+        return F.mse_loss(student, teacher)
+    probabilities = torch.softmax(teacher / temperature, 1)
+    if kind == "bce":
+        return F.binary_cross_entropy_with_logits(student, probabilities)
+    log_student = torch.log_softmax(student / temperature, 1)
+    return F.kl_div(log_student, probabilities, reduction="batchmean") * temperature**2
+
+
+def distance_of_features(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
+    """How far features [N, C, ...] are from a teacher's; channels are dimension 1, or the last of token sequences.
+
+    The cosine's mean is over the places where the teacher has any: after a ReLU a place may be all zeros.
+    """
+    if kind == "mse":
+        return F.mse_loss(student, teacher) / teacher.square().mean().clamp(min=1e-12)
+    dim = 1 if student.ndim == 4 else -1
+    there = (teacher != 0).any(dim)
+    distance = (1 - F.cosine_similarity(student, teacher, dim=dim)) * there
+    return distance.sum() / there.sum().clamp(min=1)
+
+
+class SigLip(nn.Module):
+    """Pairwise sigmoid loss between embeddings (SigLIP, Zhai et al. 2023, eq. 1).
+
+    ``-mean_i sum_j log sigmoid(z_ij (t <s_i, t_j> + b))``, z_ij = 1 where i = j and -1 elsewhere, embeddings of norm 1;
+    t = exp(``scale``) and b are learned and start at 10 and -10. Pairs are those of one process's batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(10.0).log())
+        self.bias = nn.Parameter(torch.tensor(-10.0))
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        cosines = F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).T
+        logits = self.scale.exp() * cosines + self.bias
+        signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+        return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+class Teaching(nn.Module):
+    """The loss of a student against a teacher.
+
+    Args:
+        student: the network that learns; hooks on its modules read their outputs.
+        teacher: any network that takes the same images in [0, 1]. It is used in evaluation mode, without gradients.
+
+    Raises:
+        InvalidArgumentError: a module that one of the two does not have.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, settings: Distillation) -> None:
+        super().__init__()
+        self.settings = settings
+        self.siglip = SigLip() if settings.siglip > 0 else None
+        # In a tuple: the teacher is no submodule, its weights are neither trained nor saved.
+        self._teacher = (teacher.eval(),)
+        wanted = settings.modules if settings.features > 0 else ()
+        self._pairs = [(_module(student, n, "student"), _module(teacher, n, "teacher"), n) for n in wanted]
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The teacher; :meth:`to` does not move it."""
+        return self._teacher[0]
+
+    @contextmanager
+    def watching(self) -> Iterator[dict[str, dict[str, Tensor]]]:
+        """Inside, every forward pass leaves the modules' outputs in the dictionary: side -> module -> features."""
+        seen: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}}
+        handles = []
+        for student, teacher, name in self._pairs:
+            for side, module in (("student", student), ("teacher", teacher)):
+
+                def keep(_m: nn.Module, _i: object, out: Tensor, side: str = side, name: str = name) -> None:
+                    seen[side][name] = out
+
+                handles.append(module.register_forward_hook(keep))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def forward(self, logits: Tensor, images: Tensor, seen: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The weighted parts of the loss by name, for the student's ``logits`` of ``images``.
+
+        To be called inside :meth:`watching`, after the student's forward pass.
+        """
+        settings = self.settings
+        with torch.no_grad():
+            taught: Tensor = self.teacher(images)
+        # fp16's and bf16's sums are too coarse for a loss.
+        logits, taught = logits.float(), taught.float()
+        parts: dict[str, Tensor] = {}
+        if settings.logits:
+            distance = distance_of_logits(logits, taught, settings.logit_loss, settings.temperature)
+            parts["distill_logits"] = settings.logits * distance
+        if self.siglip is not None:
+            parts["distill_siglip"] = settings.siglip * self.siglip(logits, taught)
+        total: Tensor | None = None
+        for name, theirs in seen["teacher"].items():
+            ours = seen["student"][name]
+            if ours.shape != theirs.shape:
+                raise InvalidArgumentError(
+                    "Distillation.modules",
+                    f"{name!r}, of shape {tuple(ours.shape)} in the student and {tuple(theirs.shape)} in the teacher",
+                    "modules whose outputs have the same shape",
+                )
+            distance = distance_of_features(ours.float(), theirs.float(), settings.feature_loss)
+            total = distance if total is None else total + distance
+        if total is not None:
+            parts["distill_features"] = settings.features * total / len(self._pairs)
+        return parts
+
+
+def _module(net: nn.Module, name: str, side: str) -> nn.Module:
+    """A submodule by its name in the source model."""
+    root: nn.Module = net
+    if isinstance(net, BcosNetwork):
+        root = net.backbone
+    elif isinstance(net, ConventionalNetwork):
+        root = net.model
+    modules: dict[str, nn.Module] = dict(root.named_modules())
+    if name not in modules:
+        shown = ", ".join(list(modules)[1:6])
+        raise InvalidArgumentError("Distillation.modules", repr(name), f"a module of the {side}: {shown}, ...")
+    return modules[name]

@@ -1,0 +1,281 @@
+"""How a network is trained: every choice a field of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from bcos_rt.data.augment import Augmentation, Mixing
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
+
+__all__ = ["Distillation", "TrainingRecipe"]
+
+Loss = Literal["bce", "uniform_off_bce", "cross_entropy", "none"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
+
+
+def _check_choices(settings: Any) -> None:
+    hints = get_type_hints(type(settings))
+    for entry in fields(settings):
+        hint, got = hints[entry.name], getattr(settings, entry.name)
+        if get_origin(hint) is Literal and got not in get_args(hint):
+            raise InvalidArgumentError(
+                f"{type(settings).__name__}.{entry.name}",
+                repr(got),
+                "one of " + ", ".join(map(repr, get_args(hint))),
+                did_you_mean(str(got), map(str, get_args(hint))),
+            )
+
+
+def _check_numbers(settings: Any, **ranges: tuple[float, float]) -> None:
+    """Each named field a finite number in the closed range, or None where its type allows that."""
+    hints = get_type_hints(type(settings))
+    for name, (low, high) in ranges.items():
+        value = getattr(settings, name)
+        if value is None and type(None) in get_args(hints[name]):
+            continue
+        argument = f"{type(settings).__name__}.{name}"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidTypeError(argument, repr(value), "a number")
+        if not (math.isfinite(value) and low <= value <= high):
+            expected = f"at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
+            raise InvalidArgumentError(argument, value, expected)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a student learns from a teacher, added to the loss on labels.
+
+    Attributes:
+        logits: weight of the loss between logits, see ``logit_loss``.
+        logit_loss: ``"kl"``, Kullback-Leibler divergence of the softmax at ``temperature``, times its square
+            (Hinton et al. 2015); ``"bce"``, binary cross-entropy with the teacher's softmax probabilities as targets,
+            what suits a B-cos network's logits; ``"mse"`` of the logits.
+        temperature: softens the teacher's probabilities.
+        features: weight of the loss between features of ``modules``.
+        modules: names of submodules that both networks have, as in the source model: ``("layer1", "layer2")``.
+        feature_loss: ``"cosine"``, one minus the cosine of the two feature vectors at each place; ``"mse"``, the mean
+            square error over the teacher's mean square, so that it needs no scale of its own.
+        siglip: weight of the pairwise sigmoid loss (SigLIP, Zhai et al. 2023, eq. 1) between the two networks' outputs,
+            for networks whose output is an embedding.
+    """
+
+    logits: float = 1.0
+    logit_loss: Literal["kl", "bce", "mse"] = "kl"
+    temperature: float = 1.0
+    features: float = 0.0
+    modules: tuple[str, ...] = ()
+    feature_loss: Literal["cosine", "mse"] = "cosine"
+    siglip: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        unbounded = (0.0, math.inf)
+        _check_numbers(self, logits=unbounded, features=unbounded, siglip=unbounded, temperature=(1e-6, math.inf))
+        if isinstance(self.modules, str) or not all(isinstance(m, str) for m in self.modules):
+            raise InvalidTypeError("Distillation.modules", repr(self.modules), "a sequence of module names")
+        object.__setattr__(self, "modules", tuple(self.modules))
+        if self.features > 0 and not self.modules:
+            raise InvalidArgumentError("Distillation.modules", "()", "module names, for features > 0")
+        if self.logits == self.features == self.siglip == 0:
+            raise InvalidArgumentError("Distillation", "all weights 0", "a weight > 0, or no distillation")
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """Everything :func:`bcos_rt.training.finetune` can be told about training.
+
+    The defaults fine-tune a B-cosified network as published (Arya et al., NeurIPS 2024, arXiv 2411.00715, and its
+    code): Adam, learning rate 1e-4, cosine to 0 without warm-up, uniform-off-labels BCE, adaptive gradient clipping.
+
+    Attributes:
+        epochs: passes over the data.
+        batch_size: images a step, over all processes and accumulated parts together.
+        accumulate: parts a process's batch is computed in, one after the other; norms then see one part at a time.
+        optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"`` (Nesterov off).
+        lr: peak learning rate.
+        momentum, betas: of SGD; of Adam and AdamW.
+        weight_decay: in Adam and SGD an L2 term, decoupled in AdamW. Not on biases, norms and a learned B unless
+            ``decay_all``.
+        schedule: ``"cosine"`` to ``min_lr``; ``"cosine_restarts"`` the same again and again, a period of
+            ``restart_epochs``, each ``restart_factor`` as long as the one before (SGDR, Loshchilov & Hutter 2017);
+            ``"constant"``.
+        warmup_epochs, warmup_steps: before the schedule, one of the two; ``warmup`` ``"linear"`` rises from
+            ``warmup_factor`` times lr, ``"constant"`` stays there.
+        step_schedule: whether the rate changes with every step or (as the published CNNs) with every epoch.
+        loss: on labels. ``"bce"``: binary cross-entropy with one-hot targets; ``"uniform_off_bce"``: its targets are
+            ``off_value`` (default 1 / classes) instead of 0 for the wrong classes; ``"cross_entropy"``; ``"none"``
+            for distillation alone, on images without labels.
+        smoothing: label smoothing of ``"bce"`` and ``"cross_entropy"``.
+        distillation: what is learned from a teacher.
+        agc: adaptive gradient clipping (Brock et al. 2021, arXiv 2102.06171): a filter's gradient norm stays under this
+            share of the filter's norm; None for none.
+        clip_norm: largest norm of the whole gradient; None for no limit.
+        ema: decay a step of the exponential moving average of the weights, e.g. 0.9999; None for no average.
+        augmentation, mixing: of the training images; no normalisation, networks do that themselves.
+        b_start, b_epochs: B rises linearly, with every step, from ``b_start`` to the network's own B over the first
+            ``b_epochs``; None leaves it as it is.
+        learn_b: learn each layer's B, from where it is, with SGD at ``b_lr``; kept at 1 or above.
+        bias_decay_epochs: scale the biases of a network converted with ``biases="keep"`` linearly to 0 over so many
+            epochs, where they stay; None keeps them.
+        precision: Lightning Fabric's: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"`` (with loss scaling),
+            ``"64-true"``. Norms compute in fp32 in any case.
+        channels_last: the images' memory format; what convolutions here are fastest in.
+        sync_norms: uncentred BatchNorms take their statistics over all processes.
+        seed: of the order of images, augmentation, dropout.
+        select: metric that decides which epoch is best: ``"top1"`` or ``"loss"``, of the validation data.
+        validate_every: epochs between validations; the last epoch is always validated.
+        log_every: steps between rows of the step log.
+    """
+
+    epochs: int = 90
+    batch_size: int = 256
+    accumulate: int = 1
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = 1e-4
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    decay_all: bool = False
+    schedule: Literal["cosine", "cosine_restarts", "constant"] = "cosine"
+    min_lr: float = 0.0
+    restart_epochs: float = 10.0
+    restart_factor: float = 1.0
+    warmup_epochs: float = 0.0
+    warmup_steps: int = 0
+    warmup: Literal["linear", "constant"] = "linear"
+    warmup_factor: float = 0.01
+    step_schedule: bool = True
+    loss: Loss = "uniform_off_bce"
+    off_value: float | None = None
+    smoothing: float = 0.0
+    distillation: Distillation | None = None
+    agc: float | None = 0.01
+    clip_norm: float | None = None
+    ema: float | None = None
+    augmentation: Augmentation = field(default_factory=Augmentation.imagenet)
+    mixing: Mixing | None = None
+    b_start: float | None = None
+    b_epochs: float = 0.0
+    learn_b: bool = False
+    b_lr: float = 1e-4
+    bias_decay_epochs: float | None = None
+    precision: Precision = "32-true"
+    channels_last: bool = True
+    sync_norms: bool = False
+    seed: int = 0
+    select: Literal["top1", "loss"] = "top1"
+    validate_every: int = 1
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        for name, low in (
+            ("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("warmup_steps", 0), ("validate_every", 1),
+            ("log_every", 1), ("seed", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InvalidTypeError(f"TrainingRecipe.{name}", repr(value), "an integer")
+            if value < low:
+                raise InvalidArgumentError(f"TrainingRecipe.{name}", value, f"at least {low}")
+        unbounded = (0.0, math.inf)
+        _check_numbers(
+            self, lr=unbounded, weight_decay=unbounded, min_lr=unbounded, warmup_epochs=unbounded, b_epochs=unbounded,
+            b_lr=unbounded, momentum=(0, 1), smoothing=(0, 1), off_value=(0, 1), agc=unbounded, clip_norm=unbounded,
+            ema=(0, 1), warmup_factor=(0, 1), b_start=(1, math.inf), bias_decay_epochs=unbounded,
+            restart_epochs=(1e-3, math.inf), restart_factor=(1, math.inf),
+        )  # fmt: skip
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise InvalidArgumentError("TrainingRecipe.betas", self.betas, "two numbers in [0, 1)")
+        if self.warmup_epochs and self.warmup_steps:
+            raise InvalidArgumentError(
+                "TrainingRecipe.warmup_steps", self.warmup_steps, "0 beside warmup_epochs", " (give one of the two)"
+            )
+        if self.batch_size < self.accumulate:
+            raise InvalidArgumentError("TrainingRecipe.accumulate", self.accumulate, f"at most {self.batch_size}")
+        if self.loss == "none" and self.distillation is None:
+            raise InvalidArgumentError("TrainingRecipe.loss", "'none'", "a loss, or a distillation")
+        if self.learn_b and self.b_start is not None:
+            raise InvalidArgumentError("TrainingRecipe.b_start", self.b_start, "None beside learn_b")
+
+    @classmethod
+    def bcosify(cls, **changes: Any) -> TrainingRecipe:
+        """Fine-tuning a B-cosified network: the defaults."""
+        return cls(**changes)
+
+    @classmethod
+    def bcos(cls, **changes: Any) -> TrainingRecipe:
+        """A B-cos network from scratch (B-cos v2, arXiv 2306.10898): Adam, 1e-3, binary cross-entropy."""
+        defaults: dict[str, Any] = {"lr": 1e-3, "loss": "bce"}
+        return cls(**{**defaults, **changes})
+
+    @classmethod
+    def standard(cls, **changes: Any) -> TrainingRecipe:
+        """A conventional network from scratch: SGD with momentum, cross-entropy, weight decay."""
+        defaults: dict[str, Any] = {
+            "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4, "loss": "cross_entropy", "agc": None,
+            "warmup_epochs": 1.0,
+        }  # fmt: skip
+        return cls(**{**defaults, **changes})
+
+    def replace(self, **changes: Any) -> TrainingRecipe:
+        """A copy with some fields changed; ``"distillation.logits"`` and the like change a field of a field."""
+        own: dict[str, Any] = {}
+        for name, value in changes.items():
+            first, _, rest = name.partition(".")
+            if first not in _FIELDS:
+                raise InvalidArgumentError("TrainingRecipe", f"field {first!r}", "a known field", _suggest(first))
+            own[first] = self._inside(first, own.get(first, getattr(self, first)), rest, value) if rest else value
+        return dataclasses.replace(self, **own)
+
+    @staticmethod
+    def _inside(name: str, current: Any, rest: str, value: Any) -> Any:
+        if name not in _NESTED:
+            raise InvalidArgumentError("TrainingRecipe", f"field {name}.{rest}", f"a field with parts, {name} has none")
+        current = _NESTED[name]() if current is None else current
+        known = [entry.name for entry in fields(current)]
+        if rest not in known:
+            raise InvalidArgumentError(f"TrainingRecipe.{name}", f"field {rest!r}", "a known field",
+                                       did_you_mean(rest, known))  # fmt: skip
+        return dataclasses.replace(current, **{rest: value})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        values = {name: getattr(self, name) for name in _FIELDS}
+        for name in _NESTED:
+            inner = values[name]
+            values[name] = None if inner is None else dataclasses.asdict(inner)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingRecipe:
+        """The inverse of :meth:`to_dict`; an unknown field is an error naming it."""
+        given: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in _FIELDS:
+                raise InvalidArgumentError("TrainingRecipe", f"field {name!r}", "a known field", _suggest(name))
+            if name in _NESTED and isinstance(value, Mapping):
+                kind = _NESTED[name]
+                known = [entry.name for entry in fields(kind)]
+                for key in value:
+                    if key not in known:
+                        raise InvalidArgumentError(
+                            f"TrainingRecipe.{name}", f"field {key!r}", "a known field", did_you_mean(key, known)
+                        )
+                given[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+            else:
+                given[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**given)
+
+
+_FIELDS = tuple(entry.name for entry in fields(TrainingRecipe))
+_NESTED: dict[str, Any] = {"distillation": Distillation, "augmentation": Augmentation, "mixing": Mixing}
+
+
+def _suggest(name: str) -> str:
+    return did_you_mean(name, _FIELDS)

@@ -1,0 +1,148 @@
+"""A run's folder: what is written there, and what a later process needs to go on.
+
+=====================  ================================================================================
+file                   what it holds
+=====================  ================================================================================
+``recipe.json``        the training recipe and what was trained on
+``metrics.csv``        a row an epoch
+``steps.csv``          a row every ``log_every`` steps
+``state.pt``           everything needed to go on: weights, optimisers, averages, the rows so far
+``last.safetensors``   the network after the last finished epoch; of a B-cos network a checkpoint of its own
+``best.safetensors``   the same after the best epoch
+``ema.safetensors``    the averaged weights, where there are any
+``explanations/``      a picture an epoch
+``tensorboard/``       the same numbers, where TensorBoard is installed
+=====================  ================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from bcos_rt.checkpoint import save
+from bcos_rt.errors import CheckpointError, InvalidArgumentError
+from bcos_rt.files import replacing, write_csv, write_json
+from bcos_rt.models.weights import read_torch_file
+from bcos_rt.nn.conventional import ConventionalNetwork
+from bcos_rt.nn.network import BcosNetwork
+from bcos_rt.training.recipe import TrainingRecipe
+
+__all__ = ["Progress", "RunFolder", "save_network"]
+
+STATE_VERSION = 1
+# Fields in which a resumed run may differ from its beginning: they change no weight.
+FREE_FIELDS = ("log_every", "validate_every", "select")
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with weights and optimisers all that a state file holds.
+
+    Attributes:
+        epoch, step: the next step is the ``step``-th of this epoch, both from 0.
+        sums: of the unfinished epoch: weighted sums of the training metrics, and ``images``.
+        history: a row an epoch.
+        steps: rows of the step log.
+        best: the best epoch's value of the selecting metric, None before the first.
+        seconds: spent training so far.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    best: float | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, plain values only."""
+        return dict(vars(self))
+
+
+class RunFolder:
+    """Reads and writes a run's files.
+
+    Args:
+        path: the folder; made when something is written.
+
+    Raises:
+        InvalidArgumentError: a file of that name exists.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise InvalidArgumentError("output", f"{str(path)!r}, a file", "a folder, new or of an earlier run")
+        self.state = self.path / "state.pt"
+
+    def describe(self, recipe: TrainingRecipe, about: Mapping[str, Any]) -> None:
+        """Write ``recipe.json``."""
+        write_json(self.path / "recipe.json", {"recipe": recipe.to_dict(), **about})
+
+    def read_state(self, recipe: TrainingRecipe) -> dict[str, Any]:
+        """The state file, checked against the recipe.
+
+        Raises:
+            CheckpointError: unreadable, of another version, or not a state of a run.
+            InvalidArgumentError: it was trained with another recipe; the message names the fields.
+        """
+        state = read_torch_file(self.state)
+        if not isinstance(state, dict) or state.get("format") != "bcos-rt training":
+            raise CheckpointError(f"{self.state}: not the state of a bcos-rt training run")
+        if state["version"] != STATE_VERSION:
+            raise CheckpointError(f"{self.state}: version {state['version']}, expected {STATE_VERSION}")
+        then, now = state["recipe"], _plain(recipe.to_dict())
+        other = [k for k in now if k not in FREE_FIELDS and then.get(k) != now[k]]
+        if other:
+            changed = ", ".join(f"{k}={now[k]!r} (was {then.get(k)!r})" for k in other)
+            raise InvalidArgumentError(
+                "recipe", changed, f"the recipe {self.path} began with", " (or another output folder)"
+            )
+        return state
+
+    def state_values(self, recipe: TrainingRecipe, progress: Progress) -> dict[str, Any]:
+        """The plain part of a state file."""
+        return {
+            "format": "bcos-rt training",
+            "version": STATE_VERSION,
+            "recipe": _plain(recipe.to_dict()),
+            "progress": progress.to_dict(),
+        }
+
+    def write_logs(self, progress: Progress) -> None:
+        """Write both CSV files anew from the rows of a state: a resumed run's rows follow without gap or repetition."""
+        for name, rows in (("metrics.csv", progress.history), ("steps.csv", progress.steps)):
+            write_csv(self.path / name, rows, _columns(rows))
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names: dict[str, None] = {}
+    for row in rows:
+        names.update(dict.fromkeys(row))
+    return list(names)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as a file gives them back."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def save_network(net: nn.Module, path: Path) -> None:
+    """Write a network so that it can be used: a B-cos network as :func:`bcos_rt.save` does, another as its weights."""
+    if isinstance(net, BcosNetwork):
+        save(net, path)
+        return
+    inner = net.model if isinstance(net, ConventionalNetwork) else net
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in inner.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})

@@ -1,0 +1,70 @@
+"""What changes while a network trains, each as a function of the step alone: resuming needs no state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bcos_rt.training.recipe import TrainingRecipe
+
+__all__ = ["Schedule"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate, B and bias scale by step.
+
+    Attributes:
+        recipe: the training recipe.
+        steps_per_epoch: optimiser steps.
+    """
+
+    recipe: TrainingRecipe
+    steps_per_epoch: int
+
+    def lr(self, step: int) -> float:
+        """The learning rate of step 0, 1, ..., at a peak of ``recipe.lr``.
+
+        Cosine: ``min + (lr - min) (1 + cos(pi t / T)) / 2`` over the T steps (epochs, without ``step_schedule``) that
+        the warm-up leaves.
+        """
+        recipe = self.recipe
+        unit = 1 if recipe.step_schedule else self.steps_per_epoch
+        now = step // unit
+        warm = (recipe.warmup_steps or recipe.warmup_epochs * self.steps_per_epoch) / unit
+        if now < warm:
+            start = recipe.warmup_factor
+            return recipe.lr * (start + (1 - start) * now / warm if recipe.warmup == "linear" else start)
+        if recipe.schedule == "constant":
+            return recipe.lr
+        total = recipe.epochs * self.steps_per_epoch / unit - warm
+        share = (now - warm) / total if total > 0 else 0.0
+        if recipe.schedule == "cosine_restarts":
+            share = _share_of_period(
+                (now - warm) * unit / self.steps_per_epoch, recipe.restart_epochs, recipe.restart_factor
+            )
+        return recipe.min_lr + (recipe.lr - recipe.min_lr) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+    def b(self, step: int, target: float) -> float:
+        """B of a layer whose own is ``target``: from ``b_start`` linearly to ``target`` over ``b_epochs``."""
+        if self.recipe.b_start is None:
+            return target
+        return self.recipe.b_start + (target - self.recipe.b_start) * self._progress(step, self.recipe.b_epochs)
+
+    def bias_scale(self, step: int) -> float:
+        """What biases are multiplied with, relative to their undecayed value: 1 falling linearly to 0."""
+        if self.recipe.bias_decay_epochs is None:
+            return 1.0
+        return 1.0 - self._progress(step, self.recipe.bias_decay_epochs)
+
+    def _progress(self, step: int, epochs: float) -> float:
+        length = epochs * self.steps_per_epoch
+        return 1.0 if step >= length else step / length
+
+
+def _share_of_period(epoch: float, first: float, factor: float) -> float:
+    length = first
+    while epoch >= length:
+        epoch -= length
+        length *= factor
+    return epoch / length

@@ -1,0 +1,689 @@
+"""The training loop, on Lightning Fabric."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from bcos_rt.data import Augmented, EpochSampler, derived_seed, loader, open_data, shard
+from bcos_rt.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    MissingDependencyError,
+    TrainingError,
+    TrainingInterruptedError,
+)
+from bcos_rt.files import replacing
+from bcos_rt.nn.exponent import bcos_layers, exponents, fix_exponents, fixed_exponents, learn_exponents, set_exponents
+from bcos_rt.nn.network import BcosNetwork
+from bcos_rt.nn.norms import BatchNormUncentered2d
+from bcos_rt.training.losses import Teaching, label_loss
+from bcos_rt.training.optim import clip_adaptively, make_optimizers
+from bcos_rt.training.recipe import TrainingRecipe
+from bcos_rt.training.run import Progress, RunFolder, save_network
+from bcos_rt.training.schedules import Schedule
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = ["TrainingResult", "finetune"]
+
+# What may be printed of a picture of explanations: more is slow to draw every epoch.
+MAX_PICTURES = 8
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run gave.
+
+    Attributes:
+        net: the network after the last epoch, in evaluation mode: the one that was given.
+        averaged: its exponential moving average, in evaluation mode; None without ``recipe.ema``.
+        history: a row an epoch: ``epoch``, ``lr``, ``train_loss``, ``train_top1`` (shares), ``val_loss``, ``val_top1``,
+            ``val_top5``, ``ema_top1``, ``b`` (mean), ``images_per_s``, ``seconds``.
+        best: the best epoch's row, by ``recipe.select``; None without validation data.
+        output: the run's folder, or None.
+    """
+
+    net: nn.Module
+    averaged: nn.Module | None
+    history: tuple[dict[str, Any], ...]
+    best: dict[str, Any] | None
+    output: Path | None
+
+
+def finetune(
+    net: nn.Module,
+    data: Any,
+    recipe: TrainingRecipe | None = None,
+    *,
+    validation: Any = None,
+    output: str | os.PathLike[str] | None = None,
+    teacher: nn.Module | None = None,
+    resume: bool = False,
+    explain_images: Tensor | None = None,
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    strategy: str = "auto",
+    num_nodes: int = 1,
+    workers: int = 0,
+    console: Console | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainingResult:
+    """Train a network: fine-tune a B-cosified one, or train any classifier from scratch.
+
+    Devices, processes and precision are Lightning Fabric's: on several devices, or under ``torchrun`` or SLURM, every
+    process calls this function with the same arguments. Batches, their order, augmentation and dropout depend on
+    ``recipe.seed``, epoch and step alone; a run that is stopped and resumed is the run that was not.
+
+    Args:
+        net: a :class:`BcosNetwork`, a :class:`ConventionalNetwork`, or any module that takes images [N, 3, H, W] in
+            [0, 1] and returns logits [N, classes]. It is trained in place.
+        data: what :func:`bcos_rt.data.open_data` takes: a folder of class folders, a tar file, ``hf:NAME``, a pair of
+            tensors, a data set of (image, label).
+        recipe: default :meth:`TrainingRecipe.bcosify`.
+        validation: like ``data``; evaluated every epoch. Images without labels count as right where the network's top
+            class is the teacher's.
+        output: the run's folder: state, networks, logs, pictures (see :mod:`bcos_rt.training.run`). Without it nothing
+            is written and nothing can be resumed.
+        teacher: for ``recipe.distillation``: takes the same images.
+        resume: go on where the run in ``output`` stopped; begin where there is none. Without it a folder that holds a
+            run is an error.
+        explain_images: [M, 3, H, W] in [0, 1], explained after every epoch (the first 8), for B-cos networks.
+        accelerator, devices, strategy, num_nodes: as in ``lightning_fabric.Fabric``; ``"auto"`` takes a GPU where there
+            is one, and the processes ``torchrun`` made.
+        workers: processes that read images.
+        console: for progress; default stderr, shown where that is a terminal.
+        on_epoch: called with every new row of the history.
+
+    Raises:
+        TrainingError: the loss is not finite; the message names the step and the layer. The state is the last epoch's.
+        TrainingInterruptedError: after SIGTERM, with the state saved in ``output``; Ctrl-C saves it too.
+        InvalidArgumentError, InvalidTypeError: unusable arguments, named.
+        MissingDependencyError: Lightning Fabric (extra ``train``) is not installed.
+    """
+    recipe = TrainingRecipe() if recipe is None else recipe
+    if not isinstance(net, nn.Module):
+        raise InvalidTypeError("net", type(net).__name__, "a torch.nn.Module")
+    if not isinstance(recipe, TrainingRecipe):
+        raise InvalidTypeError("recipe", type(recipe).__name__, "a TrainingRecipe")
+    if recipe.distillation is not None and teacher is None:
+        raise InvalidArgumentError("teacher", "None", "a network, for recipe.distillation")
+    folder = None if output is None else RunFolder(output)
+    if resume and folder is None:
+        raise InvalidArgumentError("output", "None", "the folder of the run to resume")
+    if folder is not None and folder.state.exists() and not resume:
+        raise InvalidArgumentError(
+            "output", f"{str(output)!r}, which holds a run", "a new folder", " (or resume=True to go on)"
+        )
+    fabric = _make_fabric(accelerator, devices, strategy, num_nodes, recipe, folder)
+    fabric.launch()
+    training = _Training(fabric, net, data, validation, recipe, folder, teacher, explain_images, workers, on_epoch)
+    return training.run(console or Console(stderr=True))
+
+
+def _make_fabric(
+    accelerator: str,
+    devices: int | str,
+    strategy: str,
+    num_nodes: int,
+    recipe: TrainingRecipe,
+    folder: RunFolder | None,
+) -> Fabric:
+    try:
+        from lightning_fabric import Fabric
+        from lightning_fabric.loggers.logger import Logger
+        from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+    except ImportError as error:
+        raise MissingDependencyError("training needs Lightning Fabric: pip install 'bcos-rt[train]'") from error
+    if "spawn" in strategy or "fork" in strategy:
+        raise InvalidArgumentError(
+            "strategy", repr(strategy), "a strategy whose processes call finetune themselves, such as 'ddp' or 'fsdp'"
+        )
+    launched = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if devices == "auto" and launched:
+        devices = launched
+        num_nodes = int(os.environ["WORLD_SIZE"]) // launched
+    loggers: list[Logger] = []
+    if folder is not None:
+        try:
+            loggers.append(TensorBoardLogger(str(folder.path), name="tensorboard", version=""))
+        except ModuleNotFoundError:  # TensorBoard is an option
+            loggers = []
+    try:
+        return Fabric(
+            accelerator=accelerator, devices=devices, strategy=strategy, num_nodes=num_nodes,
+            precision=recipe.precision, loggers=loggers,
+        )  # fmt: skip
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InvalidArgumentError(
+            "accelerator, devices, strategy", f"{accelerator!r}, {devices!r}, {strategy!r} ({error})",
+            "what Lightning Fabric takes on this machine",
+        ) from error  # fmt: skip
+
+
+class _Training:
+    """One run. Every process has one."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        net: nn.Module,
+        data: Any,
+        validation: Any,
+        recipe: TrainingRecipe,
+        folder: RunFolder | None,
+        teacher: nn.Module | None,
+        explain_images: Tensor | None,
+        workers: int,
+        on_epoch: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self.fabric, self.net, self.recipe, self.folder, self.on_epoch = fabric, net, recipe, folder, on_epoch
+        world, rank = fabric.world_size, fabric.global_rank
+        augmentation = recipe.augmentation
+        raw = open_data(data, transform=augmentation.train_transform(), split="train")
+        self.data = Augmented(raw, recipe.seed)
+        if len(raw) < recipe.batch_size:
+            raise InvalidArgumentError(
+                "data", f"{len(raw)} images", f"at least one batch (recipe.batch_size, {recipe.batch_size})"
+            )
+        if recipe.batch_size % world:
+            raise InvalidArgumentError("recipe.batch_size", recipe.batch_size, f"a multiple of {world} processes")
+        self.sampler = EpochSampler(
+            len(raw), recipe.batch_size, world_size=world, rank=rank, seed=recipe.seed, shuffle=True, drop_last=True
+        )
+        self.loader = loader(self.data, self.sampler, workers=workers)
+        self.steps = len(raw) // recipe.batch_size
+        self.schedule = Schedule(recipe, self.steps)
+        self.validation = None
+        if validation is not None:
+            seen = open_data(validation, transform=augmentation.eval_transform(), split="val")
+            if len(seen) == 0:
+                raise InvalidArgumentError("validation", "no image", "at least one")
+            self.validation = loader(seen, shard(len(seen), recipe.batch_size, world, rank), workers=workers)
+        self.progress = Progress()
+        self.eager_numbers = fabric.device.type == "cpu"
+        self.targets = exponents(net)
+        if recipe.learn_b:
+            learn_exponents(net)
+        self.biases = _biases(net) if recipe.bias_decay_epochs is not None else []
+        if recipe.sync_norms:
+            for module in net.modules():
+                if isinstance(module, BatchNormUncentered2d):
+                    module.synchronised = True
+        self.teaching = None
+        if recipe.distillation is not None and teacher is not None:
+            self.teaching = Teaching(net, teacher, recipe.distillation).to(fabric.device)
+            self.teaching.teacher.to(fabric.device)
+        # The model before its optimiser, as FSDP needs it.
+        self.model = fabric.setup_module(net)
+        own = [] if self.teaching is None else list(self.teaching.parameters())
+        made = fabric.setup_optimizers(*make_optimizers(net, recipe, own))
+        self.optimizers = list(made) if isinstance(made, tuple | list) else [made]
+        self.average = None
+        if recipe.ema is not None:
+            self.average = AveragedModel(
+                net,
+                multi_avg_fn=get_ema_multi_avg_fn(recipe.ema),  # type: ignore[no-untyped-call]
+                use_buffers=True,
+            )
+        self.pictures = None
+        if explain_images is not None and isinstance(net, BcosNetwork):
+            self.pictures = explain_images[:MAX_PICTURES]
+        self.label_loss = label_loss(recipe)
+
+    # --- the run -----------------------------------------------------------------------------------------------------
+
+    def run(self, console: Console) -> TrainingResult:
+        """Train to the end, or to the first signal."""
+        if self.folder is not None and self.folder.state.exists():
+            self._load()
+        elif self.folder is not None and self.fabric.is_global_zero:
+            self.folder.describe(self.recipe, self._about())
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
+        )  # fmt: skip
+        shown = console.is_terminal and self.fabric.is_global_zero
+        with ExitStack() as stack:
+            bar = stack.enter_context(Bar(*columns, console=console, disable=not shown, transient=True))
+            task = bar.add_task(
+                "training", total=self.recipe.epochs * self.steps, numbers="",
+                completed=self.progress.epoch * self.steps + self.progress.step,
+            )  # fmt: skip
+
+            def tell(text: str) -> None:
+                bar.advance(task)
+                if text:
+                    bar.update(task, numbers=text)
+
+            stop = stack.enter_context(_signals())
+            while self.progress.epoch < self.recipe.epochs:
+                bar.update(task, description=f"epoch {self.progress.epoch + 1}/{self.recipe.epochs}")
+                self._epoch(stop, tell)
+        return self._result()
+
+    def _epoch(self, stop: dict[str, int | None], tell: Callable[[str], None]) -> None:
+        progress = self.progress
+        self.data.set_epoch(progress.epoch)
+        self.sampler.set_epoch(progress.epoch)
+        self.sampler.skip(progress.step)
+        self.model.train()
+        began, images_before = time.perf_counter(), progress.sums.get("images", 0.0)
+        sums: dict[str, Tensor] = {}
+        for images, labels in self.loader:
+            numbers = self._step(self.fabric.to_device(images), self.fabric.to_device(labels))
+            progress.step += 1
+            for name, value in (*numbers.items(), ("images", torch.ones(()))):
+                sums[name] = sums.get(name, 0.0) + value * len(images)
+            done = progress.epoch * self.steps + progress.step
+            stopping = self._must_stop(stop, done)
+            # Reading a number waits for the GPU: not after every step.
+            if self.eager_numbers or stopping or done % self.recipe.log_every == 0 or progress.step == self.steps:
+                for name, value in sums.items():
+                    progress.sums[name] = progress.sums.get(name, 0.0) + float(value)
+                sums = {}
+                if not math.isfinite(progress.sums["loss"]):
+                    self._not_finite(images, numbers)
+                if done % self.recipe.log_every == 0:
+                    self._log_step(done, {name: float(value) for name, value in numbers.items()})
+                tell(f"loss {float(numbers['loss']):.4f}")
+            else:
+                tell("")
+            if stopping:
+                progress.seconds += time.perf_counter() - began
+                self._interrupted(stop)
+        took = time.perf_counter() - began
+        progress.seconds += took
+        row = self._row(took, progress.sums["images"] - images_before)
+        progress.history.append(row)
+        progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
+        self._finish_epoch(row)
+
+    def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """One optimiser step; the parts of the loss and the share of right answers, means over the batch."""
+        recipe, progress = self.recipe, self.progress
+        step = progress.epoch * self.steps + progress.step
+        self._schedule(step)
+        # Everything random in a step depends on its number: nothing has to be stored to resume.
+        seed = derived_seed(recipe.seed, progress.epoch, progress.step, self.fabric.global_rank)
+        torch.manual_seed(seed)
+        if recipe.mixing is not None:
+            classes = self._classes(images)
+            images, labels = recipe.mixing(images, labels, classes, seed)
+        if recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        sums: dict[str, Tensor] = {}
+        parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
+        for i, (some, theirs) in enumerate(parts):
+            share = len(some) / len(images)
+            with self.fabric.no_backward_sync(self.model, enabled=i + 1 < len(parts)):
+                losses, right = self._losses(some, theirs)
+                loss = torch.stack(list(losses.values())).sum()
+                if self.eager_numbers and not bool(torch.isfinite(loss.detach())):
+                    self._not_finite(some, losses)
+                self.fabric.backward(loss * share)
+            for name, value in {"loss": loss, **losses, "top1": right}.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() * share
+        self._update(step)
+        return sums
+
+    def _losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The parts of the loss, and the share of right answers."""
+        losses: dict[str, Tensor] = {}
+        if self.teaching is None:
+            logits = self.model(images)
+        else:
+            with self.teaching.watching() as seen, self.fabric.autocast():
+                logits = self.model(images)
+                losses |= self.teaching(logits, images, seen)
+        if self.label_loss is not None:
+            if labels.ndim == 1 and int(labels.min()) < 0:
+                raise InvalidArgumentError(
+                    "data", "images without labels", "labels", " (or recipe.loss='none' with a distillation)"
+                )
+            losses["labels"] = self.label_loss(logits.float() if logits.dtype.itemsize < 4 else logits, labels)
+        hard = labels if labels.ndim == 1 else labels.argmax(1)
+        return losses, (logits.detach().argmax(1) == hard).float().mean()
+
+    def _update(self, step: int) -> None:
+        precision = self.fabric.strategy.precision
+        if self.recipe.agc is not None:
+            precision.unscale_gradients(self.optimizers[0].optimizer)
+            clip_adaptively(_agc_parameters(self.net), self.recipe.agc)
+        if self.recipe.clip_norm is not None:
+            # With loss scaling an overflow is the scaler's to handle, it skips the step.
+            self.fabric.clip_gradients(
+                self.model, self.optimizers[0], max_norm=self.recipe.clip_norm, error_if_nonfinite=False
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            for layer in bcos_layers(self.net).values():
+                if isinstance(layer.b, nn.Parameter):
+                    layer.b.clamp_(min=1.0)
+            if self.biases:
+                now, after = self.schedule.bias_scale(step), self.schedule.bias_scale(step + 1)
+                for bias in self.biases:
+                    bias.mul_(after / now if now > 0 else 0.0)
+        if self.average is not None:
+            self.average.update_parameters(self.net)
+
+    def _schedule(self, step: int) -> None:
+        lr = self.schedule.lr(step)
+        for group in self.optimizers[0].param_groups:
+            group["lr"] = lr
+        if self.recipe.b_start is not None:
+            set_exponents(self.net, {name: self.schedule.b(step, b) for name, b in self.targets.items()})
+
+    def _classes(self, images: Tensor) -> int:
+        if not hasattr(self, "_class_count"):
+            training = self.net.training
+            with torch.no_grad():
+                self._class_count = int(self.net.eval()(images[:1]).shape[1])
+            self.net.train(training)
+        return self._class_count
+
+    # --- numbers -----------------------------------------------------------------------------------------------------
+
+    def _row(self, seconds: float, images: float) -> dict[str, Any]:
+        progress = self.progress
+        names = [name for name in progress.sums if name != "images"]
+        totals = torch.tensor([*(progress.sums[n] for n in names), progress.sums["images"]], dtype=torch.float64)
+        totals = self._summed(totals)
+        means = dict(zip(names, (totals[:-1] / totals[-1]).tolist(), strict=True))
+        row: dict[str, Any] = {"epoch": progress.epoch + 1}
+        row["lr"] = self.optimizers[0].param_groups[0]["lr"]
+        row |= {f"train_{name}": value for name, value in means.items()}
+        if self.targets:
+            found = exponents(self.net)
+            row["b"] = sum(found.values()) / len(found)
+        last = progress.epoch + 1 == self.recipe.epochs
+        if self.validation is not None and (last or (progress.epoch + 1) % self.recipe.validate_every == 0):
+            row |= {f"val_{name}": value for name, value in self._validate(self.model).items()}
+            if self.average is not None:
+                # A scheduled B is no tensor, the average knows nothing of it.
+                if self.recipe.b_start is not None:
+                    set_exponents(self.average.module, exponents(self.net))
+                averaged = self._validate(self.average.module)
+                row |= {"ema_loss": averaged["loss"], "ema_top1": averaged["top1"]}
+        row["images_per_s"] = images * self.fabric.world_size / seconds
+        row["seconds"] = progress.seconds
+        return row
+
+    @torch.no_grad()
+    def _validate(self, model: nn.Module) -> dict[str, float]:
+        model.eval()
+        totals = torch.zeros(4, dtype=torch.float64)
+        classes = 0
+        for images, labels in self.validation or ():
+            images, labels = self.fabric.to_device(images), self.fabric.to_device(labels)
+            if self.recipe.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with self.fabric.autocast():
+                logits = model(images)
+            logits = logits.float() if logits.dtype.itemsize < 4 else logits
+            classes = logits.shape[1]
+            if int(labels.min()) < 0:
+                if self.teaching is None:
+                    raise InvalidArgumentError("validation", "images without labels", "labels, or a teacher")
+                labels = self.teaching.teacher(images).argmax(1)
+            measure = self.label_loss if self.label_loss is not None else F.cross_entropy
+            top = logits.topk(min(5, classes), 1).indices == labels[:, None]
+            sums = (measure(logits, labels) * len(images), top[:, 0].sum(), top.any(1).sum(), len(images))
+            totals += torch.tensor([float(v) for v in sums], dtype=torch.float64)
+        totals = self._summed(totals)
+        loss, top1, top5 = (totals[:3] / totals[3]).tolist()
+        model.train()
+        return {"loss": loss, "top1": top1, **({"top5": top5} if classes > 5 else {})}
+
+    def _summed(self, values: Tensor) -> Tensor:
+        if self.fabric.world_size == 1:
+            return values
+        total: Any = self.fabric.all_reduce(values.to(self.fabric.device), reduce_op="sum")
+        summed: Tensor = total.cpu()
+        return summed
+
+    def _log_step(self, done: int, numbers: Mapping[str, float]) -> None:
+        row = {"step": done, "epoch": self.progress.epoch + 1, "lr": self.optimizers[0].param_groups[0]["lr"]}
+        row |= {f"train_{name}": value for name, value in numbers.items()}
+        self.progress.steps.append(row)
+        if self.fabric.is_global_zero:
+            self.fabric.log_dict({k: v for k, v in row.items() if k != "step"}, step=done)
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def _finish_epoch(self, row: dict[str, Any]) -> None:
+        metric = row.get(f"val_{self.recipe.select}")
+        sign = 1.0 if self.recipe.select == "top1" else -1.0
+        progress = self.progress
+        better = metric is not None and (progress.best is None or sign * metric > sign * progress.best)
+        if better:
+            progress.best = metric
+        if self.folder is not None:
+            # Networks before the state: a kill between the two repeats the epoch, and overwrites them.
+            if self.fabric.is_global_zero:
+                if better:
+                    save_network(self.net, self.folder.path / "best.safetensors")
+                save_network(self.net, self.folder.path / "last.safetensors")
+                if self.average is not None:
+                    save_network(self.average.module, self.folder.path / "ema.safetensors")
+                self._draw()
+            self._save()
+            if self.fabric.is_global_zero:
+                self.folder.write_logs(progress)
+                self.fabric.log_dict(
+                    {k: v for k, v in row.items() if isinstance(v, int | float)}, step=progress.epoch * self.steps
+                )
+        if self.on_epoch is not None and self.fabric.is_global_zero:
+            self.on_epoch(row)
+
+    def _draw(self) -> None:
+        if self.pictures is None or self.folder is None or not isinstance(self.net, BcosNetwork):
+            return
+        from bcos_rt.explanation.explain import explain
+
+        like = next(self.net.parameters())
+        with fixed_exponents(self.net), torch.random.fork_rng(devices=[]):
+            explanation = explain(self.net, self.pictures.to(like.device))
+        target = self.folder.path / "explanations" / f"epoch_{self.progress.epoch:03d}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        explanation.save(target, dpi=70)
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"model": self.model}
+        state |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
+        if self.average is not None:
+            state["average"] = self.average
+        if self.teaching is not None:
+            state["teaching"] = self.teaching
+        return state
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        # Sums of the unfinished epoch are each process's own.
+        gathered: Any = self.fabric.all_gather(torch.tensor(list(self.progress.sums.values()), dtype=torch.float64))
+        values = self.folder.state_values(self.recipe, self.progress)
+        values["sums"] = gathered.reshape(self.fabric.world_size, len(self.progress.sums)).tolist()
+        values["precision"] = dict(self.fabric.strategy.precision.state_dict())
+        values["targets"] = self.targets
+        if self.fabric.world_size == 1:
+            with replacing(self.folder.state) as temporary:
+                self.fabric.save(temporary, {**self._state(), **values})
+            return
+        temporary = self.folder.path / ".state-new.pt"
+        self.fabric.save(temporary, {**self._state(), **values})
+        if self.fabric.is_global_zero:
+            os.replace(temporary, self.folder.state)
+        self.fabric.barrier()
+
+    def _load(self) -> None:
+        if self.folder is None:
+            return
+        kept = self.folder.read_state(self.recipe)
+        if len(kept["sums"]) != self.fabric.world_size and kept["progress"]["step"]:
+            raise InvalidArgumentError(
+                "devices", f"{self.fabric.world_size} processes", f"{len(kept['sums'])}, as when it stopped in an epoch"
+            )
+        state = self._state()
+        self.fabric.load(self.folder.state, state, weights_only=True)
+        self.progress = Progress(**kept["progress"])
+        if self.progress.step:
+            mine = kept["sums"][self.fabric.global_rank]
+            self.progress.sums = dict(zip(self.progress.sums, mine, strict=True))
+        self.targets = kept["targets"]
+        if kept["precision"]:
+            self.fabric.strategy.precision.load_state_dict(kept["precision"])
+
+    def _about(self) -> dict[str, Any]:
+        from bcos_rt import __version__
+
+        source = getattr(self.net, "source", None)
+        return {
+            "network": source or type(self.net).__name__,
+            "conversion": self.net.recipe.to_dict() if isinstance(self.net, BcosNetwork) else None,
+            "images": len(self.data),
+            "steps_per_epoch": self.steps,
+            "processes": self.fabric.world_size,
+            "device": str(self.fabric.device),
+            "versions": {
+                "bcos-rt": __version__, "torch": torch.__version__, "lightning-fabric": version("lightning-fabric")
+            },
+        }  # fmt: skip
+
+    # --- endings -----------------------------------------------------------------------------------------------------
+
+    def _must_stop(self, stop: Mapping[str, int | None], done: int) -> bool:
+        asked = stop["signal"] is not None
+        if self.fabric.world_size == 1:
+            return asked
+        # All processes stop after the same step, so they must agree; that costs a message, hence not every step.
+        if done % self.recipe.log_every:
+            return False
+        return bool(self._summed(torch.tensor([float(asked)])) > 0)
+
+    def _interrupted(self, stop: Mapping[str, int | None]) -> None:
+        where = f"epoch {self.progress.epoch + 1}, step {self.progress.step} of {self.steps}"
+        if self.folder is None:
+            raise TrainingInterruptedError(f"training was stopped in {where}; without output nothing was saved")
+        self._save()
+        if self.fabric.is_global_zero:
+            self.folder.write_logs(self.progress)
+        if stop["signal"] == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise TrainingInterruptedError(
+            f"training was stopped in {where}; the state is in {self.folder.state}, resume=True (--resume) goes on"
+        )
+
+    def _not_finite(self, images: Tensor, losses: Mapping[str, Tensor]) -> None:
+        """Raise with the name of the first layer whose output is not finite."""
+        found = _first_not_finite(self.net, self.fabric.to_device(images), self.fabric)
+        progress = self.progress
+        bad = ", ".join(name for name, value in losses.items() if not bool(torch.isfinite(value.detach())))
+        kept = "nothing was saved"
+        if self.folder is not None and self.folder.state.exists():
+            kept = f"{self.folder.state} is that of the end of epoch {progress.epoch}"
+        raise TrainingError(
+            f"the loss ({bad}) is not finite in epoch {progress.epoch + 1}, step {progress.step + 1} of {self.steps}; "
+            f"first not finite: {found}; {kept}. A smaller learning rate, gradient clipping or fp32 may help."
+        )
+
+    def _result(self) -> TrainingResult:
+        net = self.net
+        fix_exponents(net)
+        if isinstance(net, BcosNetwork) and len(found := set(exponents(net).values())) == 1:
+            net.recipe = net.recipe.replace(b=found.pop())
+        net.eval()
+        averaged = None
+        if self.average is not None:
+            averaged = self.average.module.eval()
+            fix_exponents(averaged)
+        history = tuple(self.progress.history)
+        metric = f"val_{self.recipe.select}"
+        best = next((row for row in history if metric in row and row[metric] == self.progress.best), None)
+        return TrainingResult(net, averaged, history, best, None if self.folder is None else self.folder.path)
+
+
+def _biases(net: nn.Module) -> list[nn.Parameter]:
+    """The biases of layers and norms."""
+    found = [p for name, p in net.named_parameters() if name.rpartition(".")[2] == "bias"]
+    if not found:
+        raise InvalidArgumentError(
+            "recipe.bias_decay_epochs", "a network without biases", "one converted with Recipe(biases='keep')"
+        )
+    return found
+
+
+def _agc_parameters(net: nn.Module) -> list[nn.Parameter]:
+    exempt = {id(layer.b) for layer in bcos_layers(net).values()}
+    return [p for p in net.parameters() if p.grad is not None and id(p) not in exempt]
+
+
+@torch.no_grad()
+def _first_not_finite(net: nn.Module, images: Tensor, fabric: Fabric) -> str:
+    """The first parameter, image or module output that is not finite, in words."""
+    for name, parameter in net.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"parameter {name}"
+    if not bool(torch.isfinite(images).all()):
+        return "the images"
+    found: list[str] = []
+    handles = []
+    for name, module in net.named_modules():
+        if any(True for _ in module.children()):
+            continue
+
+        def look(module: nn.Module, _inputs: object, out: object, name: str = name) -> None:
+            if isinstance(out, Tensor) and not found and not bool(torch.isfinite(out).all()):
+                found.append(f"the output of {name} ({type(module).__name__})")
+
+        handles.append(module.register_forward_hook(look))
+    try:
+        with fabric.autocast():
+            net(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "no layer's output, the loss itself"
+
+
+@contextmanager
+def _signals() -> Iterator[dict[str, int | None]]:
+    """Inside, SIGTERM and the first Ctrl-C are noted under ``"signal"``; the second Ctrl-C interrupts at once."""
+    seen: dict[str, int | None] = {"signal": None}
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and seen["signal"] is not None:
+            raise KeyboardInterrupt
+        seen["signal"] = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,144 @@
+"""The CIFAR-10 experiment: every run by itself, resumable; the table from the raw logs.
+
+    python -m bench.cifar10 plan --data cifar10.tar.gz              what there is to do, and what is done
+    python -m bench.cifar10 run NAME --data cifar10.tar.gz          one training run, or the rest of it
+    python -m bench.cifar10 all --data cifar10.tar.gz               every run, one after the other
+    python -m bench.cifar10 localise --data cifar10.tar.gz          grid pointing games of what is trained
+    python -m bench.cifar10 table                                   docs/results/cifar10.csv and study.csv
+
+Weights and states lie in --work (build/cifar10); logs and numbers are copied to bench/results/cifar10. A run that was
+stopped, or killed, goes on at its last epoch.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from bcos_rt.benchmark import machine  # noqa: E402
+from bcos_rt.errors import TrainingInterruptedError  # noqa: E402
+from bcos_rt.files import read_rows, write_json  # noqa: E402
+from bench.cifar10.images import load_images  # noqa: E402
+from bench.cifar10.plan import Run, runs  # noqa: E402
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console(stderr=True)
+RESULTS = ROOT / "bench" / "results" / "cifar10"
+Data = Annotated[Path, typer.Option("--data", metavar="TAR", help="CIFAR-10 as train/CLASS/*.jpg, test/CLASS/*.jpg.")]
+Work = Annotated[Path, typer.Option(help="Weights, states, decoded images.")]
+WORK = ROOT / "build" / "cifar10"
+
+
+@app.command()
+def plan(work: Work = WORK) -> None:
+    """List the runs and how far each is."""
+    table = Table("run", "epochs", "done", "val top-1", "images/s")
+    for one in runs():
+        rows = read_rows(_logs(one) / "metrics.csv") or read_rows(work / one.name / "metrics.csv")
+        last = rows[-1] if rows else {}
+        table.add_row(one.name, str(one.recipe.epochs), str(len(rows)), last.get("val_top1", "")[:6],
+                      last.get("images_per_s", "")[:5])  # fmt: skip
+    console.print(table)
+
+
+@app.command("run")
+def run_one(name: str, data: Data, work: Work = WORK) -> None:
+    """Train one run, or the rest of it."""
+    found = {one.name: one for one in runs()}
+    if name not in found:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(found)}", param_hint="NAME")
+    _train(found[name], data, work)
+
+
+@app.command("all")
+def run_all(data: Data, work: Work = WORK) -> None:
+    """Train every run that is not finished."""
+    for one in runs():
+        _train(one, data, work)
+
+
+@app.command()
+def localise(
+    data: Data, work: Work = WORK, grids: int = 250, name: Annotated[list[str] | None, typer.Option()] = None
+) -> None:
+    """Grid pointing games (3 x 3) of every finished run that has none yet."""
+    from bench.cifar10.localise import localise_run
+
+    for one in runs():
+        if name and one.name not in name:
+            continue
+        target = _logs(one) / "localisation.csv"
+        if not target.exists() and (work / one.name / "last.safetensors").exists() and _finished(one, work):
+            console.print(f"[bold]{one.name}")
+            localise_run(one, load_images(data, work / "cifar10.npz")["test"], work, target, grids)
+
+
+@app.command("table")
+def make_table() -> None:
+    """Write docs/results/cifar10.csv and cifar10_study.csv from the committed logs."""
+    from bench.cifar10.table import write_tables
+
+    write_tables(RESULTS, ROOT / "docs" / "results")
+
+
+def _logs(one: Run) -> Path:
+    return RESULTS / one.name
+
+
+def _finished(one: Run, work: Path) -> bool:
+    return len(read_rows(work / one.name / "metrics.csv")) >= one.recipe.epochs
+
+
+def _train(one: Run, data: Path, work: Path) -> None:
+    from bcos_rt.training import finetune
+    from bench.cifar10.networks import build
+
+    folder = work / one.name
+    if _finished(one, work):
+        return
+    console.print(f"[bold]{one.name}")
+    images = load_images(data, work / "cifar10.npz")
+    net = build(one, work)
+    pictures = images["test"][0][::1250].float() / 255
+
+    def told(row: dict[str, Any]) -> None:
+        console.print(
+            f"  epoch {row['epoch']:3} train {row['train_top1']:.4f} test {row['val_top1']:.4f} "
+            f"{row['images_per_s']:.0f} images/s", highlight=False,
+        )  # fmt: skip
+        _copy(one, folder)
+
+    try:
+        finetune(
+            net, images["train"], one.recipe, validation=images["test"], output=folder, resume=True,
+            explain_images=pictures, accelerator="cpu", console=console, on_epoch=told,
+        )  # fmt: skip
+    except TrainingInterruptedError as error:
+        console.print(str(error))
+        raise typer.Exit(143) from error
+
+
+def _copy(one: Run, folder: Path) -> None:
+    """Logs beside the others' that are committed, with the machine they come from."""
+    target = _logs(one)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.csv", "recipe.json"):
+        shutil.copy(folder / name, target / name)
+    described = {**machine.describe(), "threads": torch.get_num_threads(), "python": platform.python_version()}
+    write_json(target / "machine.json", described)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,94 @@
+"""Every training run of the experiment: which network, how converted, how trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from bcos_rt.conversion import Recipe
+from bcos_rt.data import Augmentation
+from bcos_rt.training import TrainingRecipe
+
+__all__ = ["EPOCHS", "STUDY_EPOCHS", "Run", "runs"]
+
+EPOCHS = 12
+STUDY_EPOCHS = 3
+BATCH = 128
+_COMMON: dict[str, Any] = {
+    "epochs": EPOCHS, "batch_size": BATCH, "augmentation": Augmentation.cifar(), "log_every": 50,
+}  # fmt: skip
+# One recipe a kind, chosen before the runs that count and the same for all networks and seeds.
+STANDARD = TrainingRecipe.standard(**_COMMON, weight_decay=5e-4, warmup_epochs=1.0)
+SCRATCH = TrainingRecipe.bcos(**_COMMON, lr=1e-3, agc=None)
+COSIFIED = TrainingRecipe.bcosify(**_COMMON, lr=1e-3, loss="bce", agc=None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        network: a name of :data:`bcos_rt.models.small.SMALL_NETWORKS`.
+        kind: ``"standard"``, the conventional network; ``"bcos"``, the B-cos network from random weights;
+            ``"bcosified"``, the B-cos network from the standard run's weights.
+        seed: of weights, order and augmentation.
+        recipe: how it is trained.
+        conversion: how it is made a B-cos network.
+        variant: name of a study's design choice, "" outside the study.
+    """
+
+    network: str
+    kind: str
+    seed: int
+    recipe: TrainingRecipe
+    conversion: Recipe = field(default_factory=Recipe)
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return "-".join([self.network, self.kind, *([self.variant] if self.variant else []), f"seed{self.seed}"])
+
+    @property
+    def source(self) -> str | None:
+        """Name of the run whose weights it begins with."""
+        return f"{self.network}-standard-seed{self.seed}" if self.kind == "bcosified" else None
+
+
+# Each changes one choice of the method (arXiv 2411.00715, section 3) and leaves the others as published.
+STUDY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "published": ({}, {}),
+    "biases": ({"biases": "keep"}, {}),
+    "biases_decayed": ({"biases": "keep"}, {"bias_decay_epochs": STUDY_EPOCHS / 2}),
+    "b1": ({"b": 1.0}, {}),
+    "b1.5": ({"b": 1.5}, {}),
+    "b_scheduled": ({}, {"b_start": 1.0, "b_epochs": STUDY_EPOCHS / 2}),
+    "b_learned": ({"b": 1.5}, {"learn_b": True, "b_lr": 0.05}),
+    "no_activation": ({"activations": "identity"}, {}),
+    "batch_norm_kept": ({"batch_norm": "keep"}, {}),
+    "batch_norm_kept_biases": ({"batch_norm": "keep", "biases": "keep"}, {}),
+    "norm_folded": ({"batch_norm": "uncentered_folded", "biases": "keep"}, {}),
+    "unit_weights": ({"weight_norm": "unit"}, {}),
+    "head_after_pool": ({"head": "after_pool"}, {}),
+    "three_channels": ({"input_encoding": "three_channel"}, {}),
+    "no_logit_bias": ({"logit_bias": None}, {}),
+}
+
+
+def runs() -> list[Run]:
+    """All runs, in the order in which they are done; a run comes after the one whose weights it needs."""
+    made: list[Run] = []
+    for network, seeds in (("resnet20", (0, 1)), ("densenet31", (0,))):
+        for seed in seeds:
+            made += [
+                Run(network, "standard", seed, STANDARD.replace(seed=seed)),
+                Run(network, "bcosified", seed, COSIFIED.replace(seed=seed)),
+                Run(network, "bcos", seed, SCRATCH.replace(seed=seed)),
+            ]
+    short = COSIFIED.replace(epochs=STUDY_EPOCHS)
+    study = [
+        Run("resnet20", "bcosified", 0, short.replace(**training), Recipe(**conversion), variant)
+        for variant, (conversion, training) in STUDY.items()
+    ]
+    # The study after the first seed of the ResNet, before the slower networks.
+    return made[:6] + study + made[6:]

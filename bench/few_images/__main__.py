@@ -1,0 +1,220 @@
+"""EfficientNet-Lite0 (ImageNet weights) B-cosified with 400 photographs, their labels unused; 100 are held out.
+
+    python -m bench.few_images run long --photos photos.tar     one variant, or the rest of it
+    python -m bench.few_images all --photos photos.tar          every variant
+    python -m bench.few_images measure --photos photos.tar      accuracy, agreement, localisation of what is trained
+    python -m bench.few_images table                            docs/results/few_images.csv
+
+The photographs are a tar file of ``NNNN_WNID_NAME.jpg``, NNNN an ImageNet class. Weights and states lie in --work; logs
+and numbers are copied to bench/results/few_images. A stopped run goes on at its last epoch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from torch import Tensor, nn
+from torchvision.transforms import functional as transforms
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from bcos_rt import BcosNetwork, Recipe, bcosify, load, recalibrate  # noqa: E402
+from bcos_rt.benchmark import machine  # noqa: E402
+from bcos_rt.data import Augmentation  # noqa: E402
+from bcos_rt.files import read_rows, write_csv, write_json  # noqa: E402
+from bcos_rt.images import resized  # noqa: E402
+from bcos_rt.models import load_model  # noqa: E402
+from bcos_rt.nn.conventional import ConventionalNetwork  # noqa: E402
+from bcos_rt.training import Distillation, TrainingRecipe, finetune  # noqa: E402
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console(stderr=True)
+RESULTS = ROOT / "bench" / "results" / "few_images"
+WORK = ROOT / "build" / "few_images"
+Photos = Annotated[Path, typer.Option("--photos", metavar="TAR", help="NNNN_WNID_NAME.jpg, 500 of them.")]
+Work = Annotated[Path, typer.Option(help="Weights and states.")]
+# Every fifth photograph, in the order of their names (classes), is held out.
+HELD_OUT_EVERY = 5
+SHORT, LONG = 8, 60
+STAGES = tuple(f"blocks.{i}" for i in range(7))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the network is converted and trained; the fields not given are the long run's."""
+
+    epochs: int = SHORT
+    conversion: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def recipe(self) -> TrainingRecipe:
+        """Logits and features of the teacher, B from 1 to 2 over the first half."""
+        base = TrainingRecipe(
+            epochs=self.epochs, batch_size=16, lr=1e-3, loss="none", agc=None, clip_norm=1.0, log_every=5,
+            warmup_steps=10, augmentation=Augmentation.imagenet(scale=(0.25, 1.0)),
+            b_start=1.0, b_epochs=self.epochs / 2,
+            distillation=Distillation(logit_loss="bce", logits=100.0, features=1.0, modules=STAGES),
+        )  # fmt: skip
+        return base.replace(**self.training)
+
+
+VARIANTS: dict[str, Variant] = {
+    "long": Variant(LONG),
+    "short": Variant(),
+    "no_features": Variant(training={"distillation.features": 0.0, "distillation.modules": ()}),
+    "kl": Variant(
+        conversion={"logit_bias": None}, training={"distillation.logit_loss": "kl", "distillation.logits": 1.0}
+    ),
+    "b2_at_once": Variant(training={"b_start": None}),
+    "biases_decayed": Variant(conversion={"biases": "keep"}, training={"bias_decay_epochs": SHORT / 2}),
+    "biases_kept": Variant(conversion={"biases": "keep"}),
+    "small_crops": Variant(training={"augmentation.scale": (0.08, 1.0)}),
+}
+
+
+@app.command()
+def run(name: str, photos: Photos, work: Work = WORK) -> None:
+    """Train one variant, or the rest of it."""
+    if name not in VARIANTS:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(VARIANTS)}", param_hint="NAME")
+    _train(name, photos, work)
+
+
+@app.command("all")
+def run_all(photos: Photos, work: Work = WORK) -> None:
+    """Train every variant that is not finished, the short ones first."""
+    for name in sorted(VARIANTS, key=lambda n: VARIANTS[n].epochs):
+        _train(name, photos, work)
+
+
+@app.command()
+def measure(photos: Photos, work: Work = WORK) -> None:
+    """Accuracy on the held-out photographs and localisation on 2 x 2 grids, of every finished variant."""
+    train, held_out = photographs(photos)
+    for name in ("teacher", "converted", "recalibrated", *VARIANTS):
+        target = RESULTS / name / "measured.json"
+        if target.exists() or (name in VARIANTS and not (work / name / "last.safetensors").exists()):
+            continue
+        console.print(f"[bold]{name}")
+        write_json(target, _measured(name, _network(name, work, train), held_out))
+
+
+@app.command()
+def table() -> None:
+    """Write docs/results/few_images.csv from what was measured."""
+    rows = []
+    for name in ("teacher", "converted", "recalibrated", *VARIANTS):
+        path = RESULTS / name / "measured.json"
+        if path.exists():
+            epochs = VARIANTS[name].epochs if name in VARIANTS else None
+            rows.append({"variant": name, "epochs": epochs, **json.loads(path.read_text())})
+    columns = ("variant", "epochs", "top1", "top5", "agreement", "localisation", "best_posthoc", "completeness")
+    write_csv(ROOT / "docs" / "results" / "few_images.csv", rows, columns)
+
+
+def photographs(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Training and held-out photographs: uint8 [N, 3, 256, 256] (whole images, centre square) and their classes."""
+    found: list[tuple[str, Tensor]] = []
+    with tarfile.open(path) as archive:
+        for member in archive:
+            file = archive.extractfile(member) if member.isfile() and member.name.endswith(".jpg") else None
+            if file is not None:
+                image = Image.open(io.BytesIO(file.read())).convert("RGB")
+                square = transforms.center_crop(transforms.resize(image, 256), [256, 256])
+                found.append((Path(member.name).name, transforms.pil_to_tensor(square)))
+    found.sort(key=lambda entry: entry[0])
+    if len(found) != 500:
+        raise SystemExit(f"{path}: {len(found)} photographs, expected 500")
+    images = torch.stack([image for _, image in found])
+    labels = torch.tensor([int(name[:4]) for name, _ in found])
+    held = torch.arange(len(found)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    return (images[~held], labels[~held]), (images[held], labels[held])
+
+
+def teacher() -> ConventionalNetwork:
+    """The source network, conventional, with its ImageNet weights."""
+    source = load_model("efficientnet-lite0")
+    return ConventionalNetwork(source.module, source.mean or (0, 0, 0), source.std or (1, 1, 1), source.source,
+                               source.class_names).eval()  # fmt: skip
+
+
+def _train(name: str, photos: Path, work: Path) -> None:
+    variant, folder = VARIANTS[name], work / name
+    if len(read_rows(folder / "metrics.csv")) >= variant.epochs:
+        return
+    console.print(f"[bold]{name}")
+    (images, _), held_out = photographs(photos)
+    torch.manual_seed(0)
+    net, _ = bcosify("efficientnet-lite0", Recipe(**variant.conversion))
+
+    def told(row: dict[str, Any]) -> None:
+        console.print(f"  epoch {row['epoch']:3} loss {row['train_loss']:.4f} held out {row['val_top1']:.3f} "
+                      f"{row['images_per_s']:.1f} images/s", highlight=False)  # fmt: skip
+        target = RESULTS / name
+        target.mkdir(parents=True, exist_ok=True)
+        for file in ("metrics.csv", "recipe.json"):
+            shutil.copy(folder / file, target / file)
+        write_json(target / "machine.json", {**machine.describe(), "threads": torch.get_num_threads()})
+
+    finetune(
+        net, (images, None), variant.recipe(), validation=held_out, output=folder, resume=True, teacher=teacher(),
+        explain_images=_centre(held_out[0][:4]), accelerator="cpu", console=console, on_epoch=told,
+    )  # fmt: skip
+
+
+def _centre(images: Tensor) -> Tensor:
+    return torch.stack([resized(image.float() / 255, 224) for image in images])
+
+
+def _network(name: str, work: Path, train: tuple[Tensor, Tensor]) -> nn.Module:
+    if name == "teacher":
+        return teacher()
+    if name in VARIANTS:
+        return load(work / name / "last.safetensors")
+    net, _ = bcosify("efficientnet-lite0", Recipe())
+    if name == "recalibrated":
+        recalibrate(net, _centre(train[0]).split(50))
+    return net.eval()
+
+
+def _measured(name: str, net: nn.Module, held_out: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    from bcos_rt.evaluation import evaluate, grid_pointing_game
+
+    data = (_centre(held_out[0]), held_out[1])
+    found = evaluate(net, data, batch_size=25, completeness_images=20)
+    with torch.no_grad():
+        agreement = torch.cat([net(x).argmax(1) == teacher()(x).argmax(1) for x in data[0].split(25)])
+    result: dict[str, Any] = {
+        "top1": found.top1, "top5": found.top5, "agreement": float(agreement.double().mean()),
+        "completeness": None if found.completeness is None else found.completeness.largest,
+    }  # fmt: skip
+    methods = ["bcos"] if isinstance(net, BcosNetwork) else ["input_x_gradient", "integrated_gradients", "grad_cam",
+                                                             "guided_backprop", "random"]  # fmt: skip
+    # The teacher's sure images for all: a network that is sure of few would play with few.
+    nets = {"teacher": teacher(), name: net} if name != "teacher" else {"teacher": net}
+    chosen = {"teacher": ["random"], name: methods}
+    game = grid_pointing_game(nets, chosen, data, n=2, grids=24, same_grids="teacher", batch_size=25)
+    game.save(RESULTS / name)
+    means = {row["method"]: row["mean"] for row in game.summary() if row["network"] == name}
+    result["localisation"] = means.get("bcos")
+    if name == "teacher":
+        best = max((m for m in means if m != "random"), key=lambda m: means[m])
+        result["best_posthoc"] = f"{best} {means[best]:.3f}"
+    return result
+
+
+if __name__ == "__main__":
+    app()

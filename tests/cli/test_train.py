@@ -1,0 +1,153 @@
+"""bcos-rt train, finetune, evaluate and localise, on small images in class folders."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bcos_rt import load
+
+CLASSES = ("blue", "green", "red", "grey", "yellow")
+COLOURS = ((0, 0, 1), (0, 1, 0), (1, 0, 0), (0.5, 0.5, 0.5), (1, 1, 0))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders train and val of noisy colours, 32 pixels."""
+    root = tmp_path_factory.mktemp("colours")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 10), ("val", 6)):
+        for name, colour in zip(CLASSES, COLOURS, strict=True):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = 0.3 * torch.rand(32, 32, 3, generator=generator)
+                pixels = (255 * (0.7 * torch.tensor(colour) + noise)).to(torch.uint8).numpy()
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+QUICK = ("--epochs", 3, "--batch-size", 10, "--size", 32, "--workers", 0, "--accelerator", "cpu",
+         "--set", "augmentation.crop=none", "--lr", 0.01)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A conventional network's run."""
+    from typer.testing import CliRunner
+
+    from bcos_rt.cli import app
+
+    out = tmp_path_factory.mktemp("runs") / "standard"
+    arguments = ["train", "--model", "small:resnet20", "--standard", "--data", data, "--val", data, "-o", out, *QUICK]
+    result = CliRunner().invoke(app, [str(a) for a in (*arguments, "--json")])
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_train_finetune_evaluate_localise(bcos, data, trained, tmp_path):
+    assert json.loads((trained / "recipe.json").read_text())["recipe"]["optimizer"] == "sgd"
+    run = tmp_path / "run"
+    photo = data / "val" / "red" / "0.png"
+    arguments = (
+        "finetune", "--model", "small:resnet20", "--weights", trained / "last.safetensors", "--data", data,
+        "--val", data, "-o", run, *QUICK, "--set", "ema=0.5", "--teacher", "--set", "distillation.logits=0.5",
+        "--explain", photo,
+    )  # fmt: skip
+    result = bcos(*arguments, "--json")
+    assert result.code == 0, result.err
+    assert result.json["epochs"] == 3
+    recipe = json.loads((run / "recipe.json").read_text())
+    assert (recipe["recipe"]["ema"], recipe["recipe"]["distillation"]["logits"]) == (0.5, 0.5)
+    net = load(run / "last.safetensors")
+    assert tuple(net.class_names) == tuple(sorted(CLASSES)), "the data's"
+    assert (run / "explanations" / "epoch_003.png").exists()
+    # A finished run that is resumed is only reported; without --resume it is refused.
+    assert bcos(*arguments, "--resume").code == 0
+    refused = bcos(*arguments)
+    assert (refused.code, "which holds a run" in refused.err) == (2, True)
+
+    found = bcos("evaluate", "-c", run / "last.safetensors", "--data", data, "-o", tmp_path / "r.png", "--json")
+    assert found.code == 0, found.err
+    assert found.json["results"]["top1"] == pytest.approx(result.json["last"]["val_top1"])
+    assert found.json["results"]["completeness"]["largest"] < 1e-3
+    assert (tmp_path / "r.png").exists()
+    table = bcos("evaluate", "--model", "small:resnet20", "--weights", trained / "last.safetensors", "--data", data)
+    assert table.code == 0, table.err
+    assert "top-1" in table.out
+
+    game = bcos(
+        "localise", "-c", run / "last.safetensors", "--model", "small:resnet20", "--weights",
+        trained / "last.safetensors", "--method", "bcos", "--method", "input_x_gradient", "--data", data, "--grid", 2,
+        "--grids", 2, "--confidence", 0.0, "-o", tmp_path / "loc", "--json",
+    )  # fmt: skip
+    assert game.code == 0, game.err
+    rows = {(row["network"], row["method"]) for row in game.json["results"]}
+    assert rows == {("last", "bcos"), ("last", "input_x_gradient"), ("small:resnet20", "input_x_gradient")}
+    assert (tmp_path / "loc" / "localisation.png").exists()
+
+
+def test_bcos_from_scratch_with_a_recipe_file(bcos, data, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps({"epochs": 1, "loss": "bce", "batch_size": 10, "agc": None,
+                                                 "augmentation": {"size": 32, "crop": "none"}}))  # fmt: skip
+    result = bcos("train", "--model", "small:densenet31", "--recipe", tmp_path / "r.json", "--data", data, "-o",
+                  tmp_path / "run", "--workers", 0, "--json")  # fmt: skip
+    assert result.code == 0, result.err
+    assert "val_top1" not in result.json["last"]
+    assert load(tmp_path / "run" / "last.safetensors").recipe.b == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("finetune",), "--model, --checkpoint: got neither"),
+        (("finetune", "-c", "x", "-m", "small:resnet20"), "--model, --checkpoint: got both"),
+        (("finetune", "-m", "small:resnet2"), "did you mean 'resnet20'"),
+        (("train", "-m", "small:resnet20", "--recipe", "bcosfy"), "did you mean 'bcosify'"),
+        (("train", "-m", "small:resnet20", "--set", "lr"), "FIELD=VALUE"),
+        (("train", "-m", "small:resnet20", "--set", "lrr=1"), "did you mean 'lr'"),
+        (("train", "-m", "small:resnet20", "--explain", "none.png"), "photo: got 'none.png'"),
+        (("train", "-m", "small:resnet20", "--batch-size", 900), "at least one batch"),
+    ],
+)
+def test_bad_input_is_named(bcos, data, tmp_path, arguments, message):
+    result = bcos(*arguments, "--data", data, "-o", tmp_path / "run", "--workers", 0)
+    assert result.code == 2, result.err
+    assert message in result.err
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_missing_data_is_named(bcos, tmp_path):
+    result = bcos("train", "-m", "small:resnet20", "--data", tmp_path / "nothing", "-o", tmp_path / "run")
+    assert (result.code, "which does not exist" in result.err) == (2, True)
+    result = bcos("evaluate", "-m", "small:resnet20", "-w", "random", "--data", tmp_path / "nothing")
+    assert (result.code, "which does not exist" in result.err) == (2, True)
+
+
+def test_sigterm_ends_with_143_and_resume_goes_on(data, tmp_path):
+    command = [sys.executable, "-m", "bcos_rt", "train", "-m", "small:resnet20", "--data", str(data), "-o",
+               str(tmp_path / "run"), *(str(a) for a in QUICK), "--epochs", "40"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.csv").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert "--resume" in said
+    done = len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) - 1
+    assert 1 <= done < 40
+    again = subprocess.run(
+        [*command, "--resume", "--json"], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["epochs"] == 40

@@ -1,0 +1,110 @@
+"""Evaluation against numbers worked out one by one."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bcos_rt import Recipe, bcosify
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
+from bcos_rt.evaluation.accuracy import evaluate, reliability
+
+
+class Given(nn.Module):
+    """Answers with the logits that stand in the image's first row."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.one = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 10 * x[:, 0, 0, : self.classes] * self.one
+
+
+def data(count: int = 40, classes: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(count, 3, 8, 8, generator=generator)
+    labels = torch.randint(0, classes - 1, (count,), generator=generator)  # the last class has no image
+    images[torch.arange(count), 0, 0, labels] += 0.3
+    return images.clamp(max=1), labels, 10 * images.clamp(max=1)[:, 0, 0, :classes].double()
+
+
+def test_numbers_by_hand() -> None:
+    images, labels, logits = data()
+    found = evaluate(Given(7), (images, labels), batch_size=9)
+    assert (found.images, found.classes, found.completeness) == (40, 7, None)
+    right, top5, loss = 0, 0, 0.0
+    confidences = []
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        order = sorted(range(7), key=lambda k: -row[k])
+        right += order[0] == label
+        top5 += label in order[:5]
+        total = sum(math.exp(v) for v in row)
+        loss -= math.log(math.exp(row[label]) / total) / 40
+        confidences.append((math.exp(row[order[0]]) / total, order[0] == label))
+    assert found.top1 == pytest.approx(right / 40)
+    assert found.top5 == pytest.approx(top5 / 40)
+    assert found.loss == pytest.approx(loss, rel=1e-6)
+    error = 0.0
+    for b in range(15):
+        inside = [(c, hit) for c, hit in confidences if b / 15 < c <= (b + 1) / 15]
+        if inside:
+            gap = sum(hit for _, hit in inside) - sum(c for c, _ in inside)
+            error += abs(gap) / 40
+    assert found.softmax.error == pytest.approx(error, rel=1e-6)
+    assert sum(found.softmax.counts) == sum(found.sigmoid.counts) == 40
+    assert found.per_class[6] is None
+    for k in range(6):
+        mine = [logits[i].argmax() == k for i in range(40) if labels[i] == k]
+        assert found.per_class[k] == pytest.approx(sum(map(float, mine)) / len(mine))
+    assert json.loads(json.dumps(found.to_dict()))["top1"] == found.top1
+
+
+def test_reliability_at_its_ends() -> None:
+    sure = torch.tensor([1.0, 1.0, 0.0])
+    assert reliability(sure, torch.tensor([True, True, False])).error == 0
+    assert reliability(sure, torch.tensor([False, False, True])).error == pytest.approx(1.0)
+    one_bin = reliability(torch.tensor([0.2, 0.6]), torch.tensor([True, False]), bins=1)
+    assert one_bin.error == pytest.approx(0.1)
+    assert (one_bin.counts, one_bin.accuracies) == ((2,), (0.5,))
+
+
+def test_completeness_of_a_bcos_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    )
+    net, _ = bcosify(source, Recipe(mean=(0, 0, 0), std=(1, 1, 1)))
+    net.train()
+    images = torch.rand(30, 3, 8, 8)
+    found = evaluate(net, (images, torch.arange(30) % 4), completeness_images=10, batch_size=8)
+    assert net.training, "the mode is as it was"
+    assert found.completeness is not None
+    assert found.completeness.images == 10
+    assert 0 <= found.completeness.mean <= found.completeness.largest < 1e-4
+    assert found.top5 is None
+    assert found.save(tmp_path / "r.png").stat().st_size > 5000
+    with pytest.raises(InvalidArgumentError, match=r"ending in \.png"):
+        found.save(tmp_path / "r.jpg")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.rand(2, 3, 8, 8), None, "images without labels"),
+        (torch.rand(2, 3, 8, 8), torch.tensor([0, 9]), "label 9, expected labels 0 to 6"),
+        (torch.rand(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64), "no image"),
+    ],
+)
+def test_bad_data_is_named(images: Tensor, labels: Tensor | None, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        evaluate(Given(7), (images, labels))
+
+
+def test_wrong_types_are_named() -> None:
+    with pytest.raises(InvalidTypeError, match="net: got str"):
+        evaluate("resnet", (torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)))  # type: ignore[arg-type]

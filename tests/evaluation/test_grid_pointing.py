@@ -1,0 +1,211 @@
+"""The grid pointing game against a literal reading of its rules, and on networks whose answer is known."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from bcos_rt import Recipe, bcosify
+from bcos_rt.errors import InvalidArgumentError
+from bcos_rt.evaluation import grid_pointing_game
+from bcos_rt.evaluation.grid_pointing import (
+    choose_images,
+    confident_images,
+    grids_of,
+    share_in_cells,
+    smoothing_for,
+)
+from bcos_rt.nn.conventional import ConventionalNetwork
+
+SIDE = 12
+CLASSES = 6
+
+
+class Colours(nn.Module):
+    """Class k is the amount of colour k; a pixel of another colour is nothing to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, CLASSES, 1)
+        self.act = nn.ReLU()
+        with torch.no_grad():
+            directions = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1]]).float()
+            # Of a mixed colour there must be more than its parts alone can give.
+            self.head.weight.copy_((2 * directions - 1)[:, :, None, None])
+            self.head.bias.copy_(-1.1 * (directions.sum(1) - 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.head(x)).mean((2, 3)) * 8 - 1
+
+
+def images(count: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Squares of one of six colours, a little different each."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    colours = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1]]).float()
+    strength = 0.6 + 0.4 * torch.rand(count, 1, 1, 1, generator=generator)
+    return (colours[labels][:, :, None, None] * strength).expand(-1, -1, SIDE, SIDE).contiguous(), labels
+
+
+def published_indices(by_class: dict[int, list[tuple[int, float]]], cells: int, threshold: float) -> list[int]:
+    """The published procedure, read literally: legacy global generator, masks, while more classes than cells."""
+    indices = []
+    classes = np.array(list(by_class))
+    position = dict.fromkeys(by_class, 0)
+
+    def sure(k: int) -> bool:
+        return bool(torch.tensor(by_class[k][position[k]][1]).sigmoid().item() > threshold)
+
+    mask = np.array([bool(by_class[k]) and sure(k) for k in classes])
+    np.random.seed(42)
+    while mask.sum() > cells:
+        for k in np.random.choice(classes[mask], size=cells, replace=False):
+            indices.append(by_class[k][position[k]][0])
+            position[k] += 1
+            mask[k] = position[k] < len(by_class[k]) and sure(k)
+    return indices
+
+
+@given(
+    counts=st.lists(st.integers(0, 6), min_size=5, max_size=12),
+    cells=st.sampled_from([4, 9]),
+    threshold=st.sampled_from([0.0, 0.5, 0.9]),
+)
+def test_images_are_chosen_as_published(counts: list[int], cells: int, threshold: float) -> None:
+    generator = np.random.default_rng(sum(counts))
+    by_class = {}
+    for k, count in enumerate(counts):
+        logits = sorted(generator.normal(1, 2, count).tolist(), reverse=True)
+        by_class[k] = [(100 * k + i, logit) for i, logit in enumerate(logits)]
+    chosen = choose_images(by_class, cells, threshold)
+    assert chosen == published_indices(by_class, cells, threshold)
+    for start in range(0, len(chosen), cells):
+        assert len({index // 100 for index in chosen[start : start + cells]}) == cells
+
+
+def test_offsets_are_the_published_ones() -> None:
+    chosen = [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]
+
+    def label(index: int) -> int:
+        return index % 10
+
+    assert grids_of(chosen, label, 4, 9, published_offsets=False) == [chosen[:4], chosen[4:8], chosen[8:]]
+    # After the first grid image 10 is left out; 20 is the next of its class.
+    assert grids_of(chosen, label, 4, 9) == [[0, 1, 2, 3], [11, 12, 13, 20]]
+    assert grids_of(chosen, label, 4, 1) == [[0, 1, 2, 3]]
+
+
+def test_shares_by_hand() -> None:
+    maps = torch.zeros(3, 4, 4)
+    maps[0, :2, 2:] = 1.0  # all in the upper right cell
+    maps[1] = 1.0
+    maps[1, 2:, :2] = -5.0  # negative values count as nothing
+    expected = torch.tensor([[0, 1, 0, 0], [1 / 3, 1 / 3, 0, 1 / 3], [0, 0, 0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(share_in_cells(maps, 2), expected)
+    # One bright pixel in a corner of its cell, averaged over 3 x 3: 4 of 9 places stay in the cell.
+    point = torch.zeros(1, 4, 4)
+    point[0, 1, 1] = 1.0
+    torch.testing.assert_close(
+        share_in_cells(point, 2, 3), torch.tensor([[4 / 9, 2 / 9, 2 / 9, 1 / 9]], dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize(("cell", "window"), [(224, 15), (112, 7), (32, 3), (8, 1)])
+def test_window_is_in_proportion(cell: int, window: int) -> None:
+    assert smoothing_for(cell) == window
+
+
+def test_sure_images_are_the_right_ones_in_order() -> None:
+    data = images()
+    labels = data[1].clone()
+    labels[:6] = (labels[:6] + 1) % CLASSES  # six labels the network will not agree with
+    net = ConventionalNetwork(Colours()).eval()
+    from bcos_rt.data import open_data
+
+    found = confident_images(net, open_data((data[0], labels)), batch_size=7)
+    assert sum(map(len, found.values())) == 54
+    with torch.no_grad():
+        logits = net(data[0])
+    for k, entries in found.items():
+        assert all(int(labels[i]) == k and int(logits[i].argmax()) == k for i, _ in entries)
+        assert [v for _, v in entries] == sorted((float(logits[i, k]) for i, _ in entries), reverse=True)
+
+
+@pytest.mark.parametrize("variant", ["full", "rescaled", "strided"])
+def test_a_network_that_looks_at_its_class_points_at_it(variant: str, tmp_path: Path) -> None:
+    net = ConventionalNetwork(Colours())
+    result = grid_pointing_game(
+        {"colours": net}, ["input_x_gradient", "random"], images(), n=2, grids=5, smooth=0,
+        variant=variant, stride=SIDE,  # type: ignore[arg-type]
+    )  # fmt: skip
+    rows = {row["method"]: row for row in result.summary()}
+    assert rows["input_x_gradient"]["mean"] > 0.999
+    assert rows["random"]["mean"] == pytest.approx(0.25, abs=0.02)
+    assert rows["random"]["grids"] == 5
+    result.save(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "localisation.csv", "localisation.npz", "localisation.png", "localisation_example.png"
+    }  # fmt: skip
+    stored = np.load(tmp_path / "localisation.npz")
+    np.testing.assert_allclose(stored["colours/random"], result.shares["colours", "random"], rtol=1e-6)
+
+
+def test_a_constant_map_scores_chance() -> None:
+    def constant(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return torch.ones(len(images), *images.shape[2:])
+
+    result = grid_pointing_game({"a": ConventionalNetwork(Colours())}, [constant], images(), n=2, grids=3, smooth=0)
+    np.testing.assert_allclose(result.shares["a", "constant"], 0.25)
+
+
+def test_bcos_networks_are_explained_by_themselves() -> None:
+    source = Colours()
+    net, _ = bcosify(source, Recipe(mean=(0, 0, 0), std=(1, 1, 1), logit_bias=None, biases="keep", head="after_pool"))
+    result = grid_pointing_game({"a": net.eval()}, ["bcos"], images(), n=2, grids=3, smooth=0)
+    assert result.summary()[0]["mean"] > 0.9
+
+
+def test_networks_have_their_own_grids_unless_told_otherwise() -> None:
+    first, second = ConventionalNetwork(Colours()), ConventionalNetwork(Colours())
+    with torch.no_grad():
+        second.model.head.bias[0] = -9  # type: ignore[union-attr, operator, index]
+    # The second knows five classes: own grids can be made, with other images.
+    seen: dict[str, list[Tensor]] = {"first": [], "second": []}
+
+    def remember(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        seen["first" if net is first else "second"].append(images[0].clone())
+        return torch.ones(len(images), *images.shape[2:])
+
+    nets = {"first": first, "second": second}
+    grid_pointing_game(nets, [remember], images(), n=2, grids=4)
+    assert not all(torch.equal(a, b) for a, b in zip(seen["first"], seen["second"], strict=True))
+    seen["first"].clear()
+    seen["second"].clear()
+    grid_pointing_game(nets, [remember], images(), n=2, grids=4, same_grids="first")
+    assert all(torch.equal(a, b) for a, b in zip(seen["first"], seen["second"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n": 1}, "n: got 1"),
+        ({"networks": {}}, "networks"),
+        ({"variant": "half"}, "variant: got 'half'"),
+        ({"smooth": 4}, "smooth: got 4"),
+        ({"same_grids": "b"}, "same_grids"),
+        ({"methods": []}, "methods: got none"),
+        ({"methods": ["random", "random"]}, "'random' twice"),
+        ({"methods": ["input_times_gradient"]}, "did you mean 'input_x_gradient'"),
+        ({"n": 3}, "more than 9 classes"),
+        ({"confidence": 1.0}, "with images of confidence > 1"),
+        ({"data": (torch.zeros(3, 3, 4, 6), torch.arange(3))}, "square images"),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> None:
+    arguments = {"networks": {"a": ConventionalNetwork(Colours())}, "methods": ["random"], "data": images(), "n": 2}
+    with pytest.raises(InvalidArgumentError, match=message):
+        grid_pointing_game(**{**arguments, **changes})  # type: ignore[arg-type]

@@ -1,0 +1,443 @@
+"""The trainer: what it learns, that a resumed run is the run that was not stopped, and how it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bcos_rt import Recipe, bcosify, explain, finetune, load
+from bcos_rt.data import Augmentation, Mixing
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, TrainingError, TrainingInterruptedError
+from bcos_rt.nn.conventional import ConventionalNetwork
+from bcos_rt.nn.exponent import exponents, learn_exponents
+from bcos_rt.nn.network import BcosNetwork
+from bcos_rt.nn.norms import BatchNormUncentered2d
+from bcos_rt.training import Distillation, TrainingRecipe
+from bcos_rt.training.optim import clip_adaptively
+from tests.training.worker import colours, convnet, network
+
+PLAIN = TrainingRecipe(
+    epochs=3, batch_size=16, lr=5e-3, loss="bce", agc=None, augmentation=Augmentation.none(), log_every=1
+)
+
+
+def weights(net: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in net.state_dict().items()}
+
+
+def without_times(rows: Any) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows]
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_and_says_what(tmp_path: Path) -> None:
+    net = network()
+    result = finetune(
+        net, colours(96), PLAIN.replace(epochs=6, lr=0.02), validation=colours(48, seed=1), output=tmp_path / "run",
+        explain_images=colours(2)[0].float() / 255,
+    )  # fmt: skip
+    assert result.net is net
+    assert not net.training
+    first, last = result.history[0], result.history[-1]
+    assert last["train_loss"] < first["train_loss"]
+    assert last["val_top1"] > 0.9, "three colours can be told apart"
+    images, labels = colours(48, seed=1)
+    with torch.no_grad():
+        right = (net(images.float() / 255).argmax(1) == labels).double().mean()
+    assert last["val_top1"] == pytest.approx(float(right))
+    assert result.best is not None
+    assert result.best["val_top1"] == max(row["val_top1"] for row in result.history)
+    files = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert {"recipe.json", "metrics.csv", "steps.csv", "state.pt", "last.safetensors", "best.safetensors"} <= files
+    assert {f"explanations/epoch_{i:03d}.png" for i in range(1, 7)} <= files
+    assert any(name.startswith("tensorboard/") for name in files)
+    assert not [name for name in files if "/." in name or name.startswith(".")], "temporary files"
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 7
+    described = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert TrainingRecipe.from_dict(described["recipe"]).epochs == 6
+    again = load(tmp_path / "run" / "last.safetensors", model=convnet())
+    for key, value in weights(net).items():
+        torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0)
+    assert float(explain(again, images[:2].float() / 255).completeness_error().max()) < 1e-4
+
+
+def test_one_step_is_the_step_written_out() -> None:
+    """SGD in float64 against the update by hand: order of images, loss, weight decay, learning rate."""
+    recipe = PLAIN.replace(
+        epochs=1, batch_size=8, optimizer="sgd", momentum=0.0, weight_decay=0.1, lr=0.05, schedule="constant",
+        precision="64-true",
+    )  # fmt: skip
+    net = ConventionalNetwork(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))).double()
+    before = weights(net)
+    images, labels = colours(8)
+    finetune(net, (images, labels), recipe)
+    weight = before["model.1.weight"].requires_grad_()
+    bias = before["model.1.bias"].requires_grad_()
+    logits = F.linear((images.double() / 255).flatten(1), weight, bias)
+    F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 3).double()).backward()
+    assert weight.grad is not None
+    assert bias.grad is not None
+    after = weights(net)
+    # Images, and logits on their way out of Fabric's wrapper, are float32.
+    torch.testing.assert_close(after["model.1.weight"], (weight - 0.05 * (weight.grad + 0.1 * weight)).detach(),
+                               rtol=1e-5, atol=1e-7)  # fmt: skip
+    torch.testing.assert_close(after["model.1.bias"], (bias - 0.05 * bias.grad).detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_accumulated_parts_make_the_same_step_where_nothing_depends_on_the_batch() -> None:
+    def trained(accumulate: int) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        net = ConventionalNetwork(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                                nn.Linear(4, 3))).double()  # fmt: skip
+        finetune(net, colours(40), PLAIN.replace(accumulate=accumulate, precision="64-true", clip_norm=0.5))
+        return weights(net)
+
+    whole = trained(1)
+    for key, value in trained(3).items():
+        torch.testing.assert_close(value, whole[key], rtol=1e-5, atol=1e-8)
+
+
+def test_average_is_the_average(tmp_path: Path) -> None:
+    seen: list[dict[str, Tensor]] = []
+    net = network()
+    start = weights(net)
+    recipe = PLAIN.replace(ema=0.8, epochs=4, batch_size=16)
+    result = finetune(
+        net, colours(16), recipe, validation=colours(16), output=tmp_path / "run",
+        on_epoch=lambda _: seen.append(weights(net)),
+    )  # fmt: skip
+    assert result.averaged is not None
+    assert len(seen) == 4
+    for key, value in result.averaged.state_dict().items():
+        if value.is_floating_point():
+            # One step an epoch here; torch's average begins with the weights after the first step.
+            expected = seen[0][key]
+            for later in seen[1:]:
+                expected = 0.8 * expected + 0.2 * later[key]
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    assert "ema_top1" in result.history[-1]
+    saved = load(tmp_path / "run" / "ema.safetensors", model=convnet())
+    torch.testing.assert_close(weights(saved), weights(result.averaged))
+    assert any(not torch.equal(start[k], v) for k, v in weights(net).items())
+
+
+def test_adaptive_clipping_limits_each_filter() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    generator = torch.Generator().manual_seed(0)
+    layer.weight.grad = (
+        torch.randn(layer.weight.shape, generator=generator)
+        * torch.tensor([1e-4, 1.0, 10.0, 1e-6])[:, None, None, None]
+    )
+    before = layer.weight.grad.clone()
+    clip_adaptively([layer.weight], 0.01)
+    limit = 0.01 * layer.weight.detach().flatten(1).norm(dim=1).clamp(min=1e-3)
+    norms = layer.weight.grad.flatten(1).norm(dim=1)
+    assert bool((norms <= limit * (1 + 1e-5)).all())
+    small = before.flatten(1).norm(dim=1) < limit
+    assert small.tolist() == [True, False, False, True]
+    torch.testing.assert_close(layer.weight.grad[small], before[small], rtol=0, atol=0)
+
+
+def test_distillation_without_labels_moves_the_student_to_the_teacher() -> None:
+    images, _ = colours(64)
+    source = convnet()
+    teacher = ConventionalNetwork(source)
+    finetune(teacher, colours(96), PLAIN.replace(loss="cross_entropy", epochs=8, lr=0.02))
+    net, _ = bcosify(source, Recipe(mean=(0, 0, 0), std=(1, 1, 1)))
+    recipe = PLAIN.replace(
+        loss="none", epochs=8, lr=0.01, distillation=Distillation(logit_loss="bce", features=1.0, modules=("0", "3"))
+    )
+    frozen = weights(teacher)
+    result = finetune(net, (images, None), recipe, teacher=teacher, validation=(images, None))
+    assert result.history[-1]["val_top1"] > 0.9, "top class is the teacher's"
+    assert result.history[-1]["train_loss"] < 0.7 * result.history[0]["train_loss"]
+    torch.testing.assert_close(weights(teacher), frozen, rtol=0, atol=0)
+
+
+def test_mixing_and_bf16_train() -> None:
+    net = network()
+    recipe = PLAIN.replace(mixing=Mixing(mixup=0.2, cutmix=1.0), precision="bf16-mixed", epochs=6, lr=0.02)
+    result = finetune(net, colours(96), recipe, validation=colours(48, seed=1))
+    assert result.history[-1]["val_top1"] > 0.8
+    assert all(p.dtype == torch.float32 for p in net.parameters())
+
+
+# --- B and biases ----------------------------------------------------------------------------------------------------
+
+
+def test_scheduled_b() -> None:
+    net = network(b=2.5)
+    result = finetune(net, colours(48), PLAIN.replace(b_start=1.0, b_epochs=2.0, epochs=3))
+    # 3 steps an epoch: the last of the first epoch runs at step 2 of 6.
+    assert [row["b"] for row in result.history] == pytest.approx([1 + 1.5 * 2 / 6, 1 + 1.5 * 5 / 6, 2.5])
+    assert isinstance(net, BcosNetwork)
+    assert net.recipe.b == 2.5
+
+
+def test_learned_b_is_learned_saved_and_loaded(tmp_path: Path) -> None:
+    net = network(b=1.5)
+    finetune(
+        net, colours(96), PLAIN.replace(learn_b=True, b_lr=0.5, epochs=4), output=tmp_path / "run",
+        explain_images=colours(1)[0].float() / 255,
+    )  # fmt: skip
+    found = exponents(net)
+    assert len(set(found.values())) == len(found), "each layer has its own"
+    assert all(b >= 1 and b != 1.5 for b in found.values())
+    assert not [name for name, _ in net.named_parameters() if name.endswith(".b")], "numbers again"
+    again = load(tmp_path / "run" / "last.safetensors", model=convnet())
+    assert exponents(again) == pytest.approx(found)
+    images = colours(4)[0].float() / 255
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), net(images))
+    assert float(explain(again, images).completeness_error().max()) < 1e-4
+
+
+def test_b_stays_at_least_one() -> None:
+    net = network(b=1.0)
+    learn_exponents(net)
+    result = finetune(net, colours(96), PLAIN.replace(learn_b=True, b_lr=100.0, epochs=2))
+    assert min(exponents(result.net).values()) >= 1.0
+
+
+def test_biases_decay_to_zero() -> None:
+    torch.manual_seed(0)
+    net, _ = bcosify(convnet(), Recipe.equivalent(b=2.0, mean=(0, 0, 0), std=(1, 1, 1)))
+    biases = {name: p for name, p in net.named_parameters() if name.endswith("bias")}
+    with torch.no_grad():
+        for p in biases.values():
+            p.fill_(0.5)
+    sizes: list[float] = []
+    finetune(
+        net, colours(48), PLAIN.replace(bias_decay_epochs=2.0, epochs=3),
+        on_epoch=lambda _: sizes.append(max(float(p.detach().abs().max()) for p in biases.values())),
+    )  # fmt: skip
+    assert 0.1 < sizes[0] < 0.5
+    assert sizes[1:] == [0.0, 0.0]
+    with pytest.raises(InvalidArgumentError, match="biases='keep'"):
+        finetune(network(), colours(48), PLAIN.replace(bias_decay_epochs=2.0))
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+class StoppedError(Exception):
+    pass
+
+
+RANDOM = PLAIN.replace(
+    epochs=4, augmentation=Augmentation(size=16, crop="padded", padding=2, flip=0.5), mixing=Mixing(mixup=0.5),
+    ema=0.9, clip_norm=1.0, agc=0.05,
+)  # fmt: skip
+
+
+def with_dropout(seed: int = 0) -> BcosNetwork:
+    torch.manual_seed(seed)
+    source = convnet()
+    source.insert(len(source) - 1, nn.Dropout(0.3))
+    return bcosify(source, Recipe(mean=(0, 0, 0), std=(1, 1, 1)))[0]
+
+
+def test_a_run_stopped_between_epochs_goes_on_exactly(tmp_path: Path) -> None:
+    straight = finetune(with_dropout(), colours(48), RANDOM, validation=colours(16), output=tmp_path / "straight")
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == 2:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        finetune(with_dropout(), colours(48), RANDOM, validation=colours(16), output=tmp_path / "run", on_epoch=stop)
+    with pytest.raises(InvalidArgumentError, match="resume=True"):
+        finetune(with_dropout(), colours(48), RANDOM, output=tmp_path / "run")
+    # Other weights to begin with: all are replaced.
+    resumed = finetune(
+        with_dropout(seed=9), colours(48), RANDOM, validation=colours(16), output=tmp_path / "run", resume=True
+    )
+    assert without_times(resumed.history) == without_times(straight.history)
+    assert weights(resumed.net).keys() == weights(straight.net).keys()
+    for key, value in weights(straight.net).items():
+        assert torch.equal(value, weights(resumed.net)[key]), key
+    steps = (tmp_path / "run" / "steps.csv").read_text()
+    assert steps == (tmp_path / "straight" / "steps.csv").read_text()
+    # A finished run stays as it is.
+    done = finetune(with_dropout(), colours(48), RANDOM, validation=colours(16), output=tmp_path / "run", resume=True)
+    assert without_times(done.history) == without_times(straight.history)
+
+
+class _Signalling(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Sends a signal to this process when an image has been read a number of times."""
+
+    def __init__(self, count: int, at: int | None, number: int) -> None:
+        self.images, self.labels = colours(count)
+        self.at, self.number, self.read = at, number, 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.read += 1
+        if self.read == self.at:
+            os.kill(os.getpid(), self.number)
+        return self.images[index].float() / 255, int(self.labels[index])
+
+
+def test_sigterm_in_an_epoch_saves_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
+    recipe = RANDOM.replace(augmentation=Augmentation.none())
+    straight = finetune(with_dropout(), _Signalling(64, None, 0), recipe, output=tmp_path / "straight")
+    # One image is read to look at the data; then 64 an epoch: in the second step of the second epoch.
+    stopping = _Signalling(64, 64 + 20, signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingInterruptedError, match=r"epoch 2, step [12] of 4.*resume"):
+        finetune(with_dropout(), stopping, recipe, output=tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) == before
+    resumed = finetune(with_dropout(9), _Signalling(64, None, 0), recipe, output=tmp_path / "run", resume=True)
+    assert without_times(resumed.history) == without_times(straight.history)
+    for key, value in weights(straight.net).items():
+        assert torch.equal(value, weights(resumed.net)[key]), key
+
+
+def test_ctrl_c_saves_too(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        finetune(network(), _Signalling(64, 80, signal.SIGINT), PLAIN, output=tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert (state["progress"]["epoch"], state["progress"]["step"] > 0) == (1, True)
+
+
+def test_a_killed_run_loses_only_the_unfinished_epoch(tmp_path: Path) -> None:
+    """SIGKILL in the third epoch, in a process of its own; the resumed run equals one that was never killed."""
+    command = [sys.executable, "-m", "tests.training.worker", "--output"]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, str(tmp_path / "run"), "--slow", "2"], cwd=root, env=environment)
+    rows = tmp_path / "run" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not (rows.exists() and len(rows.read_text().splitlines()) >= 3) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert process.poll() is None, "it ended before it could be killed"
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    assert len(rows.read_text().splitlines()) == 3, "killed within the third epoch"
+    for name in ("run", "straight"):
+        subprocess.run([*command, str(tmp_path / name)], cwd=root, env=environment, check=True, timeout=120)
+    for name in ("metrics.csv", "steps.csv"):
+        ours, theirs = (
+            [line.split(",") for line in (tmp_path / run / name).read_text().splitlines()]
+            for run in ("run", "straight")
+        )
+        timed = [i for i, column in enumerate(ours[0]) if column in ("seconds", "images_per_s")]
+        assert [[v for i, v in enumerate(row) if i not in timed] for row in ours] == [
+            [v for i, v in enumerate(row) if i not in timed] for row in theirs
+        ]
+
+
+def test_two_processes_train_like_one(tmp_path: Path) -> None:
+    """Gloo, two processes, the same global batches; uncentred norms over both."""
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+                "--rdzv-endpoint=127.0.0.1:0", "-m", "tests.training.worker"]  # fmt: skip
+    subprocess.run([*launcher, "--output", str(tmp_path / "two"), "--sync"], cwd=root, env=environment, check=True,
+                   timeout=240)  # fmt: skip
+    subprocess.run([sys.executable, "-m", "tests.training.worker", "--output", str(tmp_path / "one"), "--sync"],
+                   cwd=root, env=environment, check=True, timeout=240)  # fmt: skip
+    one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two"))
+    for key, value in one["model"].items():
+        torch.testing.assert_close(two["model"][key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+    for ours, theirs in zip(two["progress"]["history"], one["progress"]["history"], strict=True):
+        for name in ("train_loss", "train_top1", "val_loss", "val_top1"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+# --- failing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_step_and_layer(tmp_path: Path) -> None:
+    class Later(nn.Module):
+        """Gives infinity from the sixth training batch on: in the second epoch of four steps."""
+
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.calls += 1
+            return x / 0 if self.calls >= 6 else x
+
+    source = convnet()
+    source.insert(3, Later())
+    net = ConventionalNetwork(source)
+    with pytest.raises(TrainingError, match=r"epoch 2, step 2 of 4.*output of model\.3 \(Later\).*end of epoch 1"):
+        finetune(net, colours(64), PLAIN.replace(loss="cross_entropy"), output=tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["progress"]["epoch"] == 1
+    assert all(bool(torch.isfinite(v).all()) for v in state["model"].values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"batch_size": 100}, {}, "data: got 48 images, expected at least one batch"),
+        ({}, {"resume": True}, "output: got None"),
+        ({"distillation": Distillation()}, {}, "teacher: got None"),
+        ({}, {"strategy": "ddp_spawn"}, "strategy"),
+        ({}, {"accelerator": "abacus"}, "accelerator, devices, strategy"),
+        ({}, {"validation": (torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64))}, "validation"),
+    ],
+)
+def test_bad_arguments(changes: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        finetune(network(), colours(48), PLAIN.replace(**changes), **arguments)
+
+
+def test_wrong_types() -> None:
+    with pytest.raises(InvalidTypeError, match="net: got str"):
+        finetune("resnet", colours(48))  # type: ignore[arg-type]
+    with pytest.raises(InvalidTypeError, match="recipe: got dict"):
+        finetune(network(), colours(48), {"epochs": 3})  # type: ignore[arg-type]
+
+
+def test_images_without_labels_need_a_teacher() -> None:
+    with pytest.raises(InvalidArgumentError, match="images without labels"):
+        finetune(network(), (colours(48)[0], None), PLAIN)
+
+
+def test_another_recipe_does_not_resume(tmp_path: Path) -> None:
+    finetune(network(), colours(48), PLAIN, output=tmp_path / "run")
+    with pytest.raises(InvalidArgumentError, match=r"lr=0\.1 \(was 0\.005\)"):
+        finetune(network(), colours(48), PLAIN.replace(lr=0.1), output=tmp_path / "run", resume=True)
+
+
+def test_norms_over_processes_are_the_norms_of_one(tmp_path: Path) -> None:
+    """One process is a group too: statistics and gradients equal the plain norm's, float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 5, 6, 7, dtype=torch.float64, generator=generator)
+    grad = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    found = []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", world_size=1, rank=0)
+    try:
+        for synchronised in (False, True):
+            norm = BatchNormUncentered2d(5).double()
+            norm.synchronised = synchronised
+            with torch.no_grad():
+                norm.weight.copy_(torch.linspace(0.5, 2, 5))
+            image = x.clone().requires_grad_()
+            out = norm(image)
+            out.backward(grad)
+            assert norm.weight.grad is not None
+            found.append((out.detach(), image.grad, norm.weight.grad, norm.running_var, norm.running_mean))
+    finally:
+        torch.distributed.destroy_process_group()
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,136 @@
+"""Losses against their formulas written out, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bcos_rt.errors import InvalidArgumentError
+from bcos_rt.nn.conventional import ConventionalNetwork
+from bcos_rt.training import Distillation
+from bcos_rt.training.losses import SigLip, Teaching, bce, distance_of_features, distance_of_logits, uniform_off_bce
+
+
+def written_out(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Binary cross-entropy, one number at a time."""
+    total = 0.0
+    for row, wanted in zip(logits.tolist(), targets.tolist(), strict=True):
+        for z, t in zip(row, wanted, strict=True):
+            p = 1 / (1 + math.exp(-z))
+            total -= t * math.log(p) + (1 - t) * math.log(1 - p)
+    return total / logits.numel()
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
+
+
+def test_bce(logits: torch.Tensor) -> None:
+    hot = F.one_hot(LABELS, 5).double()
+    assert float(bce(logits, LABELS)) == pytest.approx(written_out(logits, hot), rel=1e-12)
+    assert float(bce(logits, LABELS, 0.1)) == pytest.approx(written_out(logits, hot * 0.9 + 0.02), rel=1e-12)
+    mixed = 0.3 * hot + 0.7 * hot.flip(0)
+    assert float(bce(logits, mixed)) == pytest.approx(written_out(logits, mixed), rel=1e-12)
+
+
+def test_uniform_off_labels(logits: torch.Tensor) -> None:
+    hot = F.one_hot(LABELS, 5).double()
+    assert float(uniform_off_bce(logits, LABELS)) == pytest.approx(written_out(logits, hot.clamp(min=0.2)), rel=1e-12)
+    expected = written_out(logits, hot.clamp(min=0.01))
+    assert float(uniform_off_bce(logits, LABELS, 0.01)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_uniform_answer_is_stationary_for_the_wrong_classes() -> None:
+    """What the off value is for: at logit -log(classes - 1) the wrong classes' gradient is 0."""
+    logits = torch.full((1, 8), -math.log(7), dtype=torch.float64, requires_grad=True)
+    uniform_off_bce(logits, torch.tensor([3])).backward()
+    assert logits.grad is not None
+    wrong = [i for i in range(8) if i != 3]
+    assert float(logits.grad[0, wrong].abs().max()) < 1e-12
+    assert float(logits.grad[0, 3]) < -0.05
+
+
+def test_distance_of_logits(logits: torch.Tensor) -> None:
+    other = logits.flip(0)
+    p, q = torch.softmax(other / 2, 1), torch.softmax(logits / 2, 1)
+    expected = 4 * float((p * (p.log() - q.log())).sum(1).mean())
+    assert float(distance_of_logits(logits, other, "kl", 2.0)) == pytest.approx(expected, rel=1e-10)
+    targets = torch.softmax(other, 1)
+    assert float(distance_of_logits(logits, other, "bce")) == pytest.approx(written_out(logits, targets), rel=1e-12)
+    assert float(distance_of_logits(logits, logits, "kl", 3.0)) == pytest.approx(0, abs=1e-12)
+    with pytest.raises(InvalidArgumentError, match="teacher"):
+        distance_of_logits(logits, logits[:, :4], "kl")
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3, 4), (2, 5, 6), (3, 6)])
+def test_distance_of_features(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    ours, theirs = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
+    expected = float((ours - theirs).square().mean() / theirs.square().mean())
+    assert float(distance_of_features(ours, theirs, "mse")) == pytest.approx(expected, rel=1e-12)
+    # Scale does not matter to the cosine, and the same features are at distance 0.
+    assert float(distance_of_features(3 * ours, ours, "cosine")) == pytest.approx(0, abs=1e-12)
+    channel = 1 if len(shape) == 4 else -1
+    by_place = (ours * theirs).sum(channel) / (ours.norm(dim=channel) * theirs.norm(dim=channel))
+    assert float(distance_of_features(ours, theirs, "cosine")) == pytest.approx(float(1 - by_place.mean()), rel=1e-10)
+
+
+def test_siglip() -> None:
+    generator = torch.Generator().manual_seed(2)
+    ours, theirs = (torch.randn(4, 7, dtype=torch.float64, generator=generator) for _ in range(2))
+    loss = SigLip().double()
+    expected = 0.0
+    for i in range(4):
+        for j in range(4):
+            cosine = float(F.cosine_similarity(ours[i], theirs[j], dim=0))
+            z = (1 if i == j else -1) * (10 * cosine - 10)
+            expected += math.log1p(math.exp(-z))
+    assert float(loss(ours, theirs).detach()) == pytest.approx(expected / 4, rel=1e-6)
+
+
+def small_net(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential()
+    model.add_module("stem", nn.Conv2d(3, 4, 3, padding=1))
+    model.add_module("act", nn.ReLU())
+    model.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    model.add_module("flat", nn.Flatten())
+    model.add_module("fc", nn.Linear(4, 5))
+    return ConventionalNetwork(model)
+
+
+def test_teaching_is_zero_for_the_teacher_itself_and_not_for_another() -> None:
+    settings = Distillation(logits=1.0, features=2.0, modules=("stem", "act"))
+    images = torch.rand(3, 3, 8, 8)
+    for seed, same in ((0, True), (1, False)):
+        student = small_net(seed)
+        teaching = Teaching(student, small_net(0), settings)
+        with teaching.watching() as seen:
+            parts = teaching(student(images), images, seen)
+        assert set(parts) == {"distill_logits", "distill_features"}
+        for value in parts.values():
+            assert (abs(float(value.detach())) < 1e-6) is same
+    assert not any(True for _ in teaching.parameters()), "the teacher's weights are not the loss's"
+
+
+def test_features_have_gradients_for_the_student_alone() -> None:
+    student, teacher = small_net(1), small_net(0)
+    teaching = Teaching(student, teacher, Distillation(logits=0.0, features=1.0, modules=("stem",)))
+    images = torch.rand(2, 3, 8, 8)
+    with teaching.watching() as seen:
+        parts = teaching(student(images), images, seen)
+    parts["distill_features"].backward()
+    assert student.model.stem.weight.grad is not None  # type: ignore[union-attr, operator]
+    assert float(student.model.stem.weight.grad.abs().max()) > 0  # type: ignore[union-attr, operator]
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_modules_that_are_not_there_are_named() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"'layer9'.*a module of the student: stem, act"):
+        Teaching(small_net(0), small_net(0), Distillation(features=1.0, modules=("layer9",)))

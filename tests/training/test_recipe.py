@@ -1,0 +1,75 @@
+"""The training recipe: what it refuses, and that it survives JSON."""
+
+import json
+
+import pytest
+
+from bcos_rt.data.augment import Mixing
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
+from bcos_rt.training import Distillation, TrainingRecipe
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        TrainingRecipe(),
+        TrainingRecipe.standard(ema=0.99, mixing=Mixing(mixup=0.2)),
+        TrainingRecipe.bcos(distillation=Distillation(features=0.5, modules=("layer1", "layer2")), betas=(0.8, 0.9)),
+    ],
+)
+def test_recipe_survives_json(recipe: TrainingRecipe) -> None:
+    assert TrainingRecipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_replace_reaches_into_parts() -> None:
+    changes = {"epochs": 3, "augmentation.size": 48, "distillation.temperature": 2.0, "distillation.logits": 3.0}
+    recipe = TrainingRecipe().replace(**changes)
+    assert (recipe.epochs, recipe.augmentation.size) == (3, 48)
+    assert recipe.distillation == Distillation(temperature=2.0, logits=3.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "TrainingRecipe.epochs: got 0, expected at least 1"),
+        ({"optimizer": "adm"}, "did you mean 'adam'"),
+        ({"lr": -1.0}, "TrainingRecipe.lr"),
+        ({"lr": float("nan")}, "TrainingRecipe.lr"),
+        ({"ema": 1.5}, "TrainingRecipe.ema: got 1.5, expected a number from 0 to 1"),
+        ({"b_start": 0.5}, "TrainingRecipe.b_start"),
+        ({"betas": (0.9, 1.0)}, "TrainingRecipe.betas"),
+        ({"warmup_steps": 5, "warmup_epochs": 1.0}, "give one of the two"),
+        ({"loss": "none"}, "a loss, or a distillation"),
+        ({"accumulate": 9, "batch_size": 8}, "TrainingRecipe.accumulate"),
+        ({"learn_b": True, "b_start": 1.0}, "None beside learn_b"),
+        ({"epoch": 3}, "did you mean 'epochs'"),
+        ({"distillation.logit": 1.0}, "did you mean 'logits'"),
+        ({"lr.x": 1.0}, "lr has none"),
+    ],
+)
+def test_bad_values_are_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        TrainingRecipe().replace(**changes)
+
+
+def test_wrong_types_are_named() -> None:
+    with pytest.raises(InvalidTypeError, match=r"TrainingRecipe\.epochs: got 1\.5"):
+        TrainingRecipe(epochs=1.5)  # type: ignore[arg-type]
+    with pytest.raises(InvalidTypeError, match=r"TrainingRecipe\.lr"):
+        TrainingRecipe(lr="fast")  # type: ignore[arg-type]
+    with pytest.raises(InvalidTypeError, match=r"Distillation\.modules"):
+        Distillation(modules="layer1")  # type: ignore[arg-type]
+
+
+def test_distillation_needs_something_to_do() -> None:
+    with pytest.raises(InvalidArgumentError, match="all weights 0"):
+        Distillation(logits=0.0)
+    with pytest.raises(InvalidArgumentError, match="module names"):
+        Distillation(features=1.0)
+
+
+def test_unknown_fields_of_a_file_are_named() -> None:
+    with pytest.raises(InvalidArgumentError, match="did you mean 'schedule'"):
+        TrainingRecipe.from_dict({"shedule": "cosine"})
+    with pytest.raises(InvalidArgumentError, match=r"TrainingRecipe\.augmentation: got field 'sizes'"):
+        TrainingRecipe.from_dict({"augmentation": {"sizes": 3}})
