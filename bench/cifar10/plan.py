@@ -7,6 +7,7 @@ from typing import Any
 
 from bcos_rt.conversion import Recipe
 from bcos_rt.data import Augmentation
+from bcos_rt.models import published_recipe
 from bcos_rt.training import TrainingRecipe
 
 __all__ = ["EPOCHS", "STUDY_EPOCHS", "Run", "runs"]
@@ -29,8 +30,9 @@ class Run:
 
     Attributes:
         network: a name of :data:`bcos_rt.models.small.SMALL_NETWORKS`.
-        kind: ``"standard"``, the conventional network; ``"bcos"``, the B-cos network from random weights;
-            ``"bcosified"``, the B-cos network from the standard run's weights.
+        kind: ``"standard"``, the conventional network; ``"bcos"``, the B-cos network from random weights, as B-cos v2
+            makes it (filters of norm 1, no activations); ``"bcosified"``, the B-cos network from the standard run's
+            weights.
         seed: of weights, order and augmentation.
         recipe: how it is trained.
         conversion: how it is made a B-cos network.
@@ -83,7 +85,7 @@ def runs() -> list[Run]:
             made += [
                 Run(network, "standard", seed, STANDARD.replace(seed=seed)),
                 Run(network, "bcosified", seed, COSIFIED.replace(seed=seed)),
-                Run(network, "bcos", seed, SCRATCH.replace(seed=seed)),
+                Run(network, "bcos", seed, SCRATCH.replace(seed=seed), published_recipe("bcos_v2")),
             ]
     short = COSIFIED.replace(epochs=STUDY_EPOCHS)
     study = [
