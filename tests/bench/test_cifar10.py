@@ -1,0 +1,64 @@
+"""The CIFAR-10 experiment: its plan, its networks, and the table made from logs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bcos_rt.files import read_rows, write_csv
+from bench.cifar10.networks import build
+from bench.cifar10.plan import STUDY, runs
+from bench.cifar10.table import epoch_of_passing, write_tables
+
+
+def logs(folder: Path, name: str, accuracies: list[float], methods: dict[str, float]) -> None:
+    rows = [{"epoch": i + 1, "val_top1": a, "images_per_s": 300.0} for i, a in enumerate(accuracies)]
+    write_csv(folder / name / "metrics.csv", rows, list(rows[0]))
+    found = [{"method": method, "mean": mean} for method, mean in methods.items()]
+    write_csv(folder / name / "localisation.csv", found, ("method", "mean"))
+
+
+def test_table_from_logs(tmp_path: Path) -> None:
+    rising = [0.5 + 0.03 * i for i in range(12)]  # 0.83 at the end
+    logs(tmp_path, "resnet20-standard-seed0", [0.9] * 12, {"grad_cam": 0.4, "occlusion": 0.3, "random": 0.9})
+    logs(tmp_path, "resnet20-bcos-seed0", rising, {"bcos": 0.8, "grad_cam": 0.2})
+    logs(tmp_path, "resnet20-bcosified-seed0", [0.7, 0.8, 0.84, *[0.85] * 9], {"bcos": 0.75})
+    logs(tmp_path, "resnet20-standard-seed1", [0.9] * 12, {})
+    logs(tmp_path, "resnet20-bcosified-seed1", [0.9] * 5, {})  # not finished: no row
+    logs(tmp_path, "resnet20-bcos-seed1", rising, {})
+    logs(tmp_path, "resnet20-bcosified-b1-seed0", [0.6, 0.7, 0.75], {"bcos": 0.25})
+    write_tables(tmp_path, tmp_path / "out")
+    (row,) = read_rows(tmp_path / "out" / "cifar10.csv")
+    assert row == {
+        "model": "resnet20", "seed": "0", "pretrained_top1": "90.00", "bcos_top1": "83.00", "bcosified_top1": "85.00",
+        "delta": "+2.00", "scratch_epochs": "12", "t": "3", "speedup": "4.0", "loc_bcos": "80.00",
+        "loc_bcosified": "75.00", "loc_best_posthoc": "40.00", "best_posthoc": "grad_cam",
+    }  # fmt: skip
+    (study,) = read_rows(tmp_path / "out" / "cifar10_study.csv")
+    assert (study["variant"], study["top1"], study["localisation"]) == ("b1", "75.00", "25.00")
+
+
+def test_never_passing_stays_blank() -> None:
+    rows = [{"epoch": "1", "val_top1": "0.5"}, {"epoch": "2", "val_top1": "0.7"}]
+    assert epoch_of_passing(rows, 0.8) is None
+    assert epoch_of_passing(rows, 0.7) == 2
+
+
+def test_every_run_has_a_name_of_its_own_and_a_source_before_it() -> None:
+    names = [run.name for run in runs()]
+    assert len(set(names)) == len(names)
+    for i, run in enumerate(runs()):
+        assert run.source is None or run.source in names[:i]
+    assert {run.variant for run in runs()} == {"", *STUDY}
+
+
+@pytest.mark.parametrize("run", [run for run in runs() if run.seed == 0], ids=lambda run: run.name)
+def test_every_network_can_be_built(run: object, tmp_path: Path) -> None:
+    from bcos_rt.training.run import save_network
+
+    if run.source is not None:  # type: ignore[attr-defined]
+        source = next(r for r in runs() if r.name == run.source)  # type: ignore[attr-defined]
+        save_network(build(source, tmp_path), tmp_path / source.name / "last.safetensors")
+    net = build(run, tmp_path).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert net(torch.rand(2, 3, 32, 32)).shape == (2, 10)
