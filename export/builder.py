@@ -150,8 +150,14 @@ class OnnxBuilder:
         """A constant scalar of int64."""
         return self._initializer(f"int_{value}", np.array(value, dtype=np.int64))
 
-    def scalar(self, value: float, dtype: torch.dtype = torch.float32, wide: bool = False) -> ir.Value:
-        """A constant scalar for use with values of a torch dtype at the current node (``wide``: in fp32)."""
+    def scalar(
+        self, value: float, dtype: torch.dtype = torch.float32, wide: bool = False, positive: bool = False
+    ) -> ir.Value:
+        """A constant scalar for use with values of a torch dtype at the current node (``wide``: in fp32).
+
+        ``positive``: what the type would round to 0, or to a number that runtimes may flush to 0, becomes its smallest
+        normal number.
+        """
         if dtype == torch.bool:
             return self._initializer(f"bool_{bool(value)}", np.array(bool(value)))
         if not dtype.is_floating_point:
@@ -159,9 +165,8 @@ class OnnxBuilder:
         half = self.in_half() and not wide
         kind, name = (np.float16, "half") if half else (np.float32, "float")
         array = np.array(value, dtype=kind)
-        if value and not array:
-            # What is not 0, a divisor say, stays so.
-            array = np.copysign(np.finfo(kind).smallest_subnormal, kind(value))
+        if positive and 0 < value < float(np.finfo(kind).tiny):
+            array, name = np.array(np.finfo(kind).tiny, dtype=kind), f"{name}_positive"
         return self._initializer(f"{name}_{value!r}", array)
 
     def tensor(self, value: Tensor, name: str, wide: bool = False) -> ir.Value:

@@ -239,7 +239,8 @@ def reciprocal(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
 
 
 def _clip(b: OnnxBuilder, x: Node, low: Any, high: Any) -> ir.Value:
-    ends = [None if v is None or math.isinf(v) else b.scalar(v, _dtype(x)) for v in (low, high)]
+    # A lower limit above 0 keeps a divisor from 0.
+    ends = [None if v is None or math.isinf(v) else b.scalar(v, _dtype(x), positive=v is low) for v in (low, high)]
     result: ir.Value = b.op("Clip", b[x], *ends)
     return result
 

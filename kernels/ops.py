@@ -273,6 +273,17 @@ def _uses_cpp(x: Tensor) -> bool:
     return cpu.available() and cpu.in_channels_last(x)
 
 
+def has_memory(*tensors: Tensor) -> bool:
+    """Whether these are ordinary tensors, not stand-ins of torch.compile, torch.func or fake tensor modes."""
+    return all(
+        type(t) in (Tensor, torch.nn.Parameter)
+        and not torch._is_functional_tensor(t)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        and not torch._C._functorch.is_legacy_batchedtensor(t)
+        for t in tensors
+    )
+
+
 def _conv2d_uses_triton(x: Tensor, weight: Tensor, groups: int) -> bool:
     """As :func:`_use_triton`, but a layer takes the reference for kernels of over 31 places (ViT-B/32's patches)."""
     return _use_triton(x) and not (_backend.get() == "auto" and _too_many_taps(weight, groups))
@@ -558,15 +569,21 @@ def _(
 
 
 def _conv2d_backward(
-    triton: bool, saved: Sequence[Any], options: Sequence[Any], b: float | Tensor, grad: Tensor, needs: Sequence[bool]
+    triton: bool,
+    cpp: bool,
+    saved: Sequence[Any],
+    options: Sequence[Any],
+    b: float | Tensor,
+    grad: Tensor,
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     x, weight, bias, y = saved
     stride, padding, dilation, groups, eps = options
     if not triton:
         with torch.autocast(x.device.type, enabled=False):
-            # A second derivative (create_graph=True) needs operations that autograd knows.
-            known = torch.is_grad_enabled() or not _uses_cpp(x) or not cpu.in_channels_last(y)
-            response = None if known else cpu.square_response_grad
+            # A second derivative (create_graph=True) and transforms (torch.compile, vmap) need operations they know.
+            direct = cpp and not torch.is_grad_enabled() and has_memory(grad, x, y) and cpu.in_channels_last(y)
+            response = cpu.square_response_grad if direct else None
             return reference.conv2d_backward(
                 grad, x, weight, bias, y, stride, padding, dilation, groups, b, eps, needs, response
             )
@@ -582,13 +599,13 @@ def _conv2d_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, stride, padding, dilation, groups, b, eps = inputs
     ctx.b, ctx.options = b, (stride, padding, dilation, groups, eps)
     # Decided here: a backward pass runs in autograd's threads, which do not see use_backend.
-    ctx.triton = _conv2d_uses_triton(x, weight, groups)
+    ctx.triton, ctx.cpp = _conv2d_uses_triton(x, weight, groups), _uses_cpp(x)
     ctx.save_for_backward(x, weight, bias, output)
 
 
 def _conv2d_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = [*ctx.needs_input_grad[:3], False]
-    grads = _conv2d_backward(ctx.triton, ctx.saved_tensors, ctx.options, ctx.b, grad, needs)
+    grads = _conv2d_backward(ctx.triton, ctx.cpp, ctx.saved_tensors, ctx.options, ctx.b, grad, needs)
     return (*grads[:3], None, None, None, None, None, None)
 
 
@@ -597,13 +614,13 @@ _conv2d.register_autograd(_conv2d_autograd, setup_context=_conv2d_setup)
 
 def _conv2d_learned_b_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, b, *options = inputs
-    ctx.options, ctx.triton = options, _conv2d_uses_triton(x, weight, options[3])
+    ctx.options, ctx.triton, ctx.cpp = options, _conv2d_uses_triton(x, weight, options[3]), _uses_cpp(x)
     ctx.save_for_backward(x, weight, bias, output, b)
 
 
 def _conv2d_learned_b_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *saved, b = ctx.saved_tensors
-    grads = _conv2d_backward(ctx.triton, saved, ctx.options, b, grad, ctx.needs_input_grad[:4])
+    grads = _conv2d_backward(ctx.triton, ctx.cpp, saved, ctx.options, b, grad, ctx.needs_input_grad[:4])
     return (*grads, None, None, None, None, None)
 
 

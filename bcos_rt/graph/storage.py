@@ -42,9 +42,17 @@ def store_as(program: Program, dtype: torch.dtype, stored: dict[int, tuple[Tenso
         if node.op == "call_function":
             node.args = torch.fx.node.map_aggregate(node.args, lambda a: dtype if a is wide_dtype else a)
             node.kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda a: dtype if a is wide_dtype else a)
+            _keep_positive(node, dtype)
     program.clean()
     propagate(program.graph, program.image.meta["val"].fake_mode)
     _widen_outputs(program, wide_dtype)
+
+
+def _keep_positive(node: Node, dtype: torch.dtype) -> None:
+    """A limit above 0 that keeps a divisor from 0 is too small for float16, whose 0 it would be."""
+    limit = node.args[1] if node.target is torch.ops.aten.clamp_min.default else None
+    if isinstance(limit, float) and 0 < limit < torch.finfo(dtype).tiny:
+        node.update_arg(1, torch.finfo(dtype).tiny)
 
 
 def store_adjoint_as(program: Program, dtype: torch.dtype, seed: Node) -> None:

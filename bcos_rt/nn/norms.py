@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 
+from bcos_rt.kernels.ops import has_memory
+
 __all__ = ["BatchNormUncentered2d"]
 
 
@@ -39,19 +41,27 @@ class _Uncentered(torch.autograd.Function):
         root = (var + eps).rsqrt()
         scale = root if weight is None else root * weight
         ctx.save_for_backward(x, weight, mean, root)
+        ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
         return x * scale[:, None, None], mean, var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, mean, root = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        if torch.is_grad_enabled():
+            # A second derivative is asked for (create_graph=True): the statistics as functions of x.
+            var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+            root = (var + ctx.eps).rsqrt()
         total = _channel_sums(grad * x)
         scale = root if weight is None else root * weight
-        slope = -total * scale * root**2 / (x.numel() // x.shape[1])
+        slope = -total * scale * root**2 / count
         # slope (x - mean), then g s: two passes.
         grad_x = torch.addcmul((-slope * mean)[:, None, None], x, slope[:, None, None])
-        grad_x.addcmul_(grad, scale[:, None, None])
+        if torch.is_grad_enabled():
+            grad_x = grad_x + grad * scale[:, None, None]
+        else:
+            grad_x.addcmul_(grad, scale[:, None, None])
         return grad_x, None if weight is None else total * root, None
 
 
@@ -131,13 +141,21 @@ class BatchNormUncentered2d(nn.BatchNorm2d):
         """The result without bias, and the batch's mean and variance."""
         if self.synchronised and distributed.is_available() and distributed.is_initialized():
             return self._of_all_batches(x)
-        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
+        if self._is_ordinary(x):
             found: tuple[Tensor, Tensor, Tensor] = _Uncentered.apply(x, self.weight, self.eps)
             return found
         # fp16 squares overflow: statistics are taken in fp32.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
         return self._scaled(x, var), mean, var
+
+    def _is_ordinary(self, x: Tensor) -> bool:
+        """Whether the fast way may be taken: real tensors of one dtype on the CPU, nothing traced or transformed."""
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return False
+        return has_memory(x) and (self.weight is None or self.weight.dtype == x.dtype)
 
     def _of_all_batches(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

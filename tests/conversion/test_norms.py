@@ -55,3 +55,42 @@ def test_half_precision_takes_statistics_in_float32(dtype):
     assert y.dtype == dtype
     expected, _, _ = defined(x.double(), None, None, 1e-5)
     torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_second_derivatives():
+    torch.manual_seed(0)
+    norm = BatchNormUncentered2d(3, bias=False, dtype=torch.float64)
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, w: torch.func.functional_call(norm, {"weight": w}, (x,)),
+                                        (x, norm.weight))  # fmt: skip
+    # Through a layer before it: the gradient's own dependence on the statistics counts.
+    before = torch.randn(3, 3, 1, 1, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(2, 3, 2, 3, dtype=torch.float64)
+
+    def slope(apply):
+        z = torch.nn.functional.conv2d(x, before)
+        (first,) = torch.autograd.grad((apply(z) * direction).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), before)[0]
+
+    theirs = slope(lambda z: defined(z, norm.weight, None, norm.eps)[0])
+    torch.testing.assert_close(slope(norm), theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_transforms_and_tracing_take_the_general_way(tmp_path):
+    norm = BatchNormUncentered2d(3, track_running_stats=False)
+    x = torch.randn(2, 3, 4, 4)
+
+    def energy(x):
+        return (norm(x) ** 3).sum()
+
+    (expected,) = torch.autograd.grad(energy(leaf := x.clone().requires_grad_()), leaf)
+    torch.testing.assert_close(torch.func.grad(energy)(x), expected)
+    with torch.no_grad():
+        torch.jit.trace(norm, x).save(tmp_path / "norm.pt")
+        torch.testing.assert_close(torch.jit.load(tmp_path / "norm.pt")(x), norm(x))
+
+
+def test_weights_of_another_dtype_do_not_change_the_results():
+    norm = BatchNormUncentered2d(3).double()
+    assert norm(torch.randn(2, 3, 4, 4)).dtype == torch.float32

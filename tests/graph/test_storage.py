@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bcos_rt import Recipe, bcosify
 from bcos_rt.graph.adjoint import build_explanation_graph
 from bcos_rt.graph.fused import build_fused
 from tests.graph.networks import NETWORKS, network
@@ -70,3 +71,23 @@ def test_each_forward_value_is_rounded_once_right_behind_its_layer():
 def test_prediction_is_the_forward_dtype_s():
     predict = mixed(network("residual")).predict
     assert all(n.meta["val"].dtype != torch.bfloat16 for n in predict.constants)
+
+
+def test_float16_gates_divide_by_what_float16_has():
+    """The gate of a clamp at 0 divides by at least float32's smallest normal number, which float16 rounds to 0."""
+
+    class Clamped(torch.nn.Module):
+        def forward(self, x):
+            return x.clamp(min=0)
+
+    torch.manual_seed(0)
+    source = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.AvgPool2d(2), Clamped(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+        torch.nn.Linear(8, 4),
+    )  # fmt: skip
+    net, _ = bcosify(source, Recipe())
+    images, ids = torch.rand(2, 3, *SIZE), torch.tensor([[0], [3]])
+    full = build_fused(net.eval(), SIZE).explain.run(images, ids)
+    half = build_fused(net, SIZE, torch.float16).explain.run(images, ids)
+    assert torch.isfinite(half["weights"]).all()
+    assert 1 - similarity(half["weights"], full["weights"]) < 1e-2

@@ -13,6 +13,7 @@ from torch import Tensor
 from bcos_rt.kernels import cpu, ops, reference, reference_layers
 from bcos_rt.kernels.cpu import pointwise, winograd
 from bcos_rt.kernels.reference import ACTIVATIONS, channels_last
+from bcos_rt.nn import BcosConv2d
 from tests.tolerances import KERNEL
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no C++ kernels: {cpu.unavailable_reason()}")
@@ -503,3 +504,46 @@ def test_layers_use_the_kernels(b, groups, monkeypatch):
     _, first, _ = layer(given, create_graph=True)
     assert "square_response_grad" not in calls
     assert first.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_training_in_channels_last_memory(backend):
+    """A compiler traces the backward pass with stand-ins of tensors, which have no memory to read."""
+    torch.manual_seed(0)
+    layer = BcosConv2d(8, 16, 3, padding=1)
+    x = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
+    grads = []
+    for apply in (layer, torch.compile(layer, backend=backend)):
+        image = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        layer.zero_grad()
+        apply(image).square().sum().backward()
+        grads.append((image.grad, layer.weight.grad.clone()))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_batched_gradients_in_channels_last_memory():
+    layer = BcosConv2d(8, 4, 3)
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = layer(x)
+    directions = torch.randn(3, *y.shape)
+    (batched,) = torch.autograd.grad(y, x, directions, is_grads_batched=True, retain_graph=True)
+    for one, direction in zip(batched, directions, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(y, x, direction, retain_graph=True)[0])
+
+
+def test_backward_does_what_forward_did(monkeypatch):
+    """The backend in force when the loss was computed, not when its gradient is."""
+    x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    calls = []
+    real = cpu.square_response_grad
+    monkeypatch.setattr(cpu, "square_response_grad", lambda *a: calls.append(1) or real(*a))
+    layer = BcosConv2d(8, 4, 3)
+    with ops.use_backend("reference"):
+        y = layer(x)
+    y.sum().backward()
+    assert not calls
+    y = layer(x)
+    with ops.use_backend("reference"):
+        y.sum().backward()
+    assert calls
