@@ -19,6 +19,7 @@ from bcos_rt.cli.inputs import (
     Weights,
     check_output,
     check_writable_place,
+    load_network,
     load_source,
 )
 from bcos_rt.cli.output import Outcome, Progress, run
@@ -35,6 +36,9 @@ Data = Annotated[
 Split = Annotated[str, typer.Option(help="Which part of the data, where it has parts.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
+Convert = Annotated[
+    bool, typer.Option("--convert", help="Convert --model to an equivalent B-cos network (B = 1) first.")
+]
 
 
 def evaluate(
@@ -43,6 +47,7 @@ def evaluate(
     checkpoint: Checkpoint = None,
     weights: Weights = None,
     num_classes: NumClasses = None,
+    convert: Convert = False,
     split: Split = "val",
     size: Size = None,
     batch_size: BatchSize = 64,
@@ -55,7 +60,7 @@ def evaluate(
 ) -> None:
     """Accuracy, calibration, and whether explanations add up, on labelled images.
 
-    A --model is evaluated as it is, conventional; a --checkpoint is a B-cos network.
+    A --model is evaluated as it is, conventional, or with --convert as a B-cos network; a --checkpoint is one.
     """
 
     def work(progress: Progress) -> Outcome:
@@ -65,7 +70,7 @@ def evaluate(
             from bcos_rt.data import open_data
             from bcos_rt.evaluation import evaluate as measure
 
-            net, side, described = _network(model, checkpoint, weights, num_classes)
+            net, side, described = _network(model, checkpoint, weights, num_classes, convert)
         with progress.working(f"looking at {data}"):
             images = open_data(data, size=size or side, split=split)
         with progress.bar() as tell:
@@ -107,6 +112,7 @@ def localise(
     model: Model = None,
     weights: Weights = None,
     num_classes: NumClasses = None,
+    convert: Convert = False,
     methods: Annotated[
         list[str] | None,
         typer.Option(
@@ -135,6 +141,8 @@ def localise(
         check_writable_place(output)
         if model is None and not checkpoints:
             raise InvalidArgumentError("--model, --checkpoint", "neither", "at least one of them")
+        if convert and model is None:
+            raise InvalidArgumentError("--convert", "no --model", "a conventional model to convert")
         with progress.working("loading the networks"):
             from bcos_rt.data import open_data
             from bcos_rt.evaluation import grid_pointing_game
@@ -150,7 +158,7 @@ def localise(
                 networks[name], side, _ = _network(None, path, None, None)
                 sides.append(side)
             if model is not None:
-                networks[model], side, _ = _network(model, None, weights, num_classes)
+                networks[model], side, _ = _network(model, None, weights, num_classes, convert)
                 sides.append(side)
         chosen: dict[str, list[str]] = {}
         for name, net in networks.items():
@@ -185,18 +193,23 @@ def localise(
 
 
 def _network(
-    model: str | None, checkpoint: Path | None, weights: str | None, num_classes: int | None
+    model: str | None, checkpoint: Path | None, weights: str | None, num_classes: int | None, convert: bool = False
 ) -> tuple[nn.Module, int, dict[str, Any]]:
-    """The network, the side of its images, and what to call it: a checkpoint's, or a conventional model's as it is."""
+    """The network, the side of its images, and what to call it: a checkpoint's, or a model's, as it is or converted."""
     from bcos_rt.checkpoint import load
     from bcos_rt.nn.conventional import ConventionalNetwork
 
     if (model is None) == (checkpoint is None):
         raise InvalidArgumentError("--model, --checkpoint", "both" if model is not None else "neither", "one of them")
     if checkpoint is not None:
+        if convert:
+            raise InvalidArgumentError("--convert", "a checkpoint", "a conventional --model to convert")
         net = load(checkpoint)
         side = 32 if net.source.get("kind") == "small" else DEFAULT_SIZE
         return net, side, {"checkpoint": str(checkpoint), "source": dict(net.source)}
+    if convert:
+        converted = load_network(str(model), None, weights, num_classes)
+        return converted.net, converted.input_size, converted.described
     source = load_source(str(model), weights, num_classes)
     mean, std = source.mean or (0.0, 0.0, 0.0), source.std or (1.0, 1.0, 1.0)
     net_ = ConventionalNetwork(source.module, mean, std, source.source, source.class_names).eval()

@@ -1,0 +1,44 @@
+"""A B-cos network's explanation as a function that Quantus' metrics call (``explain_func``).
+
+Quantus (https://github.com/understandable-machine-intelligence-lab/Quantus) need not be installed to import this.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from bcos_rt.errors import InvalidTypeError
+from bcos_rt.explanation.explain import explain
+from bcos_rt.nn.network import BcosNetwork
+
+__all__ = ["quantus_explain"]
+
+
+def quantus_explain(model: BcosNetwork, inputs: Any, targets: Any, **_: Any) -> np.ndarray:
+    """Contribution maps, exact: ``metric(model=net, ..., explain_func=quantus_explain)``.
+
+    Args:
+        model: a :class:`BcosNetwork` in evaluation mode. Its softmax, which metrics add by default, is not explained.
+        inputs: [N, 3, H, W] in [0, 1], as any array.
+        targets: N class indices.
+        _: what Quantus passes beside these (``device``); inputs go to the network's device.
+
+    Returns:
+        [N, 1, H, W], float32: what each pixel adds to the target's logit. One channel is what Quantus spreads over the
+        three of the image.
+
+    Raises:
+        InvalidTypeError: another network.
+        InvalidArgumentError: unusable inputs or targets (named).
+    """
+    if not isinstance(model, BcosNetwork):
+        raise InvalidTypeError("model", type(model).__name__, "a BcosNetwork", " (bcosify makes one)")
+    like = next(model.parameters())
+    # A copy in plain order: what Quantus cuts and flips may lie backwards in memory, which torch does not take.
+    images = torch.tensor(np.ascontiguousarray(inputs), device=like.device, dtype=like.dtype)
+    explanation = explain(model, images, torch.tensor(np.ascontiguousarray(targets)).reshape(-1))
+    found: np.ndarray = explanation.contributions[:, None].float().cpu().numpy()
+    return found
