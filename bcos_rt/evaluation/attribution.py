@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from bcos_rt.data import derived_seed
 from bcos_rt.errors import (
     InvalidArgumentError,
     InvalidTypeError,
@@ -79,7 +80,8 @@ def _bcos(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
 
 
 def _random(net: nn.Module, images: Tensor, targets: Tensor, *, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    # Other noise for other images, the same for the same ones.
+    generator = torch.Generator().manual_seed(derived_seed(seed, int(1e6 * float(images.double().sum()))))
     return torch.rand(len(images), *images.shape[2:], generator=generator).to(images.device)
 
 

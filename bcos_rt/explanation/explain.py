@@ -15,6 +15,7 @@ from bcos_rt.conversion import Recipe, bcosify
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.explanation.explanation import Explanation
 from bcos_rt.graph import explanation_graph
+from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.nn.network import BcosNetwork, check_range
 
 __all__ = ["as_network", "class_ids_of", "explain", "is_multi"]
@@ -33,8 +34,16 @@ def _equivalent(model: nn.Module) -> BcosNetwork:
     with _LOCK:
         kept = _EQUIVALENTS.get(model)
         if kept is None or kept[0] != key:
-            kept = _EQUIVALENTS[model] = (key, bcosify(model, Recipe.equivalent())[0])
+            kept = _EQUIVALENTS[model] = (key, _converted(model))
         return kept[1]
+
+
+def _converted(model: nn.Module) -> BcosNetwork:
+    if not isinstance(model, ConventionalNetwork):
+        return bcosify(model, Recipe.equivalent())[0]
+    # It normalises by itself, which a converted network does too: once is enough.
+    mean, std = (tuple(v.flatten().tolist()) for v in (model.mean, model.std))
+    return bcosify(model.model, Recipe.equivalent(mean=mean, std=std), class_names=model.class_names)[0]
 
 
 def class_ids_of(targets: Any, images: int, classes: int, device: torch.device) -> Tensor:

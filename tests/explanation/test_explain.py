@@ -11,6 +11,7 @@ from torch import nn
 from bcos_rt import Recipe, bcosify, explain
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, UnsupportedOpError
 from bcos_rt.explanation import colour_picture
+from bcos_rt.nn.conventional import ConventionalNetwork
 
 
 class Small(nn.Module):
@@ -337,3 +338,15 @@ def test_weights_written_through_data_are_seen():
 def test_a_compiled_network_is_explained_as_what_it_wraps(net):
     compiled = torch.compile(net, backend="eager")
     torch.testing.assert_close(explain(compiled, images()).weights, explain(net, images()).weights)
+
+
+def test_a_conventional_network_that_normalises_is_normalised_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    net = ConventionalNetwork(model, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), class_names=list("abcd")).eval()
+    images = torch.rand(2, 3, 12, 12)
+    found = explain(net, images)
+    with torch.no_grad():
+        torch.testing.assert_close(found.logits, net(images), rtol=1e-4, atol=1e-5)
+    assert found.class_name(1) == "b"
+    assert float(found.completeness_error().max()) < 1e-4
