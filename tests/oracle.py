@@ -25,6 +25,21 @@ def _centred(x, dims, eps):
     return (x - mean) * rstd.detach()
 
 
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Attention with constant weights, each written out as the definition has it."""
+    assert dropout_p == 0
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    scores = torch.einsum("...nd,...md->...nm", query, key)
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        scores = scores.where(torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+    if attn_mask is not None:
+        scores = scores.where(attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    return torch.einsum("...nm,...md->...nd", weights.detach(), value)
+
+
 class _Detached(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -44,6 +59,16 @@ class _Detached(TorchFunctionMode):
             return func(*args).detach()
         if func in (F.elu, F.selu, F.celu, F.rrelu, torch.Tensor.tanh):
             return x * _ratio(func(*args, **kwargs), x, 1.0)
+        if func in (torch.softmax, F.softmax, torch.Tensor.softmax):
+            return func(*args, **kwargs).detach()
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func is F.rms_norm:
+            given = dict(zip(("normalized_shape", "weight", "eps"), args[1:], strict=False)) | kwargs
+            dims = tuple(range(-len(given["normalized_shape"]), 0))
+            eps = given["eps"] if given["eps"] is not None else torch.finfo(x.dtype).eps
+            y = x * (x.square().mean(dims, keepdim=True) + eps).rsqrt().detach()
+            return y if given["weight"] is None else y * given["weight"]
         if func is F.glu:
             left, right = x.chunk(2, args[1] if len(args) > 1 else kwargs["dim"])
             return left * torch.sigmoid(right).detach()

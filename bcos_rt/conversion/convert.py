@@ -23,11 +23,13 @@ from torch.nn.utils import parametrize
 
 from bcos_rt.conversion import nodes
 from bcos_rt.conversion.equivalence import EquivalenceResult, check_equivalence
+from bcos_rt.conversion.patches import widening
 from bcos_rt.conversion.recipe import IMAGENET_MEAN, IMAGENET_STD, Recipe
 from bcos_rt.conversion.report import ConversionReport, Kind, LayerEntry, compare_weights
 from bcos_rt.conversion.trace import is_torch_layer, trace_model
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.nn import BatchNormUncentered2d, BcosConv2d, BcosLinear, BcosNetwork, InputEncoding, LogitLayer
+from bcos_rt.nn.attention import PROJECTIONS, MultiheadAttention, call_projections
 
 __all__ = ["bcosify"]
 
@@ -180,25 +182,59 @@ def _logit_bias(recipe: Recipe, classes: int | None, notes: list[str]) -> float 
     return -math.log(classes - 1)
 
 
+def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    for kind in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        getattr(new, kind).update(getattr(old, kind))
+    for kind in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        getattr(new, kind).update(getattr(old, kind))
+
+
+def _with_called_projections(model: nn.Module) -> nn.Module:
+    """The model with attention layers that call their projections where it has such that read their weights."""
+    made: dict[int, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        inside = [model.get_submodule(name.rpartition(".")[0])] if name else []
+        new = made.get(id(module)) or (None if any(map(is_torch_layer, inside)) else call_projections(module))
+        if new is None:
+            continue
+        if id(module) not in made:
+            _carry_hooks(module, new)
+        made[id(module)] = new
+        if name == "":
+            return new
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+    return model
+
+
 # --- the conversion --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Head:
-    """A classifier that commutes with the global pool before it: pool -> flatten, dropout -> linear (or 1x1 conv)."""
+    """A classifier behind a global pool: pool -> flatten, dropout, LayerNorm -> linear (or 1x1 conv).
+
+    Attributes:
+        between: what stands between pool and classifier, the last first.
+        moved: those of them that move before the pool with it.
+        keep_pool_shape: whether the pool's result is the logits' shape without a flatten.
+        channels_last: whether the pool's input is [N, ..., C], where the linear layer stays one, or [N, C, H, W].
+    """
 
     layer: fx.Node
     between: tuple[fx.Node, ...]
-    dropouts: tuple[fx.Node, ...]
+    moved: tuple[fx.Node, ...]
     pool: fx.Node
     keep_pool_shape: bool
+    channels_last: bool
 
 
 class _Conversion:
     """One run over a copy of the model, which it changes."""
 
     def __init__(self, work: nn.Module, recipe: Recipe) -> None:
-        self.root = work
+        self.root = _with_called_projections(work)
+        work = self.root
         self.recipe = recipe
         self.entries: list[LayerEntry] = []
         self.notes: list[str] = []
@@ -223,6 +259,8 @@ class _Conversion:
                 "the forward differs between train and eval mode, so its order of operations is left as it is"
             )
         self.live = nodes.live_nodes(self.graph, self.modules) if self.graph is not None else set()
+        self.attention = self._attention_projections()
+        self.widenings: dict[int, tuple[Tensor, Tensor]] = {}
         self.classes: int | None = None
 
     def add(self, name: str, kind: Kind, before: str, after: str, reason: str) -> None:
@@ -240,7 +278,7 @@ class _Conversion:
         pool_call = pool is not None and (pool.op != "call_module" or len(self.trace.calls[str(pool.target)]) > 1)
         for name, module in list(self.root.named_modules()):
             if head is not None and name == head.layer.target and isinstance(module, nn.Linear):
-                new: nn.Module = self._head_conv(name, module)
+                new: nn.Module = self._head_layer(name, module, head.channels_last)
             elif pool is not None and not pool_call and name == pool.target:
                 new = self._average_pool(name, module)
             else:
@@ -279,6 +317,13 @@ class _Conversion:
         calls = [node for name in self.names[id(module)] for node in self.trace.calls_of(name) or ()]
         return bool(calls) and not any(node in self.live for node in calls)
 
+    def _attention_projections(self) -> set[int]:
+        """ids of the linear layers that make attention's queries, keys and values."""
+        names = nodes.attention_projections(self.graph, self.modules) if self.graph is not None else set()
+        for name, module in self.modules.items():
+            names.update(f"{name}.{p}" if name else p for p in PROJECTIONS.get(type(module), ()))
+        return {id(self.modules[name]) for name in names}
+
     def _part_of_torch_layer(self, name: str) -> str | None:
         """The torch.nn layer (attention, transformer) a module is part of; those read its weights themselves."""
         parts = name.split(".")
@@ -290,10 +335,7 @@ class _Conversion:
 
     def _install(self, old: nn.Module, new: nn.Module) -> None:
         new.training = old.training
-        for kind in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
-            getattr(new, kind).update(getattr(old, kind))
-        for kind in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
-            getattr(new, kind).update(getattr(old, kind))
+        _carry_hooks(old, new)
         for name in self.names[id(old)]:
             if name == "":
                 self.root = new
@@ -325,6 +367,8 @@ class _Conversion:
         is_norm = isinstance(module, _NORMS)
         is_activation = nodes.is_activation(module)
         own_bias = not any(module.children()) and module._parameters.get("bias") is not None
+        if isinstance(module, MultiheadAttention):
+            return self._convert_packed_attention(name, module)
         if not (is_conv or is_linear or is_norm or is_activation or own_bias or isinstance(module, _OTHER_CONVS)):
             return module
         if is_activation:
@@ -336,6 +380,8 @@ class _Conversion:
             reason = "matches Recipe.keep"
         elif torch_layer is not None:
             reason = f"part of {torch_layer}, whose forward reads its weights itself"
+        elif id(module) in self.attention and self.recipe.attention == "linear":
+            return self._convert_projection(name, module)
         elif self.recipe.gates == "keep" and self._is_gate(module):
             reason = "computes a gate only"
         elif is_conv or is_linear:
@@ -349,7 +395,7 @@ class _Conversion:
         if isinstance(module, nn.Conv2d):
             return self._convert_conv(name, module, id(module) in stem)
         if isinstance(module, nn.Linear):
-            return self._convert_linear(name, module)
+            return self._convert_linear(name, module, id(module) in stem)
         if is_norm:
             return self._convert_norm(name, module)
         what = "no B-cos counterpart" if isinstance(module, _OTHER_CONVS) else "a layer of its own kind, with a bias"
@@ -406,31 +452,61 @@ class _Conversion:
         self.add(name, "conv", before, nodes.describe(new), reason)
         return new
 
-    def _convert_linear(self, name: str, linear: nn.Linear) -> nn.Module:
+    def _convert_projection(self, name: str, module: nn.Module) -> nn.Module:
+        """Attention's projection of queries, keys or values stays linear (B-cos v2, arXiv 2306.10898, section 3.4)."""
+        before, reason = nodes.describe(module), "attention='linear'"
+        if self.recipe.biases == "drop" and module._parameters.get("bias") is not None:
+            module.register_parameter("bias", None)
+            self._drop(module, "bias")
+            reason += ", biases='drop'"
+        self.add(name, "linear", before, nodes.describe(module), reason)
+        return module
+
+    def _convert_packed_attention(self, name: str, module: MultiheadAttention) -> nn.Module:
+        if self._is_kept(module):
+            self.keep_entry(name, "other", "MultiheadAttention(...)", "matches Recipe.keep")
+            return module
+        before, after = "MultiheadAttention(...)", "MultiheadAttention(...)"
+        reason = "its packed projections stay linear, attention='linear'"
+        if self.recipe.attention == "convert":
+            reason = "its projections are one packed weight, which stays linear"
+        if self.recipe.biases == "drop" and module.in_proj_bias is not None:
+            module.register_parameter("in_proj_bias", None)
+            self._drop(module, "in_proj_bias")
+            after, reason = "MultiheadAttention(without in_proj_bias)", reason + ", biases='drop'"
+        self.add(name, "other", before, after, reason)
+        return module
+
+    def _convert_linear(self, name: str, linear: nn.Linear, widen: bool = False) -> nn.Module:
         new = BcosLinear(
-            linear.in_features,
+            linear.in_features * (2 if widen else 1),
             linear.out_features,
             bias=False,
             device="meta",
             b=self.recipe.b,
             weight_norm=self.recipe.weight_norm,
         )
-        new.weight = linear.weight
+        new.weight = self._widened_patches(linear) if widen else linear.weight
         self._set_bias(new, linear)
-        self.add(name, "linear", nodes.describe(linear), nodes.describe(new), self._bcos_reason())
+        reason = self._bcos_reason() + (", patch embedding: weights [w, -w]/2 in its own pixel order" if widen else "")
+        self.add(name, "linear", nodes.describe(linear), nodes.describe(new), reason)
         return new
 
-    def _head_conv(self, name: str, linear: nn.Linear) -> nn.Module:
-        new = BcosConv2d(
-            linear.in_features,
-            linear.out_features,
-            1,
-            bias=False,
-            device="meta",
-            b=self.recipe.b,
-            weight_norm=self.recipe.weight_norm,
-        )
-        weight = linear.weight.detach()[:, :, None, None]
+    def _widened_patches(self, linear: nn.Linear) -> nn.Parameter:
+        source, sign = self.widenings[id(linear)]
+        weight = linear.weight.detach()[:, source] * (sign / 2).to(linear.weight.dtype)
+        return nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+
+    def _head_layer(self, name: str, linear: nn.Linear, channels_last: bool) -> nn.Module:
+        """The classifier as it stands before the pool: over the last dimension, or as a 1x1 convolution."""
+        options: dict[str, Any] = {"bias": False, "device": "meta", "b": self.recipe.b}
+        options["weight_norm"] = self.recipe.weight_norm
+        weight = linear.weight.detach()
+        if channels_last:
+            new: BcosLinear | BcosConv2d = BcosLinear(linear.in_features, linear.out_features, **options)
+        else:
+            new = BcosConv2d(linear.in_features, linear.out_features, 1, **options)
+            weight = weight[:, :, None, None]
         new.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
         self._set_bias(new, linear)
         self.add(
@@ -439,6 +515,12 @@ class _Conversion:
         return new
 
     def _widen_kept(self, name: str, module: nn.Module, reason: str) -> None:
+        if type(module) is nn.Linear:
+            before = nodes.describe(module)
+            module.weight = self._widened_patches(module)
+            module.in_features *= 2
+            self.add(name, "linear", before, nodes.describe(module), f"{reason}; widened as the input has six channels")
+            return
         if not isinstance(module, nn.Conv2d) or (self._why_not_bcos(module) and not self._is_plain_conv(module)):
             raise InvalidArgumentError(
                 "model",
@@ -541,7 +623,10 @@ class _Conversion:
     # --- the input -----------------------------------------------------------------------------------------------
 
     def _stem_convs(self) -> set[int]:
-        """ids of the convolutions whose weights become [w, -w]/2."""
+        """ids of the convolutions, and linear patch embeddings, whose weights become [w, -w]/2."""
+        patches = self._patch_embedding()
+        if patches is not None:
+            return patches
         convs = self._image_convs()
         six = self.recipe.input_encoding == "six_channel"
         if not convs:
@@ -569,6 +654,24 @@ class _Conversion:
             found.add(id(conv))
         return found
 
+    def _patch_embedding(self) -> set[int] | None:
+        """The linear layer that takes the image's patches, where the image goes there and nowhere else."""
+        if self.graph is None:
+            return None
+        consumers = nodes.image_consumers(self.graph, self.modules)
+        linears = {nodes.first_linear(node, self.modules) for node in consumers}
+        name = next(iter(linears), None)
+        if name is None or len(linears) > 1:
+            return None
+        linear = self.modules[name]
+        if not isinstance(linear, nn.Linear) or self.recipe.input_encoding == "three_channel":
+            return set()
+        found = widening(self.root, linear)
+        if found is None:
+            return None
+        self.widenings[id(linear)] = found
+        return {id(linear)}
+
     def _image_convs(self) -> list[tuple[str, nn.Conv2d]]:
         six = self.recipe.input_encoding == "six_channel"
         roots: list[tuple[str, nn.Module]] = [("", self.root)]
@@ -584,8 +687,8 @@ class _Conversion:
                     raise InvalidArgumentError(
                         "model",
                         f"{nodes.describe_node(node, self.modules)} on the image before the first convolution",
-                        "a model whose convolutions take the normalised image itself, so that their weights can be "
-                        "[w, -w]/2",
+                        "a model whose convolutions (or linear patch embedding, for any number of channels) take the "
+                        "normalised image itself, so that their weights can be [w, -w]/2",
                         " (normalisation belongs into Recipe(mean=, std=); or use input_encoding='three_channel')",
                     )
                 else:
@@ -783,7 +886,7 @@ class _Conversion:
                 return f"{nodes.describe_node(user, self.modules)} follows it"
             after = user
         between: list[fx.Node] = []
-        dropouts: list[fx.Node] = []
+        moved: list[fx.Node] = []
         features = None if is_conv else module.in_features
         node = nodes.sole_input(layer)
         while node is not None:
@@ -793,9 +896,13 @@ class _Conversion:
             if flattens is not None:
                 if nodes.sole_input(node) is None:
                     return "the pool has no single input"
-                return _Head(layer, tuple(between), tuple(dropouts), node, flattens or is_conv)
-            if nodes.is_dropout(node, self.modules):
-                dropouts.append(node)
+                norm = next((n for n in moved if not nodes.is_dropout(n, self.modules)), None)
+                if norm is not None and not nodes.pools_channels_last(node, self.modules):
+                    return self._what_stands_between(norm)
+                channels_last = nodes.pools_channels_last(node, self.modules)
+                return _Head(layer, tuple(between), tuple(moved), node, flattens or is_conv, channels_last)
+            if nodes.is_dropout(node, self.modules) or nodes.is_layer_norm(node, self.modules):
+                moved.append(node)
             elif not (nodes.is_identity(node, self.modules) or nodes.is_flatten(node, self.modules, features)):
                 return self._what_stands_between(node)
             between.append(node)
@@ -877,11 +984,11 @@ class _Conversion:
         with graph.inserting_before(head.pool):
             features = head.pool.all_input_nodes[0]
             value = features
-            for dropout in reversed(head.dropouts):
-                if dropout.op == "call_module":
-                    value = graph.call_module(str(dropout.target), (value,))
+            for node in reversed(head.moved):
+                if node.op == "call_module":
+                    value = graph.call_module(str(node.target), (value,))
                 else:
-                    value = graph.call_function(dropout.target, (value, *dropout.args[1:]), dict(dropout.kwargs))  # type: ignore[arg-type]
+                    value = graph.call_function(node.target, (value, *node.args[1:]), dict(node.kwargs))  # type: ignore[arg-type]
             value = graph.call_module(str(head.layer.target), (value,))
         head.pool.replace_input_with(features, value)
         with graph.inserting_after(head.pool):

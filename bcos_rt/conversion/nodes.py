@@ -13,10 +13,12 @@ from torch import fx, nn
 
 __all__ = [
     "DROPOUTS",
+    "attention_projections",
     "describe",
     "describe_node",
     "dropout_arguments",
     "erase_with_sizes",
+    "first_linear",
     "global_average",
     "image_consumers",
     "image_dependent",
@@ -25,11 +27,13 @@ __all__ = [
     "is_dropout",
     "is_flatten",
     "is_identity",
+    "is_layer_norm",
     "is_shape_query",
     "live_nodes",
     "max_pool_options",
     "node_name",
     "owner_of",
+    "pools_channels_last",
     "single_use",
     "sole_input",
     "timm_classes",
@@ -222,6 +226,88 @@ def live_nodes(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[fx.Node]:
     return live
 
 
+# --- attention -------------------------------------------------------------------------------------------------------
+
+_SOFTMAXES: set[Any] = {torch.softmax, F.softmax, "softmax"}
+
+
+def attention_projections(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[str]:
+    """Names of the linear layers that make the queries, keys and values of attention.
+
+    Attention is ``scaled_dot_product_attention``, or a product with the result of a softmax of a product.
+    """
+    depends = image_dependent(graph)
+    found: set[str] = set()
+    for node in graph.nodes:
+        operands: list[Any] = []
+        if node.target is F.scaled_dot_product_attention:
+            operands = [_argument(node, i, name, None) for i, name in enumerate(("query", "key", "value"))]
+        elif node.op in ("call_function", "call_method") and node.target in _MATMULS and len(node.args) == 2:
+            softmaxes = [_softmax_behind(n, modules, depends) for n in node.args]
+            if [s is None for s in softmaxes].count(False) == 1:
+                place = 0 if softmaxes[0] is not None else 1
+                product = _product_behind(softmaxes[place], modules, depends)
+                operands = [node.args[1 - place], *(product.args[:2] if product is not None else ())]
+        for operand in operands:
+            if isinstance(operand, fx.Node):
+                found |= _projections_behind(operand, modules, depends)
+    return found
+
+
+def _walks_on(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node only moves, scales or normalises values of one tensor."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        norms = (nn.LayerNorm, nn.RMSNorm, *timm_classes("LayerNorm", "RmsNorm"))
+        return isinstance(module, (*_PASSING_MODULES, *norms)) or next(module.parameters(), None) is None
+    known = _PASSING | PRODUCTS | QUOTIENTS | _SUMS | _MASKS
+    return node.op in ("call_function", "call_method") and node.target in known
+
+
+_MASKS: set[Any] = {torch.masked_fill, "masked_fill", torch.unbind, "unbind", torch.cat, torch.stack, operator.neg}
+_MASKS |= {F.dropout, torch.dropout, F.normalize, torch.where, "neg"}
+
+
+def _softmax_behind(node: Any, modules: dict[str, nn.Module], depends: set[fx.Node]) -> fx.Node | None:
+    while isinstance(node, fx.Node) and node in depends:
+        if node.target in _SOFTMAXES or _is_call_of(node, modules, (nn.Softmax,)):
+            return node
+        inputs = [n for n in value_inputs(node) if n in depends]
+        if len(inputs) != 1 or not _walks_on(node, modules):
+            return None
+        node = inputs[0]
+    return None
+
+
+def _product_behind(node: fx.Node | None, modules: dict[str, nn.Module], depends: set[fx.Node]) -> fx.Node | None:
+    """The ``q k^T`` that a softmax is taken of."""
+    while node is not None:
+        inputs = [n for n in value_inputs(node) if n in depends]
+        if node.op != "call_module" and node.target in _MATMULS:
+            return node if len(inputs) == 2 else None
+        is_softmax = node.target in _SOFTMAXES or _is_call_of(node, modules, (nn.Softmax,))
+        if len(inputs) != 1 or not (is_softmax or _walks_on(node, modules)):
+            return None
+        node = inputs[0]
+    return None
+
+
+def _projections_behind(node: fx.Node, modules: dict[str, nn.Module], depends: set[fx.Node]) -> set[str]:
+    """Linear layers whose results, moved and scaled (rotary embeddings add two of one layer's), are ``node``."""
+    todo, seen, found = [node], set(), set()
+    while todo:
+        one = todo.pop()
+        if one in seen or one not in depends:
+            continue
+        seen.add(one)
+        if one.op == "call_module" and isinstance(modules[str(one.target)], nn.Linear):
+            found.add(str(one.target))
+        elif _walks_on(one, modules):
+            todo.extend(value_inputs(one))
+    # More than one layer: a sum in between was the residual stream, and nothing is the projection of this operand.
+    return found if len(found) == 1 else set()
+
+
 # --- the stem --------------------------------------------------------------------------------------------------------
 
 # What keeps [x, -x] what it is: ops f with f(-x) = -f(x), channel by channel.
@@ -252,6 +338,23 @@ def image_consumers(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[fx.N
             else:
                 found.append(node)
     return found
+
+
+def first_linear(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    """The linear layer to which an image goes through shape operations alone, from its consumer ``node``."""
+    while True:
+        if node.op == "call_module":
+            module = modules[str(node.target)]
+            if isinstance(module, nn.Linear):
+                return str(node.target)
+            if next(module.parameters(), None) is not None:
+                return None
+        elif node.op not in ("call_function", "call_method") or node.target not in _PASSING:
+            return None
+        users = [user for user in node.users if not is_shape_query(user)]
+        if len(users) != 1:
+            return None
+        node = users[0]
 
 
 def sole_input(node: fx.Node) -> fx.Node | None:
@@ -348,22 +451,48 @@ def _is_channels(size: object, features: int | None) -> bool:
     return isinstance(size, int) and (features is None or size == features)
 
 
-def global_average(node: fx.Node, modules: dict[str, nn.Module]) -> bool | None:
-    """None when a node is no global average pool of [N, C, H, W]; else whether it returns [N, C]."""
+def _pooled_dims(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[list[int], bool] | None:
+    """The dimensions a node averages away, and whether they are gone after it; None when it is no average over all."""
     if node.op == "call_module":
         module = modules[str(node.target)]
         if isinstance(module, nn.AdaptiveAvgPool2d):
-            return False if module.output_size in (1, (1, 1), [1, 1]) else None
+            return ([2, 3], False) if module.output_size in (1, (1, 1), [1, 1]) else None
         if isinstance(module, timm_classes("FastAdaptiveAvgPool")):
-            return bool(module.flatten) if tuple(module.dim) == (2, 3) else None  # type: ignore[arg-type]
+            return [int(d) for d in module.dim], bool(module.flatten)  # type: ignore[union-attr, arg-type]
         return None
     if node.target is F.adaptive_avg_pool2d:
-        return False if _argument(node, 1, "output_size", None) in (1, (1, 1), [1, 1]) else None
+        return ([2, 3], False) if _argument(node, 1, "output_size", None) in (1, (1, 1), [1, 1]) else None
     if node.op in ("call_function", "call_method") and node.target in (torch.mean, "mean"):
         dims = _argument(node, 1, "dim", ())
-        if isinstance(dims, tuple | list) and sorted(d % 4 for d in dims if isinstance(d, int)) == [2, 3]:
-            return not _argument(node, 2, "keepdim", False)
+        given = list(dims) if isinstance(dims, tuple | list) else [dims]
+        if given and all(type(d) is int for d in given):
+            return given, not _argument(node, 2, "keepdim", False)
     return None
+
+
+def pools_channels_last(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node averages all tokens [N, T, C], or is a layer that averages all places [N, H, W, C]."""
+    pooled = _pooled_dims(node, modules)
+    return pooled is not None and (pooled[0] in ([1], [-2]) or (node.op == "call_module" and pooled[0] == [1, 2]))
+
+
+def global_average(node: fx.Node, modules: dict[str, nn.Module]) -> bool | None:
+    """None when a node is no global average pool; else whether it returns [N, C]."""
+    pooled = _pooled_dims(node, modules)
+    if pooled is None:
+        return None
+    if pools_channels_last(node, modules) or sorted(d % 4 for d in pooled[0]) == [2, 3]:
+        return pooled[1]
+    return None
+
+
+def is_layer_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node is a LayerNorm over the last dimension."""
+    if node.op != "call_module":
+        return False
+    module = modules[str(node.target)]
+    known = type(module) is nn.LayerNorm or type(module) in timm_classes("LayerNorm")
+    return known and len(module.normalized_shape) == 1  # type: ignore[arg-type]
 
 
 def max_pool_options(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] | None:

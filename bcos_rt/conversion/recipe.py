@@ -41,12 +41,15 @@ class Recipe:
             keep their centring.
         activations: ``"keep"``, or ``"identity"`` to remove ReLU and its relatives from the network.
         stem_pool: ``"average"`` replaces the stem's max-pool by an average pool; ``"keep"`` leaves it.
-        head: ``"before_pool"`` applies the classifier as a 1x1 convolution before the global average pool, where pool
-            and classifier stand alone and so commute at B = 1; ``"after_pool"`` keeps the order.
+        head: ``"before_pool"`` applies the classifier before the global average pool, to every place (as a 1x1
+            convolution) or token. At B = 1 the two commute, unless a LayerNorm stands between them: behind a mean over
+            tokens it moves with the classifier, as published for SimpleViT. ``"after_pool"`` keeps the order.
         logit_bias: ``"auto"`` is ``-log(classes - 1)``; a number; or ``None`` for no bias.
         logit_temperature: Divides the logits before the bias is added; ``None`` for 1.
         gates: ``"keep"`` leaves the branches that only compute a gate (squeeze-and-excite) as they are;
             ``"convert"`` makes B-cos layers of those too.
+        attention: ``"linear"`` keeps attention's projections of queries, keys and values linear (their biases go with
+            the others); ``"convert"`` treats them as any linear layer. Output projections are B-cos either way.
         keep: Glob patterns of module names that are left alone, e.g. ``("layer1.*", "fc")``.
     """
 
@@ -63,6 +66,7 @@ class Recipe:
     logit_bias: float | Literal["auto"] | None = "auto"
     logit_temperature: float | None = None
     gates: Literal["keep", "convert"] = "keep"
+    attention: Literal["linear", "convert"] = "linear"
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -211,7 +211,18 @@ def _verdict(old: Tensor, new: Tensor, folded: Tensor | None) -> str | None:
         return "reshaped" if _same(old.reshape(new.shape), new) else None
     if old.ndim == 4 and new.shape == (old.shape[0], 2 * old.shape[1], *old.shape[2:]):
         return "widened" if _same(torch.cat([old, -old], dim=1) / 2, new) else None
+    if old.ndim == 2 and new.shape == (old.shape[0], 2 * old.shape[1]):
+        # A patch embedding: the same columns in its own order of pixels and channels.
+        return "widened" if _same(_sorted_columns(torch.cat([old, -old], dim=1) / 2), _sorted_columns(new)) else None
     return None
+
+
+def _sorted_columns(matrix: Tensor) -> Tensor:
+    """The columns in an order that depends on their numbers alone, as many as there are of each."""
+    if not matrix.numel():
+        return matrix
+    columns, counts = matrix.unique(dim=1, return_counts=True)
+    return columns.repeat_interleave(counts, dim=1)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

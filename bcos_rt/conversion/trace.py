@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from bcos_rt.conversion.nodes import DROPOUTS, dropout_arguments
+from bcos_rt.nn.attention import PROJECTIONS
 
 __all__ = ["Trace", "is_torch_layer", "trace_model"]
 
@@ -82,7 +83,8 @@ class _Tracer(fx.Tracer):
             return False
         # torch.nn's own layers choose their path by self.training or by their arguments' types, subclasses with child
         # modules too (timm's BatchNormAct2d).
-        return module_qualified_name in self.leaves or not any(m.children()) or is_torch_layer(m)
+        is_ours = type(m) in PROJECTIONS
+        return module_qualified_name in self.leaves or not any(m.children()) or is_torch_layer(m) or is_ours
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

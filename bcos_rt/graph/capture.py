@@ -175,10 +175,34 @@ def _lower_flatten(builder: GraphBuilder, a: Mapping[str, Any]) -> Node:
     return builder.call(aten.reshape.default, x, [-1 if isinstance(size, torch.SymInt) else size for size in merged])
 
 
+def _lower_attention(builder: GraphBuilder, a: Mapping[str, Any]) -> Node:
+    """``softmax(s q k^T + mask) v`` in its parts, so that the adjoint can hold the softmax constant."""
+    query, key, value, mask = a["query"], a["key"], a["value"], a["attn_mask"]
+    if a["dropout_p"]:
+        raise UnsupportedOpError(f"{aten.scaled_dot_product_attention.default}: dropout is active in evaluation mode")
+    if a["enable_gqa"] and query.meta["val"].shape[-3] != key.meta["val"].shape[-3]:
+        groups = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
+        key, value = (builder.call(aten.repeat_interleave.self_int, n, groups, -3) for n in (key, value))
+    scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(query.meta["val"].shape[-1])
+    transposed = builder.call(aten.transpose.int, key, -2, -1)
+    scores = builder.call(aten.matmul.default, builder.call(aten.mul.Scalar, query, float(scale)), transposed)
+    if a["is_causal"]:
+        rows, columns = (int(size) for size in scores.meta["val"].shape[-2:])
+        device = query.meta["val"].device
+        ones = builder.call(aten.ones.default, [rows, columns], dtype=torch.bool, device=device, pin_memory=False)
+        mask = builder.call(aten.tril.default, ones)
+    if mask is not None and mask.meta["val"].dtype == torch.bool:
+        scores = builder.call(aten.masked_fill.Scalar, scores, builder.call(aten.logical_not.default, mask), -math.inf)
+    elif mask is not None:
+        scores = builder.call(aten.add.Tensor, scores, mask)
+    return builder.call(aten.matmul.default, builder.call(aten.softmax.int, scores, -1), value)
+
+
 LOWERINGS: dict[Any, Callable[[GraphBuilder, Mapping[str, Any]], Node]] = {
     torch.ops.bcos_rt.conv2d.default: _lower_conv2d,
     torch.ops.bcos_rt.linear.default: _lower_linear,
     aten.flatten.using_ints: _lower_flatten,
+    aten.scaled_dot_product_attention.default: _lower_attention,
 }
 
 

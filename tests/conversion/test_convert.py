@@ -221,7 +221,7 @@ def test_subclasses_are_converted_unless_their_forward_differs():
     assert "parametrisation" in entries(report, "conv")["middle"].reason
 
 
-def test_attention_keeps_its_projections():
+def test_packed_attention_calls_its_output_projection():
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
@@ -233,9 +233,20 @@ def test_attention_keeps_its_projections():
             tokens = self.mlp(self.attention(tokens, tokens, tokens)[0])
             return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
 
-    network, report = equivalent(net(middle=Attention()))
-    assert entries(report, "linear")["middle.attention.out_proj"].kept
+    source, calls = net(middle=Attention()), []
+    source.middle.attention.register_forward_hook(lambda module, args, out: calls.append(module))
+    equivalent(source)
+    calls.clear()
+    network, report = bcosify(source)
+    attention = network.backbone.middle.attention
+    network(images())
+    assert calls == [attention]
+    assert isinstance(attention.out_proj, BcosLinear)
     assert isinstance(network.backbone.middle.mlp, BcosLinear)
+    assert attention.in_proj_bias is None
+    assert torch.equal(attention.in_proj_weight, source.middle.attention.in_proj_weight)
+    assert "stay linear" in entries(report, "other")["middle.attention"].reason
+    assert report.weights_copied.complete
 
 
 def test_hooks_stay():
