@@ -28,8 +28,9 @@ from bcos_rt.conversion.recipe import IMAGENET_MEAN, IMAGENET_STD, Recipe
 from bcos_rt.conversion.report import ConversionReport, Kind, LayerEntry, compare_weights
 from bcos_rt.conversion.trace import is_torch_layer, trace_model
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
-from bcos_rt.nn import BatchNormUncentered2d, BcosConv2d, BcosLinear, BcosNetwork, InputEncoding, LogitLayer
-from bcos_rt.nn.attention import PROJECTIONS, MultiheadAttention, call_projections
+from bcos_rt.nn import BatchNormUncentered2d, BcosConv2d, BcosLinear, BcosNetwork, InputEncoding
+from bcos_rt.nn.attention import PROJECTIONS, AttentionPool, MultiheadAttention, call_projections
+from bcos_rt.nn.network import EmbeddingLayer, LogitLayer
 
 __all__ = ["bcosify"]
 
@@ -91,14 +92,19 @@ def bcosify(
     classes = conversion.classes
     if classes is None:
         classes = _declared_classes(source, conversion.notes)
-    bias = _logit_bias(recipe, classes, conversion.notes)
-    conversion.add("", "logit", "", f"LogitLayer(bias={bias}, temperature={recipe.logit_temperature})", "logit_bias")
+    last: LogitLayer | EmbeddingLayer
+    if recipe.output == "embedding":
+        classes, last = None, EmbeddingLayer()
+        conversion.add("", "logit", "", "EmbeddingLayer()", "output='embedding'")
+    else:
+        last = LogitLayer(_logit_bias(recipe, classes, conversion.notes), recipe.logit_temperature)
+        conversion.add("", "logit", "", repr(last), "logit_bias")
     names = class_names if class_names is not None else source.class_names
     if class_names is not None and classes is not None and len(class_names) != classes:
         raise InvalidArgumentError("class_names", f"{len(class_names)} names", f"one per logit, {classes}")
     if names is not None and classes is not None and len(names) != classes:
         names = None
-    net = BcosNetwork(backbone, encoding, LogitLayer(bias, recipe.logit_temperature), recipe, source.origin, names)
+    net = BcosNetwork(backbone, encoding, last, recipe, source.origin, names)
     for module in (net, net.encoding, net.logit_layer):
         module.training = source.module.training
     reference = next(backbone.parameters(), None)
@@ -369,6 +375,8 @@ class _Conversion:
         own_bias = not any(module.children()) and module._parameters.get("bias") is not None
         if isinstance(module, MultiheadAttention):
             return self._convert_packed_attention(name, module)
+        if isinstance(module, AttentionPool):
+            return self._convert_attention_pool(name, module)
         if not (is_conv or is_linear or is_norm or is_activation or own_bias or isinstance(module, _OTHER_CONVS)):
             return module
         if is_activation:
@@ -476,6 +484,19 @@ class _Conversion:
             after, reason = "MultiheadAttention(without in_proj_bias)", reason + ", biases='drop'"
         self.add(name, "other", before, after, reason)
         return module
+
+    def _convert_attention_pool(self, name: str, pool: AttentionPool) -> nn.Module:
+        before = repr(pool).partition("\n")[0] + "...)"
+        reason = "matches Recipe.keep" if self._is_kept(pool) else f"attention_pool={self.recipe.attention_pool!r}"
+        if self.recipe.attention_pool == "tokens" and not self._is_kept(pool):
+            pool.pooled = False
+            pool.register_parameter("positional_embedding", None)
+            self._drop(pool, "positional_embedding")
+            reason += ": the projected values of all places, without position embedding"
+            self.add(name, "pool", before, "AttentionPool(un-pooled)", reason)
+        else:
+            self.keep_entry(name, "pool", before, reason)
+        return pool
 
     def _convert_linear(self, name: str, linear: nn.Linear, widen: bool = False) -> nn.Module:
         new = BcosLinear(

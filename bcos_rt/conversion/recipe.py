@@ -14,6 +14,8 @@ __all__ = ["Recipe"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Recipe:
             ``"convert"`` makes B-cos layers of those too.
         attention: ``"linear"`` keeps attention's projections of queries, keys and values linear (their biases go with
             the others); ``"convert"`` treats them as any linear layer. Output projections are B-cos either way.
+        attention_pool: of CLIP's ResNets. ``"keep"`` pools by attention; ``"tokens"`` returns the values of all places
+            through the output projection, [N, T, D], without position embedding (dense CLIP, arXiv 2112.01071).
+        output: ``"logits"``, or ``"embedding"``: what the model returns, [N, D] or tokens [N, T, D], scaled to norm 1
+            and averaged over tokens. ``logit_bias`` and ``logit_temperature`` are of logits.
         keep: Glob patterns of module names that are left alone, e.g. ``("layer1.*", "fc")``.
     """
 
@@ -67,6 +73,8 @@ class Recipe:
     logit_temperature: float | None = None
     gates: Literal["keep", "convert"] = "keep"
     attention: Literal["linear", "convert"] = "linear"
+    attention_pool: Literal["keep", "tokens"] = "keep"
+    output: Literal["logits", "embedding"] = "logits"
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -107,6 +115,9 @@ class Recipe:
             _require_number("Recipe.logit_temperature", self.logit_temperature, "a number > 0 or None")
             if not (math.isfinite(self.logit_temperature) and self.logit_temperature > 0):
                 raise InvalidArgumentError("Recipe.logit_temperature", self.logit_temperature, "a finite number > 0")
+        if self.output == "embedding" and (self.logit_bias not in (None, "auto") or self.logit_temperature is not None):
+            got = f"{self.logit_bias!r} and {self.logit_temperature!r} with output='embedding'"
+            raise InvalidArgumentError("Recipe.logit_bias, logit_temperature", got, "None: there are no logits")
         if isinstance(self.keep, str) or not all(isinstance(p, str) for p in self.keep):
             raise InvalidTypeError("Recipe.keep", repr(self.keep), "a sequence of glob patterns (strings)")
         object.__setattr__(self, "keep", tuple(self.keep))
@@ -131,6 +142,17 @@ class Recipe:
             "head": "after_pool",
             "logit_bias": None,
         }
+        return cls(**{**defaults, **changes})
+
+    @classmethod
+    def clip(cls, **changes: Any) -> Recipe:
+        """For the image tower of a CLIP model (arXiv 2411.00715, section 3.3): unit tokens, un-pooled in its ResNets.
+
+        Mean and std are those of OpenAI's models.
+        """
+        defaults: dict[str, Any] = {
+            "mean": CLIP_MEAN, "std": CLIP_STD, "logit_bias": None, "attention_pool": "tokens", "output": "embedding",
+        }  # fmt: skip
         return cls(**{**defaults, **changes})
 
     def replace(self, **changes: Any) -> Recipe:

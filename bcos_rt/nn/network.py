@@ -14,7 +14,7 @@ from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 if TYPE_CHECKING:
     from bcos_rt.conversion.recipe import Recipe
 
-__all__ = ["BcosNetwork", "InputEncoding", "LogitLayer"]
+__all__ = ["BcosNetwork", "EmbeddingLayer", "InputEncoding", "LogitLayer"]
 
 # How far outside [0, 1] an image may lie before we say that it looks normalised (resizing overshoots a little).
 RANGE_SLACK = 0.05
@@ -119,13 +119,31 @@ class LogitLayer(nn.Module):
         return f"bias={self.bias}, temperature={self.temperature}"
 
 
+class EmbeddingLayer(nn.Module):
+    """An image tower's output as an embedding, [N, D]: tokens scaled to norm 1, then averaged.
+
+    Its product with a text's unit embedding is the mean over tokens of ``cos(token, text)`` (B-cosification, arXiv
+    2411.00715, section 3.3). A tower that returns [N, D] has one token.
+    """
+
+    def tokens(self, outputs: Tensor) -> Tensor:
+        """[N, D] or [N, T, D] -> unit tokens [N, T, D]."""
+        outputs = outputs if outputs.ndim == 3 else outputs[:, None]
+        # A token of zeros stays one.
+        tiny = torch.finfo(outputs.dtype).tiny
+        return outputs / torch.linalg.vector_norm(outputs, dim=-1, keepdim=True).clamp_min(tiny)
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return self.tokens(outputs).mean(1)
+
+
 class BcosNetwork(nn.Module):
-    """A converted network: a 3-channel image in [0, 1] in, logits out.
+    """A converted network: a 3-channel image in [0, 1] in, logits (or an image tower's embedding) out.
 
     Attributes:
         encoding: :class:`InputEncoding`.
         backbone: the converted model, with the source model's submodule names.
-        logit_layer: :class:`LogitLayer`.
+        logit_layer: :class:`LogitLayer`, or :class:`EmbeddingLayer` where ``recipe.output`` is ``"embedding"``.
         recipe: the :class:`bcos_rt.Recipe` it was made with.
         source: where the model came from, JSON-ready: ``{"kind": "timm", "name": ...}``.
         class_names: one name per logit, or None.
@@ -135,7 +153,7 @@ class BcosNetwork(nn.Module):
         self,
         backbone: nn.Module,
         encoding: InputEncoding,
-        logit_layer: LogitLayer,
+        logit_layer: LogitLayer | EmbeddingLayer,
         recipe: Recipe,
         source: Mapping[str, Any],
         class_names: Sequence[str] | None = None,
@@ -156,6 +174,17 @@ class BcosNetwork(nn.Module):
         """Logits [N, classes] of encoded images [N, 6, H, W] (or [N, 3, H, W] without the six-channel encoding)."""
         logits: Tensor = self.logit_layer(self.backbone(self.encoding(encoded)))
         return logits
+
+    def tokens_encoded(self, encoded: Tensor) -> Tensor:
+        """Unit tokens [N, T, D] of encoded images, of a network with an embedding.
+
+        Raises:
+            InvalidArgumentError: the network returns logits.
+        """
+        if not isinstance(self.logit_layer, EmbeddingLayer):
+            expected = "a network with an embedding, bcosify(image_tower, Recipe.clip())"
+            raise InvalidArgumentError("net", "a network that returns logits", expected)
+        return self.logit_layer.tokens(self.backbone(self.encoding(encoded)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of images [N, 3, H, W] in [0, 1], or of already encoded ones [N, 6, H, W]."""
