@@ -28,7 +28,7 @@ from bcos_rt.errors import (
 )
 from bcos_rt.explanation.explain import explain
 from bcos_rt.models.sources import classifier_name
-from bcos_rt.nn.conventional import ConventionalNetwork
+from bcos_rt.nn.conventional import ConventionalNetwork, inner_network
 from bcos_rt.nn.layers import BcosConv2d, BcosLinear
 from bcos_rt.nn.network import BcosNetwork
 
@@ -228,11 +228,9 @@ def _prepared(net: nn.Module) -> nn.Module:
 
 def _assembled(net: nn.Module, copied: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """The network from what :func:`_seen` says on, its inner network copied in a certain way."""
+    made = copied(inner_network(net))
     if isinstance(net, BcosNetwork):
-        parts = [copy.deepcopy(net.encoding), copied(net.backbone), copy.deepcopy(net.logit_layer)]
-        made: nn.Module = nn.Sequential(*parts)
-    else:
-        made = copied(net.model if isinstance(net, ConventionalNetwork) else net)
+        made = nn.Sequential(copy.deepcopy(net.encoding), made, copy.deepcopy(net.logit_layer))
     return made.eval().requires_grad_(False)
 
 
@@ -291,12 +289,7 @@ def _named(model: nn.Module, name: str) -> nn.Module:
 
 def _last_map(model: nn.Module, inputs: Tensor, net: nn.Module) -> nn.Module:
     """The module that ran last of those whose output is a map of more than one place, the classifier aside."""
-    inner: nn.Module = net
-    if isinstance(net, BcosNetwork):
-        inner = net.backbone
-    elif isinstance(net, ConventionalNetwork):
-        inner = net.model
-    classifier = classifier_name(inner)
+    classifier = classifier_name(inner_network(net))
     seen: list[nn.Module] = []
     with _watching(model, seen, skip=classifier):
         model(inputs)

@@ -22,8 +22,7 @@ from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.evaluation.attribution import Method, named_methods
 from bcos_rt.explanation.explain import class_ids_of
 from bcos_rt.files import replacing, write_csv
-from bcos_rt.nn.conventional import ConventionalNetwork
-from bcos_rt.nn.network import BcosNetwork
+from bcos_rt.nn.conventional import inner_network
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,6 +130,7 @@ def parameter_randomisation(
         raise InvalidArgumentError("images", f"shape {tuple(images.shape)}", "[N, 3, H, W], at least one pixel")
     chosen = named_methods(methods)
     work = copy.deepcopy(net).eval()
+    inner = inner_network(work)
     logits = work(images)
     classes = class_ids_of(targets, len(images), logits.shape[1], images.device)
     if classes.ndim != 1:
@@ -143,7 +143,7 @@ def parameter_randomisation(
     generator = torch.Generator().manual_seed(seed)
     drawn: set[int] = set()
     for i, stage in enumerate(names):
-        module = _inner(work) if stage == REST else _inner(work).get_submodule(stage)
+        module = inner if stage == REST else inner.get_submodule(stage)
         _randomise(module, drawn, generator)
         for name, apply in chosen.items():
             found = _map(apply, name, work, images, classes)
@@ -191,7 +191,7 @@ def stages_of(net: nn.Module, images: Tensor) -> list[str]:
     Args:
         images: [N, 3, H, W] in [0, 1], to see the order.
     """
-    inner = _inner(net)
+    inner = inner_network(net)
     parts = _parts(inner, "")
     last_call: dict[str, int] = {}
     handles = []
@@ -231,14 +231,8 @@ def _parts(module: nn.Module, prefix: str) -> list[str]:
     return names
 
 
-def _inner(net: nn.Module) -> nn.Module:
-    if isinstance(net, BcosNetwork):
-        return net.backbone
-    return net.model if isinstance(net, ConventionalNetwork) else net
-
-
 def _checked(net: nn.Module, stages: Sequence[str]) -> list[str]:
-    known = dict(_inner(net).named_modules())
+    known = dict(inner_network(net).named_modules())
     if isinstance(stages, str) or not stages:
         raise InvalidArgumentError("stages", repr(stages), "names of modules, from head to stem")
     for stage in stages:
