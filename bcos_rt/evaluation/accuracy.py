@@ -17,6 +17,7 @@ from bcos_rt.data import loader, open_data, shard
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.explanation.explain import explain
 from bcos_rt.files import replacing
+from bcos_rt.graph.capture import eval_mode
 from bcos_rt.nn.network import BcosNetwork
 
 if TYPE_CHECKING:
@@ -160,14 +161,12 @@ def evaluate(
     if len(images) == 0:
         raise InvalidArgumentError("data", "no image", "images with labels")
     like = next(net.parameters())
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
     every = max(1, -(-len(images) // max(1, completeness_images)))
     rows: list[Tensor] = []
     labels_seen: list[Tensor] = []
     errors: list[Tensor] = []
     scales: list[Tensor] = []
-    try:
+    with eval_mode(net):
         batches = shard(len(images), batch_size)
         for batch, (pixels, labels) in zip(batches, loader(images, batches, workers), strict=True):
             pixels = pixels.to(like.device, like.dtype)
@@ -181,9 +180,6 @@ def evaluate(
                 scales.append(explanation.logits.double().abs().amax(1).cpu())
             if tell is not None:
                 tell("evaluating", batch[-1] + 1, len(images))
-    finally:
-        for module, mode in modes:
-            module.training = mode
     logits, truth = torch.cat(rows), torch.cat(labels_seen)
     count, classes = logits.shape
     if int(truth.min()) < 0:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +23,7 @@ from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation.attribution import Method, named_methods
 from bcos_rt.explanation.explain import class_ids_of
 from bcos_rt.files import replacing, write_csv
+from bcos_rt.graph.capture import eval_mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -206,7 +206,7 @@ def perturbation_curves(
     pixels = height * width
     if options.steps > pixels:
         raise InvalidArgumentError("Perturbation.steps", options.steps, f"at most {pixels}, the number of pixels")
-    with _evaluating(net):
+    with eval_mode(net):
         logits = torch.cat([net(part) for part in images.split(options.batch_size)])  # type: ignore[no-untyped-call]
         classes = class_ids_of(targets, n, logits.shape[1], images.device)
         if classes.ndim != 1:
@@ -241,18 +241,6 @@ def _score(logits: Tensor, classes: Tensor, score: Score) -> Tensor:
     elif score == "sigmoid":
         values = values.sigmoid()
     return values.gather(1, classes[:, None])[:, 0]
-
-
-@contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode while the block runs; every module's own mode again after it."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def insertion_deletion(
@@ -294,7 +282,7 @@ def insertion_deletion(
     for network, net in networks.items():
         like = next(net.parameters())
         own = methods[network] if isinstance(methods, Mapping) else methods
-        with _evaluating(net):
+        with eval_mode(net):
             for name, apply in named_methods(own).items():
                 parts = []
                 for start in range(0, count, batch_size):
