@@ -197,7 +197,6 @@ def _network(
 ) -> tuple[nn.Module, int, dict[str, Any]]:
     """The network, the side of its images, and what to call it: a checkpoint's, or a model's, as it is or converted."""
     from bcos_rt.checkpoint import load
-    from bcos_rt.nn.conventional import ConventionalNetwork
 
     if (model is None) == (checkpoint is None):
         raise InvalidArgumentError("--model, --checkpoint", "both" if model is not None else "neither", "one of them")
@@ -211,6 +210,5 @@ def _network(
         converted = load_network(str(model), None, weights, num_classes)
         return converted.net, converted.input_size, converted.described
     source = load_source(str(model), weights, num_classes)
-    mean, std = source.mean or (0.0, 0.0, 0.0), source.std or (1.0, 1.0, 1.0)
-    net_ = ConventionalNetwork(source.module, mean, std, source.source, source.class_names).eval()
-    return net_, source.input_size, {"model": model, "weights": weights, "source": source.source}
+    described = {"model": model, "weights": weights, "source": source.source}
+    return source.conventional().eval(), source.input_size, described

@@ -118,7 +118,6 @@ def finetune(
 
     def build(classes: int | None, names: Sequence[str] | None) -> tuple[nn.Module, nn.Module | None, dict[str, Any]]:
         from bcos_rt.checkpoint import load
-        from bcos_rt.nn.conventional import ConventionalNetwork
 
         if (model is None) == (checkpoint is None):
             raise InvalidArgumentError(
@@ -132,9 +131,7 @@ def finetune(
         net, _ = convert_source(source, named_recipe(conversion))
         if names is not None and net.class_names is None:
             net.class_names = list(names)
-        teaching = None
-        if teacher:
-            teaching = ConventionalNetwork(source.module, source.mean or (0, 0, 0), source.std or (1, 1, 1))
+        teaching = source.conventional() if teacher else None
         return net, teaching, {"model": model, "weights": weights, "source": source.source}
 
     _run(
@@ -176,17 +173,12 @@ def train(
     def build(classes: int | None, names: Sequence[str] | None) -> tuple[nn.Module, None, dict[str, Any]]:
         import torch
 
-        from bcos_rt.nn.conventional import ConventionalNetwork
-
         torch.manual_seed(chosen.seed)
         source = load_source(model, "random", num_classes or classes)
-        about = {"model": model, "source": source.source}
-        if not bcos:
-            mean, std = source.mean or (0, 0, 0), source.std or (1, 1, 1)
-            return ConventionalNetwork(source.module, mean, std, source.source, names), None, about
-        net, _ = convert_source(source, named_recipe(conversion))
+        net = convert_source(source, named_recipe(conversion))[0] if bcos else source.conventional()
+        # The data's classes: random weights know nothing of the source's.
         net.class_names = list(names) if names is not None else None
-        return net, None, about
+        return net, None, {"model": model, "source": source.source}
 
     _run("train", build, chosen, data, val, output, resume, photos, (accelerator, devices, strategy, workers), as_json)
 

@@ -146,9 +146,7 @@ def photographs(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor
 
 def teacher() -> ConventionalNetwork:
     """The source network, conventional, with its ImageNet weights."""
-    source = load_model("efficientnet-lite0")
-    return ConventionalNetwork(source.module, source.mean or (0, 0, 0), source.std or (1, 1, 1), source.source,
-                               source.class_names).eval()  # fmt: skip
+    return load_model("efficientnet-lite0").conventional().eval()
 
 
 def _train(name: str, photos: Path, work: Path) -> None:
