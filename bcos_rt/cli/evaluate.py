@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from bcos_rt.cli.inputs import (
-    DEFAULT_SIZE,
     Checkpoint,
     Json,
     Model,
@@ -196,19 +195,11 @@ def _network(
     model: str | None, checkpoint: Path | None, weights: str | None, num_classes: int | None, convert: bool = False
 ) -> tuple[nn.Module, int, dict[str, Any]]:
     """The network, the side of its images, and what to call it: a checkpoint's, or a model's, as it is or converted."""
-    from bcos_rt.checkpoint import load
-
-    if (model is None) == (checkpoint is None):
-        raise InvalidArgumentError("--model, --checkpoint", "both" if model is not None else "neither", "one of them")
-    if checkpoint is not None:
-        if convert:
-            raise InvalidArgumentError("--convert", "a checkpoint", "a conventional --model to convert")
-        net = load(checkpoint)
-        side = 32 if net.source.get("kind") == "small" else DEFAULT_SIZE
-        return net, side, {"checkpoint": str(checkpoint), "source": dict(net.source)}
-    if convert:
-        converted = load_network(str(model), None, weights, num_classes)
-        return converted.net, converted.input_size, converted.described
-    source = load_source(str(model), weights, num_classes)
+    if convert and checkpoint is not None:
+        raise InvalidArgumentError("--convert", "a checkpoint", "a conventional --model to convert")
+    if model is None or checkpoint is not None or convert:
+        network = load_network(model, checkpoint, weights, num_classes)
+        return network.net, network.input_size, network.described
+    source = load_source(model, weights, num_classes)
     described = {"model": model, "weights": weights, "source": source.source}
     return source.conventional().eval(), source.input_size, described

@@ -39,6 +39,8 @@ __all__ = [
 ]
 
 DEFAULT_SIZE = 224
+# Of small:NAME, which a checkpoint says no more about.
+SMALL_SIZE = 32
 # How many candidates an error message lists.
 SHOWN = 5
 
@@ -134,7 +136,8 @@ def load_network(
         from bcos_rt.checkpoint import load
 
         net = load(checkpoint)
-        return Network(net.eval(), False, DEFAULT_SIZE, {"checkpoint": str(checkpoint), "source": dict(net.source)})
+        side = SMALL_SIZE if net.source.get("kind") == "small" else DEFAULT_SIZE
+        return Network(net.eval(), False, side, {"checkpoint": str(checkpoint), "source": dict(net.source)})
 
     if model is None:
         raise InvalidArgumentError("--model, --checkpoint", "neither", "one of them")
