@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ __all__ = [
     "load_network",
     "load_photos",
     "load_source",
+    "read_recipe_file",
 ]
 
 DEFAULT_SIZE = 224
@@ -146,6 +148,21 @@ def load_network(
     source = load_source(model, weights, num_classes)
     net, _ = convert_source(source, Recipe.equivalent())
     return Network(net.eval(), True, source.input_size, {"model": model, "weights": weights, "source": source.source})
+
+
+def read_recipe_file(path: str) -> dict[str, Any]:
+    """The object in a ``--recipe`` file.
+
+    Raises:
+        InvalidArgumentError: not readable, no JSON, or JSON that is no object.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError("--recipe", f"{path!r} ({error})", "a readable JSON file") from error
+    if not isinstance(values, dict):
+        raise InvalidArgumentError("--recipe", f"{path!r}, which holds a {type(values).__name__}", "a JSON object")
+    return values
 
 
 def find_class(wanted: str, names: Sequence[str] | None, classes: int) -> int:

@@ -25,6 +25,7 @@ from bcos_rt.cli.inputs import (
     convert_source,
     load_photos,
     load_source,
+    read_recipe_file,
 )
 from bcos_rt.cli.output import Outcome, Progress, run
 from bcos_rt.errors import InvalidArgumentError, TrainingInterruptedError, did_you_mean
@@ -244,12 +245,7 @@ def _recipe(
     if name in presets:
         recipe = presets[name]()
     elif Path(name).is_file():
-        try:
-            values = json.loads(Path(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InvalidArgumentError("--recipe", f"{name!r} ({error})", "a readable JSON file") from error
-        if not isinstance(values, dict):
-            raise InvalidArgumentError("--recipe", f"{name!r}, a {type(values).__name__}", "a JSON object")
+        values = read_recipe_file(name)
         # A run's own recipe.json holds more than the recipe.
         recipe = TrainingRecipe.from_dict(values.get("recipe", values))
     else:
