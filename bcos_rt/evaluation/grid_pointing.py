@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from bcos_rt.data import ImageData, loader, open_data, shard
 from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.evaluation.attribution import Method, named_methods
-from bcos_rt.files import replacing, write_csv
+from bcos_rt.evaluation.saving import save_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,14 +76,8 @@ class GridPointing:
     def save(self, folder: str | os.PathLike[str], name: str = "localisation") -> Path:
         """Write ``NAME.csv`` (the summary), ``NAME.npz`` (all shares), ``NAME.png`` and ``NAME_example.png``."""
         folder = Path(folder)
-        rows = self.summary()
-        write_csv(folder / f"{name}.csv", rows, list(rows[0]))
-        with replacing(folder / f"{name}.npz") as temporary, open(temporary, "wb") as file:
-            arrays: dict[str, Any] = {f"{a}/{b}": v.astype(np.float32) for (a, b), v in self.shares.items()}
-            np.savez_compressed(file, **arrays)
-        for suffix, figure in (("", self.plot()), ("_example", self.plot_example())):
-            with replacing(folder / f"{name}{suffix}.png") as temporary:
-                figure.savefig(temporary, dpi=110, format="png")
+        arrays = {f"{network}/{method}": values for (network, method), values in self.shares.items()}
+        save_results(folder, name, self.summary(), arrays, {"": self.plot(), "_example": self.plot_example()})
         return folder
 
     def plot(self) -> Figure:

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bcos_rt.data import open_data
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation.attribution import Method, named_methods
+from bcos_rt.evaluation.saving import save_results
 from bcos_rt.explanation.explain import class_ids_of
-from bcos_rt.files import replacing, write_csv
 from bcos_rt.graph.capture import eval_mode
 
 if TYPE_CHECKING:
@@ -127,16 +126,12 @@ class InsertionDeletion:
     def save(self, folder: str | os.PathLike[str], name: str = "perturbation") -> Path:
         """Write ``NAME.csv`` (the summary), ``NAME.npz`` (all curves) and ``NAME.png`` (their means)."""
         folder = Path(folder)
-        rows = self.summary()
-        write_csv(folder / f"{name}.csv", rows, list(rows[0]))
-        arrays: dict[str, Any] = {}
-        for (network, method), found in self.curves.items():
-            for kind in ("fractions", "deletion", "insertion"):
-                arrays[f"{network}/{method}/{kind}"] = getattr(found, kind).numpy().astype(np.float32)
-        with replacing(folder / f"{name}.npz") as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        with replacing(folder / f"{name}.png") as temporary:
-            self.plot().savefig(temporary, dpi=110, format="png")
+        arrays = {
+            f"{network}/{method}/{kind}": getattr(found, kind).numpy()
+            for (network, method), found in self.curves.items()
+            for kind in ("fractions", "deletion", "insertion")
+        }
+        save_results(folder, name, self.summary(), arrays, {"": self.plot()})
         return folder
 
     def plot(self) -> Figure:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.evaluation.attribution import Method, named_methods
+from bcos_rt.evaluation.saving import save_results
 from bcos_rt.explanation.explain import class_ids_of
-from bcos_rt.files import replacing, write_csv
 from bcos_rt.nn.conventional import inner_network
 
 if TYPE_CHECKING:
@@ -63,16 +63,11 @@ class ParameterRandomisation:
     def save(self, folder: str | os.PathLike[str], name: str = "randomisation") -> Path:
         """Write ``NAME.csv`` (the summary), ``NAME.npz`` (all values) and ``NAME.png``."""
         folder = Path(folder)
-        rows = self.summary()
-        write_csv(folder / f"{name}.csv", rows, list(rows[0]))
-        arrays: dict[str, Any] = {"stages": np.array(self.stages)}
+        arrays = {"stages": np.array(self.stages)}
         for method, values in self.correlations.items():
-            arrays[f"{method}/correlation"] = values.astype(np.float32)
-            arrays[f"{method}/correlation_of_magnitudes"] = self.magnitudes[method].astype(np.float32)
-        with replacing(folder / f"{name}.npz") as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        with replacing(folder / f"{name}.png") as temporary:
-            self.plot().savefig(temporary, dpi=110, format="png")
+            arrays[f"{method}/correlation"] = values
+            arrays[f"{method}/correlation_of_magnitudes"] = self.magnitudes[method]
+        save_results(folder, name, self.summary(), arrays, {"": self.plot()})
         return folder
 
     def plot(self) -> Figure:
