@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bcos_rt.data import open_data
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
-from bcos_rt.evaluation.attribution import Method, named_methods
+from bcos_rt.evaluation.attribution import Method, methods_of
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.explanation.explain import class_ids_of
 from bcos_rt.graph.capture import eval_mode
@@ -276,9 +276,8 @@ def insertion_deletion(
     curves: dict[tuple[str, str], PerturbationCurves] = {}
     for network, net in networks.items():
         like = next(net.parameters())
-        own = methods[network] if isinstance(methods, Mapping) else methods
         with eval_mode(net):
-            for name, apply in named_methods(own).items():
+            for name, apply in methods_of(methods, network).items():
                 parts = []
                 for start in range(0, count, batch_size):
                     indices = chosen[start : start + batch_size]
