@@ -53,7 +53,10 @@ def evaluate(
     workers: Workers = 0,
     explained: Annotated[int, typer.Option(min=0, help="Images explained for the completeness error.")] = 256,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE.png", help="Draw a reliability diagram.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE.png|FOLDER", help="Draw a reliability diagram; or a folder for all numbers."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -64,11 +67,17 @@ def evaluate(
 
     def work(progress: Progress) -> Outcome:
         if output is not None:
-            check_output(output, (".png",))
+            if output.suffix.lower() == ".png" and not output.is_dir():
+                check_output(output)
+            else:
+                check_writable_place(output)
         with progress.working("loading the network"):
             from bcos_rt.data import open_data
             from bcos_rt.evaluation import evaluate as measure
+            from bcos_rt.evaluation.accuracy import check_place
 
+            if output is not None:
+                check_place(output, "--output")
             net, side, described = _network(model, checkpoint, weights, num_classes, convert)
         with progress.working(f"looking at {data}"):
             images = open_data(data, size=size or side, split=split)
@@ -76,9 +85,10 @@ def evaluate(
             found = measure(
                 net, images, batch_size=batch_size, workers=workers, completeness_images=explained, tell=tell
             )
+        about = {"command": "evaluate", "network": described, "data": data}
         if output is not None:
-            found.save(output)
-        report = {"command": "evaluate", "network": described, "data": data, "results": found.to_dict()}
+            found.save(output, about)
+        report = {**about, "results": found.to_dict()}
 
         def shown() -> list[Any]:
             table = Table("figure", "value")
@@ -90,10 +100,15 @@ def evaluate(
             table.add_row(
                 "calibration error, softmax; sigmoid", f"{found.softmax.error:.4f}; {found.sigmoid.error:.4f}"
             )
+            table.add_row(
+                "mean confidence, softmax; sigmoid", f"{found.softmax.confidence:.4f}; {found.sigmoid.confidence:.4f}"
+            )
             if found.completeness is not None:
                 error = found.completeness
-                text = f"{error.mean:.1e}; {error.largest:.1e} logits ({error.images} images)"
-                table.add_row("completeness error, mean; largest", text)
+                values = "; ".join(f"{v:.1e}" for v in (error.mean, error.median, error.q90, error.q99, error.largest))
+                table.add_row(
+                    "completeness error, mean; median; 90 %; 99 %; largest", f"{values} logits ({error.images} images)"
+                )
             return [table, *([Text(f"wrote {output}")] if output is not None else [])]
 
         return Outcome(report, shown)

@@ -50,10 +50,10 @@ def method(name: str, **options: Any) -> Method:
     Args:
         name: ``"bcos"``, the contribution map of the network's own explanation; ``"saliency"``, ``"input_x_gradient"``,
             ``"integrated_gradients"`` (``n_steps``, 50, ``internal_batch_size``, images that the network sees at once,
-            by default 64, and fewer where they are larger than 224 x 224), ``"guided_backprop"``, ``"deep_lift"``, ``"grad_cam"``
-            (``layer``, a module's name; by default the last one before the classifier that still has a map),
-            ``"occlusion"`` (``window``, a seventh of the image's side, ``stride``, half the window); ``"random"``,
-            noise, the floor.
+            by default 64, and fewer where they are larger than 224 x 224), ``"guided_backprop"``, ``"deep_lift"``,
+            ``"grad_cam"`` (``layer``, a module's name; by default the last one before the classifier that still has a
+            map), ``"occlusion"`` (``window``, a seventh of the image's side, ``stride``, half the window);
+            ``"random"``, noise, the floor.
         options: of the method.
 
     Raises:

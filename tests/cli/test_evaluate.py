@@ -1,5 +1,7 @@
 """bcos-rt evaluate and localise, on a seeded network at 64 pixels; trained networks are in test_train.py."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -67,7 +69,17 @@ def test_what_a_person_reads(bcos, checkpoint, data, tmp_path):
     assert result.code == 0, result.err
     for text in ("top-1", "top-5", "negative log-likelihood", "calibration error", "completeness error", "2 images"):
         assert text in result.out
+    assert "mean confidence" in result.out
     with Image.open(picture) as opened:
+        assert opened.format == "PNG"
+
+
+def test_a_folder_for_all_numbers(bcos, model, data, tmp_path):
+    result = bcos("evaluate", *model, "--data", data, "-o", tmp_path / "out", "--json")
+    assert result.code == 0, result.err
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert written == {k: v for k, v in result.json.items() if k != "warnings"}
+    with Image.open(tmp_path / "out" / "evaluation.png") as opened:
         assert opened.format == "PNG"
 
 
