@@ -145,7 +145,14 @@ def localise(
     ] = None,
     confidence: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least sigmoid of an image's logit.")] = 0.5,
     variant: Annotated[str, typer.Option(metavar="full|rescaled|strided", help="How networks see a grid.")] = "full",
-    same_grids: Annotated[bool, typer.Option("--same-grids", help="The first network's grids for all.")] = False,
+    same_grids: Annotated[
+        bool,
+        typer.Option(
+            "--same-grids",
+            help="The same grids for all, of images that every network classifies right and with confidence. "
+            "Default: each network has its own, as published.",
+        ),
+    ] = False,
     batch_size: BatchSize = 64,
     as_json: Json = False,
 ) -> None:
@@ -189,7 +196,7 @@ def localise(
             found = grid_pointing_game(
                 networks, chosen, images, n=grid, grids=grids, smooth=smooth, confidence=confidence,
                 variant=variant,  # type: ignore[arg-type]
-                same_grids=next(iter(networks)) if same_grids else None, batch_size=batch_size, tell=tell,
+                same_grids=True if same_grids else None, batch_size=batch_size, tell=tell,
             )  # fmt: skip
         found.save(output)
         rows = found.summary()

@@ -77,6 +77,7 @@ def method(name: str, **options: Any) -> Method:
     if function is not _bcos:
         chosen = _class_by_class(chosen)
     chosen.__name__ = name  # type: ignore[attr-defined]
+    chosen.several_classes = True  # type: ignore[attr-defined]
     return chosen
 
 
@@ -350,13 +351,14 @@ def _watching(model: nn.Module, seen: list[nn.Module], skip: str | None) -> Iter
 
 
 def named_methods(methods: Sequence[str | Method]) -> dict[str, Method]:
-    """Methods by name; a function's own name where one is given."""
+    """Methods by name, a function's own name where one is given; all of them take several classes an image."""
     found: dict[str, Method] = {}
     for entry in methods:
         name = entry if isinstance(entry, str) else getattr(entry, "__name__", "method")
         if name in found:
             raise InvalidArgumentError("methods", f"{name!r} twice", "methods of different names")
-        found[name] = method(entry) if isinstance(entry, str) else entry
+        made = method(entry) if isinstance(entry, str) else entry
+        found[name] = made if getattr(made, "several_classes", False) else _class_by_class(made)
     if not found:
         raise InvalidArgumentError("methods", "none", "at least one method")
     return found

@@ -109,7 +109,7 @@ def test_quantiles_of_the_completeness_error(monkeypatch: pytest.MonkeyPatch) ->
             return self.errors
 
     monkeypatch.setattr("bcos_rt.evaluation.accuracy.explain", Known)
-    source = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    source = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     net, _ = bcosify(source, Recipe(mean=(0, 0, 0), std=(1, 1, 1)))
     images = torch.rand(31, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     found = evaluate(net.eval(), (images, torch.arange(31) % 4), batch_size=8).completeness
