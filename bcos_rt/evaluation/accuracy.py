@@ -245,8 +245,9 @@ def evaluate(
     if errors:
         error = torch.cat(errors)
         relative = error / torch.cat(scales).clamp(min=torch.finfo(torch.float64).tiny)
-        quantiles = (float(error.quantile(q)) for q in (0.5, 0.9, 0.99, 1.0))
-        completeness = Completeness(len(error), float(error.mean()), *quantiles, float(relative.max()))
+        median, q90, q99, largest = (float(error.quantile(q)) for q in (0.5, 0.9, 0.99, 1.0))
+        mean, relatively = float(error.mean()), float(relative.max())
+        completeness = Completeness(len(error), mean, median, q90, q99, largest, relatively)
     return Evaluation(
         images=count,
         classes=classes,

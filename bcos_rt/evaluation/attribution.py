@@ -76,7 +76,7 @@ def method(name: str, **options: Any) -> Method:
     functools.update_wrapper(chosen, function)
     if function is not _bcos:
         chosen = _class_by_class(chosen)
-    chosen.__name__ = name  # type: ignore[attr-defined]
+    chosen.__name__ = name
     chosen.several_classes = True  # type: ignore[attr-defined]
     return chosen
 

@@ -32,7 +32,8 @@ __all__ = ["InsertionDeletion", "Perturbation", "PerturbationCurves", "insertion
 # What stands where a pixel was: the image blurred, the image's mean colour, or one RGB colour in [0, 1].
 Fill = Literal["blur", "mean"] | tuple[float, float, float]
 Score = Literal["softmax", "sigmoid", "logit"]
-# The published blur has a standard deviation of 5 pixels where images have 224.
+# RISE blurs with 11 pixels and a standard deviation of 5 where images have 224. The tails of its Gaussian are folded
+# back into the window, and zeros lie outside of its (normalised) images; ours is cut off, and images are mirrored.
 BLUR, BLUR_AT = 5.0, 224
 
 
@@ -42,6 +43,7 @@ class Perturbation:
 
     Attributes:
         steps: how many times the network is asked after the first; each step replaces the same share of the pixels.
+            RISE replaces 224 pixels a step, which is 224 steps at 224 x 224.
         deletion, insertion: what replaces the pixels of one image, and what the other begins with: ``"blur"``, the
             image blurred; ``"mean"``, its own mean colour; or an RGB colour in [0, 1], e.g. ``(0, 0, 0)``. RISE deletes
             to the data set's mean colour; the image's own is the same for networks of any normalisation.
@@ -260,7 +262,7 @@ def insertion_deletion(
         tell: called with what is being done, images done and images in all.
 
     Raises:
-        InvalidArgumentError: no network, no method, no image, or numbers below 1.
+        InvalidArgumentError: no network, no method, no image, images of several sizes, or numbers below 1.
     """
     options = options or Perturbation()
     if not networks:
@@ -281,7 +283,10 @@ def insertion_deletion(
                 parts = []
                 for start in range(0, count, batch_size):
                     indices = chosen[start : start + batch_size]
-                    batch = torch.stack([source[i][0] for i in indices]).to(like.device, like.dtype)
+                    read = [source[i][0] for i in indices]
+                    if len({tuple(image.shape) for image in read}) > 1:
+                        raise InvalidArgumentError("data", "images of several sizes", "one size", " (give a size)")
+                    batch = torch.stack(read).to(like.device, like.dtype)
                     with torch.no_grad():
                         top = net(batch).argmax(1)
                     parts.append(perturbation_curves(net, batch, top, apply(net, batch, top).detach(), options))

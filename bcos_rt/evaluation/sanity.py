@@ -100,9 +100,9 @@ def parameter_randomisation(
     """Randomise a network's parameters from the head to the stem, and compare its maps with the trained one's.
 
     Convolutions, linear layers and embeddings are drawn anew from a normal distribution of their present root mean
-    square; vectors (biases, scales of norms) are shuffled. Initial values in the strict sense have another scale, and
-    norms, which divide by statistics of the trained network, would let the image fade on its way through a deep one.
-    Statistics themselves are no parameters and stay.
+    square; vectors (biases, scales of norms) are shuffled: one of equal values stays as it is. Initial values in
+    the strict sense have another scale, and norms, which divide by statistics of the trained network, would let the
+    image fade on its way through a deep one. Statistics themselves are no parameters and stay.
 
     Args:
         net: a :class:`BcosNetwork`, a :class:`ConventionalNetwork` or a module that takes images in [0, 1]; a copy is
@@ -230,9 +230,14 @@ def _checked(net: nn.Module, stages: Sequence[str]) -> list[str]:
     known = dict(inner_network(net).named_modules())
     if isinstance(stages, str) or not stages:
         raise InvalidArgumentError("stages", repr(stages), "names of modules, from head to stem")
+    if len(set(stages)) < len(stages):
+        raise InvalidArgumentError("stages", repr(list(stages)), "each once: nothing is randomised twice")
     for stage in stages:
         if stage != REST and (stage not in known or not stage):
             raise InvalidArgumentError("stages", repr(stage), "a module's name", did_you_mean(stage, known))
+        # Maps that stay as they are would be said to stay through its randomisation.
+        if stage != REST and next(known[stage].parameters(), None) is None:
+            raise InvalidArgumentError("stages", f"{stage!r}, which has none", "modules with parameters")
     return list(stages)
 
 
