@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from bcos_rt import bcosify, save
+from bcos_rt.cli.inputs import load_network
 from bcos_rt.data import open_data
 from bcos_rt.models import load_model
 from tests.cli.conftest import CLASSES
@@ -121,6 +123,12 @@ def test_localise_needs_a_network(bcos, data, tmp_path):
     assert (result.code, "neither" in result.err) == (2, True)
     result = bcos("localise", "-c", "x", "--convert", "--data", data, "-o", tmp_path / "out")
     assert (result.code, "--convert" in result.err) == (2, True)
+
+
+def test_checkpoints_of_small_networks_take_small_images(checkpoint, tmp_path):
+    net, _ = bcosify(load_model("small:resnet20", weights="random"))
+    assert load_network(None, save(net, tmp_path / "small.safetensors"), None).input_size == 32
+    assert load_network(None, checkpoint, None).input_size == 224
 
 
 @pytest.mark.parametrize("command", ["evaluate", "localise"])
