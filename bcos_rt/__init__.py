@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bcos_rt.lazy import imported_on_use
 
 if TYPE_CHECKING:
     from bcos_rt.checkpoint import load, save
@@ -36,7 +37,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Where each name lives. Imported on first use (PEP 562), so that `bcos-rt --help` need not wait for torch.
+# Where each name lives. Imported on first use, so that `bcos-rt --help` need not wait for torch.
 _HOMES = {
     "BcosNetwork": "bcos_rt.nn.network",
     "ConversionReport": "bcos_rt.conversion",
@@ -52,14 +53,4 @@ _HOMES = {
     "save": "bcos_rt.checkpoint",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = imported_on_use(globals(), _HOMES)

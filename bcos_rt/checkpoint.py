@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bcos_rt.conversion import Recipe, bcosify
 from bcos_rt.errors import BcosError, CheckpointError, InvalidArgumentError, InvalidTypeError
-from bcos_rt.files import check_format, ordinary_mode
+from bcos_rt.files import check_format, ordinary_mode, replacing
 from bcos_rt.models import rebuild_source
 from bcos_rt.models.weights import load_strict
 from bcos_rt.nn.exponent import exponents, set_exponents
@@ -68,7 +68,8 @@ def save(net: BcosNetwork, path: str | os.PathLike[str]) -> Path:
         if path.suffix == ".safetensors":
             if target.is_dir():
                 raise InvalidArgumentError("path", f"{str(path)!r}, a directory", "a file name")
-            _write_file(state, {"format": "pt", HEADER_KEY: json.dumps(config)}, target)
+            with replacing(target) as temporary:
+                save_file(state, temporary, metadata={"format": "pt", HEADER_KEY: json.dumps(config)})
         elif path.suffix.lower() in _FOREIGN_SUFFIXES:
             raise InvalidArgumentError("path", repr(str(path)), "a directory, or a file name ending in .safetensors")
         else:
@@ -177,16 +178,6 @@ def _tensors(net: BcosNetwork) -> dict[str, Tensor]:
 def _temporary(target: Path) -> Path:
     """A new name in the same folder, so that renaming stays within one file system."""
     return target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-
-
-def _write_file(state: Mapping[str, Tensor], metadata: Mapping[str, str], target: Path) -> None:
-    temporary = _temporary(target)
-    try:
-        save_file(dict(state), temporary, metadata=dict(metadata))
-        ordinary_mode(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_replaceable(target: Path, path: Path) -> None:

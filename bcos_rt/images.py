@@ -16,14 +16,16 @@ from torchvision.transforms import functional as transform
 
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["decode_image", "load_image", "resized"]
+__all__ = ["CROP_FRACTION", "decode_image", "load_image", "resized"]
 
+# 256 pixels cut to 224.
+CROP_FRACTION = 0.875
 # Modes in which a sample is wider than a byte; Pillow's own conversion to RGB would clip them instead of scaling.
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
-def load_image(path: str | os.PathLike[str], size: int | None = 224, crop_fraction: float = 0.875) -> Tensor:
+def load_image(path: str | os.PathLike[str], size: int | None = 224, crop_fraction: float = CROP_FRACTION) -> Tensor:
     """Read an image file as a float tensor, the way classifiers are evaluated.
 
     Any mode becomes RGB: grayscale is repeated, a palette looked up, CMYK converted, transparency laid over white,
@@ -52,7 +54,7 @@ def load_image(path: str | os.PathLike[str], size: int | None = 224, crop_fracti
     return resized(_read_rgb(Path(path), repr(str(path))), size, crop_fraction)
 
 
-def resized(image: Image.Image | Tensor, size: int | None, crop_fraction: float = 0.875) -> Tensor:
+def resized(image: Image.Image | Tensor, size: int | None, crop_fraction: float = CROP_FRACTION) -> Tensor:
     """An RGB image or a tensor [3, H, W] in [0, 1], resized and cropped as :func:`load_image` says."""
     if size is not None:
         shorter = max(size, round(size / crop_fraction))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ from bcos_rt.cli.inputs import (
     convert_source,
     load_photos,
     load_source,
+    read_recipe_file,
 )
 from bcos_rt.cli.output import Outcome, Progress, run
 from bcos_rt.errors import BcosError, InvalidArgumentError, did_you_mean
@@ -187,21 +187,14 @@ def named_recipe(text: str) -> Recipe:
         return Recipe()
     if text == "equivalent":
         return Recipe.equivalent()
-    path = Path(text)
-    if not path.is_file():
+    if not Path(text).is_file():
         raise InvalidArgumentError(
             "--recipe",
             repr(text),
             "'default', 'equivalent' or an existing JSON file",
             did_you_mean(text, ["default", "equivalent"]),
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidArgumentError("--recipe", f"{text!r} ({error})", "a readable JSON file") from error
-    if not isinstance(values, dict):
-        raise InvalidArgumentError("--recipe", f"{text!r}, which holds a {type(values).__name__}", "a JSON object")
-    return Recipe.from_dict(values)
+    return Recipe.from_dict(read_recipe_file(text))
 
 
 def _promises_equivalence(recipe: Recipe) -> bool:

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from bcos_rt.cli.inputs import (
-    DEFAULT_SIZE,
     Checkpoint,
     Json,
     Model,
@@ -54,7 +53,10 @@ def evaluate(
     workers: Workers = 0,
     explained: Annotated[int, typer.Option(min=0, help="Images explained for the completeness error.")] = 256,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE.png", help="Draw a reliability diagram.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE.png|FOLDER", help="Draw a reliability diagram; or a folder for all numbers."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -65,11 +67,17 @@ def evaluate(
 
     def work(progress: Progress) -> Outcome:
         if output is not None:
-            check_output(output, (".png",))
+            if output.suffix.lower() == ".png" and not output.is_dir():
+                check_output(output)
+            else:
+                check_writable_place(output)
         with progress.working("loading the network"):
             from bcos_rt.data import open_data
             from bcos_rt.evaluation import evaluate as measure
+            from bcos_rt.evaluation.accuracy import check_place
 
+            if output is not None:
+                check_place(output, "--output")
             net, side, described = _network(model, checkpoint, weights, num_classes, convert)
         with progress.working(f"looking at {data}"):
             images = open_data(data, size=size or side, split=split)
@@ -77,9 +85,10 @@ def evaluate(
             found = measure(
                 net, images, batch_size=batch_size, workers=workers, completeness_images=explained, tell=tell
             )
+        about = {"command": "evaluate", "network": described, "data": data}
         if output is not None:
-            found.save(output)
-        report = {"command": "evaluate", "network": described, "data": data, "results": found.to_dict()}
+            found.save(output, about)
+        report = {**about, "results": found.to_dict()}
 
         def shown() -> list[Any]:
             table = Table("figure", "value")
@@ -91,10 +100,15 @@ def evaluate(
             table.add_row(
                 "calibration error, softmax; sigmoid", f"{found.softmax.error:.4f}; {found.sigmoid.error:.4f}"
             )
+            table.add_row(
+                "mean confidence, softmax; sigmoid", f"{found.softmax.confidence:.4f}; {found.sigmoid.confidence:.4f}"
+            )
             if found.completeness is not None:
                 error = found.completeness
-                text = f"{error.mean:.1e}; {error.largest:.1e} logits ({error.images} images)"
-                table.add_row("completeness error, mean; largest", text)
+                values = "; ".join(f"{v:.1e}" for v in (error.mean, error.median, error.q90, error.q99, error.largest))
+                table.add_row(
+                    "completeness error, mean; median; 90 %; 99 %; largest", f"{values} logits ({error.images} images)"
+                )
             return [table, *([Text(f"wrote {output}")] if output is not None else [])]
 
         return Outcome(report, shown)
@@ -131,7 +145,14 @@ def localise(
     ] = None,
     confidence: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least sigmoid of an image's logit.")] = 0.5,
     variant: Annotated[str, typer.Option(metavar="full|rescaled|strided", help="How networks see a grid.")] = "full",
-    same_grids: Annotated[bool, typer.Option("--same-grids", help="The first network's grids for all.")] = False,
+    same_grids: Annotated[
+        bool,
+        typer.Option(
+            "--same-grids",
+            help="The same grids for all, of images that every network classifies right and with confidence. "
+            "Default: each network has its own, as published.",
+        ),
+    ] = False,
     batch_size: BatchSize = 64,
     as_json: Json = False,
 ) -> None:
@@ -175,7 +196,7 @@ def localise(
             found = grid_pointing_game(
                 networks, chosen, images, n=grid, grids=grids, smooth=smooth, confidence=confidence,
                 variant=variant,  # type: ignore[arg-type]
-                same_grids=next(iter(networks)) if same_grids else None, batch_size=batch_size, tell=tell,
+                same_grids=True if same_grids else None, batch_size=batch_size, tell=tell,
             )  # fmt: skip
         found.save(output)
         rows = found.summary()
@@ -196,21 +217,11 @@ def _network(
     model: str | None, checkpoint: Path | None, weights: str | None, num_classes: int | None, convert: bool = False
 ) -> tuple[nn.Module, int, dict[str, Any]]:
     """The network, the side of its images, and what to call it: a checkpoint's, or a model's, as it is or converted."""
-    from bcos_rt.checkpoint import load
-    from bcos_rt.nn.conventional import ConventionalNetwork
-
-    if (model is None) == (checkpoint is None):
-        raise InvalidArgumentError("--model, --checkpoint", "both" if model is not None else "neither", "one of them")
-    if checkpoint is not None:
-        if convert:
-            raise InvalidArgumentError("--convert", "a checkpoint", "a conventional --model to convert")
-        net = load(checkpoint)
-        side = 32 if net.source.get("kind") == "small" else DEFAULT_SIZE
-        return net, side, {"checkpoint": str(checkpoint), "source": dict(net.source)}
-    if convert:
-        converted = load_network(str(model), None, weights, num_classes)
-        return converted.net, converted.input_size, converted.described
-    source = load_source(str(model), weights, num_classes)
-    mean, std = source.mean or (0.0, 0.0, 0.0), source.std or (1.0, 1.0, 1.0)
-    net_ = ConventionalNetwork(source.module, mean, std, source.source, source.class_names).eval()
-    return net_, source.input_size, {"model": model, "weights": weights, "source": source.source}
+    if convert and checkpoint is not None:
+        raise InvalidArgumentError("--convert", "a checkpoint", "a conventional --model to convert")
+    if model is None or checkpoint is not None or convert:
+        network = load_network(model, checkpoint, weights, num_classes)
+        return network.net, network.input_size, network.described
+    source = load_source(model, weights, num_classes)
+    described = {"model": model, "weights": weights, "source": source.source}
+    return source.conventional().eval(), source.input_size, described

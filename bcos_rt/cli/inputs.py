@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -36,9 +37,12 @@ __all__ = [
     "load_network",
     "load_photos",
     "load_source",
+    "read_recipe_file",
 ]
 
 DEFAULT_SIZE = 224
+# Of small:NAME, which a checkpoint says no more about.
+SMALL_SIZE = 32
 # How many candidates an error message lists.
 SHOWN = 5
 
@@ -134,7 +138,8 @@ def load_network(
         from bcos_rt.checkpoint import load
 
         net = load(checkpoint)
-        return Network(net.eval(), False, DEFAULT_SIZE, {"checkpoint": str(checkpoint), "source": dict(net.source)})
+        side = SMALL_SIZE if net.source.get("kind") == "small" else DEFAULT_SIZE
+        return Network(net.eval(), False, side, {"checkpoint": str(checkpoint), "source": dict(net.source)})
 
     if model is None:
         raise InvalidArgumentError("--model, --checkpoint", "neither", "one of them")
@@ -143,6 +148,21 @@ def load_network(
     source = load_source(model, weights, num_classes)
     net, _ = convert_source(source, Recipe.equivalent())
     return Network(net.eval(), True, source.input_size, {"model": model, "weights": weights, "source": source.source})
+
+
+def read_recipe_file(path: str) -> dict[str, Any]:
+    """The object in a ``--recipe`` file.
+
+    Raises:
+        InvalidArgumentError: not readable, no JSON, or JSON that is no object.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError("--recipe", f"{path!r} ({error})", "a readable JSON file") from error
+    if not isinstance(values, dict):
+        raise InvalidArgumentError("--recipe", f"{path!r}, which holds a {type(values).__name__}", "a JSON object")
+    return values
 
 
 def find_class(wanted: str, names: Sequence[str] | None, classes: int) -> int:

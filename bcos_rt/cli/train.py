@@ -25,6 +25,7 @@ from bcos_rt.cli.inputs import (
     convert_source,
     load_photos,
     load_source,
+    read_recipe_file,
 )
 from bcos_rt.cli.output import Outcome, Progress, run
 from bcos_rt.errors import InvalidArgumentError, TrainingInterruptedError, did_you_mean
@@ -118,7 +119,6 @@ def finetune(
 
     def build(classes: int | None, names: Sequence[str] | None) -> tuple[nn.Module, nn.Module | None, dict[str, Any]]:
         from bcos_rt.checkpoint import load
-        from bcos_rt.nn.conventional import ConventionalNetwork
 
         if (model is None) == (checkpoint is None):
             raise InvalidArgumentError(
@@ -132,9 +132,7 @@ def finetune(
         net, _ = convert_source(source, named_recipe(conversion))
         if names is not None and net.class_names is None:
             net.class_names = list(names)
-        teaching = None
-        if teacher:
-            teaching = ConventionalNetwork(source.module, source.mean or (0, 0, 0), source.std or (1, 1, 1))
+        teaching = source.conventional() if teacher else None
         return net, teaching, {"model": model, "weights": weights, "source": source.source}
 
     _run(
@@ -176,17 +174,12 @@ def train(
     def build(classes: int | None, names: Sequence[str] | None) -> tuple[nn.Module, None, dict[str, Any]]:
         import torch
 
-        from bcos_rt.nn.conventional import ConventionalNetwork
-
         torch.manual_seed(chosen.seed)
         source = load_source(model, "random", num_classes or classes)
-        about = {"model": model, "source": source.source}
-        if not bcos:
-            mean, std = source.mean or (0, 0, 0), source.std or (1, 1, 1)
-            return ConventionalNetwork(source.module, mean, std, source.source, names), None, about
-        net, _ = convert_source(source, named_recipe(conversion))
+        net = convert_source(source, named_recipe(conversion))[0] if bcos else source.conventional()
+        # The data's classes: random weights know nothing of the source's.
         net.class_names = list(names) if names is not None else None
-        return net, None, about
+        return net, None, {"model": model, "source": source.source}
 
     _run("train", build, chosen, data, val, output, resume, photos, (accelerator, devices, strategy, workers), as_json)
 
@@ -252,12 +245,7 @@ def _recipe(
     if name in presets:
         recipe = presets[name]()
     elif Path(name).is_file():
-        try:
-            values = json.loads(Path(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InvalidArgumentError("--recipe", f"{name!r} ({error})", "a readable JSON file") from error
-        if not isinstance(values, dict):
-            raise InvalidArgumentError("--recipe", f"{name!r}, a {type(values).__name__}", "a JSON object")
+        values = read_recipe_file(name)
         # A run's own recipe.json holds more than the recipe.
         recipe = TrainingRecipe.from_dict(values.get("recipe", values))
     else:

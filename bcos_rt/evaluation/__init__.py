@@ -1,11 +1,11 @@
 """Evaluation: accuracy, calibration, completeness; attribution methods, and what they are measured with."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bcos_rt.evaluation.accuracy import Evaluation, evaluate
 from bcos_rt.evaluation.attribution import METHODS, Method, method
 from bcos_rt.evaluation.grid_pointing import GridPointing, grid_pointing_game
+from bcos_rt.lazy import imported_on_use
 
 if TYPE_CHECKING:
     from bcos_rt.evaluation.perturbation import (
@@ -38,27 +38,17 @@ __all__ = [
     "quantus_explain",
 ]
 
-# Imported on first use (PEP 562): BcosAttribution is a class of captum's, which is an optional package.
+# Imported on first use: BcosAttribution is a class of captum's, which is an optional package.
 _HOMES = {
-    "BcosAttribution": "with_captum",
-    "InsertionDeletion": "perturbation",
-    "ParameterRandomisation": "sanity",
-    "Perturbation": "perturbation",
-    "PerturbationCurves": "perturbation",
-    "insertion_deletion": "perturbation",
-    "parameter_randomisation": "sanity",
-    "perturbation_curves": "perturbation",
-    "quantus_explain": "with_quantus",
+    "BcosAttribution": "bcos_rt.evaluation.with_captum",
+    "InsertionDeletion": "bcos_rt.evaluation.perturbation",
+    "ParameterRandomisation": "bcos_rt.evaluation.sanity",
+    "Perturbation": "bcos_rt.evaluation.perturbation",
+    "PerturbationCurves": "bcos_rt.evaluation.perturbation",
+    "insertion_deletion": "bcos_rt.evaluation.perturbation",
+    "parameter_randomisation": "bcos_rt.evaluation.sanity",
+    "perturbation_curves": "bcos_rt.evaluation.perturbation",
+    "quantus_explain": "bcos_rt.evaluation.with_quantus",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"bcos_rt.evaluation.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = imported_on_use(globals(), _HOMES)

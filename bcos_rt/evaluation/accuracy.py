@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,18 @@ from torch import Tensor, nn
 
 from bcos_rt.data import loader, open_data, shard
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
+from bcos_rt.evaluation.saving import save_figure
 from bcos_rt.explanation.explain import explain
-from bcos_rt.files import replacing
+from bcos_rt.files import write_csv, write_json
+from bcos_rt.graph.capture import eval_mode
 from bcos_rt.nn.network import BcosNetwork
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Calibration", "Completeness", "Evaluation", "evaluate", "reliability"]
+__all__ = ["Calibration", "Completeness", "Evaluation", "check_place", "evaluate", "reliability"]
+
+_FOREIGN_SUFFIXES = (".pdf", ".svg", ".jpg", ".jpeg", ".npz", ".csv", ".json", ".txt", ".html", ".gif", ".webp")
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,12 @@ class Calibration:
 
     Attributes:
         error: expected calibration error, ``sum_b n_b / N |accuracy_b - confidence_b|``.
+        confidence: mean over all images; above the accuracy where a network is surer than it is right.
         counts, confidences, accuracies: by bin; 0 for an empty one.
     """
 
     error: float
+    confidence: float
     counts: tuple[int, ...]
     confidences: tuple[float, ...]
     accuracies: tuple[float, ...]
@@ -46,13 +52,15 @@ class Completeness:
 
     Attributes:
         images: how many were explained.
-        mean, median, largest: in logits.
+        mean, median, q90, q99, largest: in logits; q90 is what 90 % of the images do not exceed.
         largest_relative: the largest over the largest magnitude of the image's logits.
     """
 
     images: int
     mean: float
     median: float
+    q90: float
+    q99: float
     largest: float
     largest_relative: float
 
@@ -104,14 +112,53 @@ class Evaluation:
         figure.axes[0].set_ylabel("accuracy")
         return figure
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write :meth:`plot` as PNG."""
+    def summary(self) -> dict[str, Any]:
+        """The numbers of the whole data set in a flat row, blank where there are none."""
+        row: dict[str, Any] = {name: getattr(self, name) for name in ("images", "classes", "top1", "top5", "loss")}
+        for name, found in (("softmax", self.softmax), ("sigmoid", self.sigmoid)):
+            row |= {f"{name}_confidence": found.confidence, f"{name}_calibration_error": found.error}
+        for field in dataclasses.fields(Completeness):
+            value = None if self.completeness is None else getattr(self.completeness, field.name)
+            row[f"completeness_{field.name}"] = value
+        return row
+
+    def save(self, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> Path:
+        """Write :meth:`plot` where ``path`` ends in .png, else everything into a folder.
+
+        The folder, made where it is missing, gets ``evaluation.json`` (all fields), ``evaluation.csv``
+        (:meth:`summary`), ``evaluation_classes.csv`` (accuracy by class) and ``evaluation.png``.
+
+        Args:
+            about: what else the JSON shall hold, before the results.
+
+        Raises:
+            InvalidArgumentError: a path of another ending, or a file where a folder is meant.
+        """
         path = Path(path)
-        if path.suffix.lower() != ".png":
-            raise InvalidArgumentError("path", repr(str(path)), "a file name ending in .png")
-        with replacing(path) as temporary:
-            self.plot().savefig(temporary, dpi=110, format="png")
+        check_place(path, "path")
+        if path.suffix.lower() == ".png" and not path.is_dir():
+            save_figure(self.plot(), path)
+            return path
+        row = self.summary()
+        write_json(path / "evaluation.json", {**(about or {}), "results": self.to_dict()})
+        write_csv(path / "evaluation.csv", [row], list(row))
+        classes = ({"class": k, "top1": share} for k, share in enumerate(self.per_class))
+        write_csv(path / "evaluation_classes.csv", classes, ("class", "top1"))
+        save_figure(self.plot(), path / "evaluation.png")
         return path
+
+
+def check_place(path: Path, argument: str) -> None:
+    """Refuse a path that :meth:`Evaluation.save` does not write to.
+
+    Raises:
+        InvalidArgumentError: a path of another ending, or a file where a folder is meant.
+    """
+    if path.is_dir() or path.suffix.lower() == ".png":
+        return
+    # Folders may have dots in their names; what looks like another kind of file is more likely meant as one.
+    if path.suffix.lower() in _FOREIGN_SUFFIXES or path.exists():
+        raise InvalidArgumentError(argument, repr(str(path)), "a file name ending in .png, or a folder")
 
 
 def reliability(confidences: Tensor, right: Tensor, bins: int = 15) -> Calibration:
@@ -126,7 +173,8 @@ def reliability(confidences: Tensor, right: Tensor, bins: int = 15) -> Calibrati
     confidence = torch.bincount(index, confidences, minlength=bins) / safe
     accuracy = torch.bincount(index, hits, minlength=bins) / safe
     error = float((counts * (accuracy - confidence).abs()).sum() / max(1, len(confidences)))
-    return Calibration(error, tuple(counts.tolist()), tuple(confidence.tolist()), tuple(accuracy.tolist()))
+    mean = float(confidences.mean()) if len(confidences) else 0.0
+    return Calibration(error, mean, tuple(counts.tolist()), tuple(confidence.tolist()), tuple(accuracy.tolist()))
 
 
 def evaluate(
@@ -160,14 +208,12 @@ def evaluate(
     if len(images) == 0:
         raise InvalidArgumentError("data", "no image", "images with labels")
     like = next(net.parameters())
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
     every = max(1, -(-len(images) // max(1, completeness_images)))
     rows: list[Tensor] = []
     labels_seen: list[Tensor] = []
     errors: list[Tensor] = []
     scales: list[Tensor] = []
-    try:
+    with eval_mode(net):
         batches = shard(len(images), batch_size)
         for batch, (pixels, labels) in zip(batches, loader(images, batches, workers), strict=True):
             pixels = pixels.to(like.device, like.dtype)
@@ -181,9 +227,6 @@ def evaluate(
                 scales.append(explanation.logits.double().abs().amax(1).cpu())
             if tell is not None:
                 tell("evaluating", batch[-1] + 1, len(images))
-    finally:
-        for module, mode in modes:
-            module.training = mode
     logits, truth = torch.cat(rows), torch.cat(labels_seen)
     count, classes = logits.shape
     if int(truth.min()) < 0:
@@ -202,9 +245,9 @@ def evaluate(
     if errors:
         error = torch.cat(errors)
         relative = error / torch.cat(scales).clamp(min=torch.finfo(torch.float64).tiny)
-        completeness = Completeness(
-            len(error), float(error.mean()), float(error.median()), float(error.max()), float(relative.max())
-        )
+        median, q90, q99, largest = (float(error.quantile(q)) for q in (0.5, 0.9, 0.99, 1.0))
+        mean, relatively = float(error.mean()), float(relative.max())
+        completeness = Completeness(len(error), mean, median, q90, q99, largest, relatively)
     return Evaluation(
         images=count,
         classes=classes,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,27 +26,34 @@ from bcos_rt.errors import (
     UnsupportedOpError,
     did_you_mean,
 )
-from bcos_rt.explanation.explain import explain
+from bcos_rt.explanation.explain import explain, fingerprint
 from bcos_rt.models.sources import classifier_name
-from bcos_rt.nn.conventional import ConventionalNetwork
+from bcos_rt.nn.conventional import ConventionalNetwork, inner_network
 from bcos_rt.nn.layers import BcosConv2d, BcosLinear
 from bcos_rt.nn.network import BcosNetwork
 
 __all__ = ["METHODS", "Method", "method"]
 
-# (network, images [N, 3, H, W] in [0, 1], classes [N]) -> what each pixel is said to contribute, [N, H, W].
+# (network, images [N, 3, H, W] in [0, 1], classes [N]) -> what each pixel is said to contribute, [N, H, W]. Those of
+# method() also take classes [N, K], K of each image, and then give maps [N, K, H, W].
 Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
+# As many pixels as 64 images of 224 x 224 have.
+PIXELS = 64 * 224 * 224
 
 
 def method(name: str, **options: Any) -> Method:
-    """The attribution method of that name.
+    """The attribution method of that name, a function of (network, images [N, 3, H, W] in [0, 1], classes).
+
+    Classes are [N] int64 for maps [N, H, W], or [N, K] for maps [N, K, H, W] of K classes of each image; ``"bcos"``
+    then needs one forward pass for all K, post-hoc methods look at each image K times.
 
     Args:
         name: ``"bcos"``, the contribution map of the network's own explanation; ``"saliency"``, ``"input_x_gradient"``,
-            ``"integrated_gradients"`` (``n_steps``, 50), ``"guided_backprop"``, ``"deep_lift"``, ``"grad_cam"``
-            (``layer``, a module's name; by default the last one before the classifier that still has a map),
-            ``"occlusion"`` (``window``, a seventh of the image's side, ``stride``, half the window); ``"random"``,
-            noise, the floor.
+            ``"integrated_gradients"`` (``n_steps``, 50, ``internal_batch_size``, images that the network sees at once,
+            by default 64, and fewer where they are larger than 224 x 224), ``"guided_backprop"``, ``"deep_lift"``,
+            ``"grad_cam"`` (``layer``, a module's name; by default the last one before the classifier that still has a
+            map), ``"occlusion"`` (``window``, a seventh of the image's side, ``stride``, half the window);
+            ``"random"``, noise, the floor.
         options: of the method.
 
     Raises:
@@ -65,10 +72,27 @@ def method(name: str, **options: Any) -> Method:
                 ", ".join(known) or "no options",
                 did_you_mean(option, known),
             )
-    chosen = functools.partial(function, **options)
+    chosen: Method = functools.partial(function, **options)
     functools.update_wrapper(chosen, function)
-    chosen.__name__ = name  # type: ignore[attr-defined]
+    if function is not _bcos:
+        chosen = _class_by_class(chosen)
+    chosen.__name__ = name
+    chosen.several_classes = True  # type: ignore[attr-defined]
     return chosen
+
+
+def _class_by_class(function: Method) -> Method:
+    """A method of one class an image that takes several too."""
+
+    @functools.wraps(function)
+    def attribute(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        if targets.ndim != 2:
+            return function(net, images, targets)
+        k = targets.shape[1]
+        maps = function(net, images.repeat_interleave(k, 0), targets.flatten())
+        return maps.reshape(*targets.shape, *maps.shape[1:])
+
+    return attribute
 
 
 def _bcos(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
@@ -96,14 +120,22 @@ def _input_x_gradient(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor
 
 
 def _integrated_gradients(
-    net: nn.Module, images: Tensor, targets: Tensor, *, n_steps: int = 50, internal_batch_size: int = 64
+    net: nn.Module, images: Tensor, targets: Tensor, *, n_steps: int = 50, internal_batch_size: int | None = None
 ) -> Tensor:
     """From a baseline of zeros, which is the mean image of a conventional network (Sundararajan et al. 2017)."""
+    for name, value in (("n_steps", n_steps), ("internal_batch_size", internal_batch_size)):
+        if value is not None and value < 1:
+            raise InvalidArgumentError(name, value, "at least 1")
     inputs, model = _seen(net, images)
-    found = _captum("IntegratedGradients")(model).attribute(
-        inputs, target=targets, n_steps=n_steps, internal_batch_size=max(internal_batch_size, len(inputs))
-    )
-    return _summed(found)
+    height, width = images.shape[2:]
+    at_once = internal_batch_size or max(1, min(64, PIXELS // (height * width)))
+    gradients = _captum("IntegratedGradients")(model)
+    # captum takes all its images at a time, whatever the size of its batches: it is given no more than fit.
+    found = [
+        gradients.attribute(part, target=classes, n_steps=n_steps, internal_batch_size=at_once)
+        for part, classes in zip(inputs.split(at_once), targets.split(at_once), strict=True)  # type: ignore[no-untyped-call]
+    ]
+    return _summed(torch.cat(found))
 
 
 def _guided_backprop(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
@@ -213,12 +245,12 @@ def _seen(net: nn.Module, images: Tensor) -> tuple[Tensor, nn.Module]:
 
 
 # The last network that was prepared: methods are called many times with the same one.
-_PREPARED: list[tuple[nn.Module, tuple[Any, ...], nn.Module]] = []
+_PREPARED: list[tuple[nn.Module, Any, nn.Module]] = []
 
 
 def _prepared(net: nn.Module) -> nn.Module:
     """A copy in evaluation mode in which every activation is a module of its own that writes to no other's memory."""
-    state = tuple((t.data_ptr(), t._version) for t in (*net.parameters(), *net.buffers()))
+    state = fingerprint(net)
     if _PREPARED and _PREPARED[0][0] is net and _PREPARED[0][1] == state:
         return _PREPARED[0][2]
     made = _assembled(net, _own_activations)
@@ -228,11 +260,9 @@ def _prepared(net: nn.Module) -> nn.Module:
 
 def _assembled(net: nn.Module, copied: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """The network from what :func:`_seen` says on, its inner network copied in a certain way."""
+    made = copied(inner_network(net))
     if isinstance(net, BcosNetwork):
-        parts = [copy.deepcopy(net.encoding), copied(net.backbone), copy.deepcopy(net.logit_layer)]
-        made: nn.Module = nn.Sequential(*parts)
-    else:
-        made = copied(net.model if isinstance(net, ConventionalNetwork) else net)
+        made = nn.Sequential(copy.deepcopy(net.encoding), made, copy.deepcopy(net.logit_layer))
     return made.eval().requires_grad_(False)
 
 
@@ -291,12 +321,7 @@ def _named(model: nn.Module, name: str) -> nn.Module:
 
 def _last_map(model: nn.Module, inputs: Tensor, net: nn.Module) -> nn.Module:
     """The module that ran last of those whose output is a map of more than one place, the classifier aside."""
-    inner: nn.Module = net
-    if isinstance(net, BcosNetwork):
-        inner = net.backbone
-    elif isinstance(net, ConventionalNetwork):
-        inner = net.model
-    classifier = classifier_name(inner)
+    classifier = classifier_name(inner_network(net))
     seen: list[nn.Module] = []
     with _watching(model, seen, skip=classifier):
         model(inputs)
@@ -326,13 +351,29 @@ def _watching(model: nn.Module, seen: list[nn.Module], skip: str | None) -> Iter
 
 
 def named_methods(methods: Sequence[str | Method]) -> dict[str, Method]:
-    """Methods by name; a function's own name where one is given."""
+    """Methods by name, a function's own name where one is given; all of them take several classes an image."""
     found: dict[str, Method] = {}
     for entry in methods:
         name = entry if isinstance(entry, str) else getattr(entry, "__name__", "method")
         if name in found:
             raise InvalidArgumentError("methods", f"{name!r} twice", "methods of different names")
-        found[name] = method(entry) if isinstance(entry, str) else entry
+        made = method(entry) if isinstance(entry, str) else entry
+        found[name] = made if getattr(made, "several_classes", False) else _class_by_class(made)
     if not found:
         raise InvalidArgumentError("methods", "none", "at least one method")
     return found
+
+
+def methods_of(
+    methods: Sequence[str | Method] | Mapping[str, Sequence[str | Method]], network: str
+) -> dict[str, Method]:
+    """A network's methods by name: those of all networks, or its own.
+
+    Raises:
+        InvalidArgumentError: no methods for this network, or what :func:`named_methods` refuses.
+    """
+    if not isinstance(methods, Mapping):
+        return named_methods(methods)
+    if network not in methods:
+        raise InvalidArgumentError("methods", f"none for {network!r}", "methods of every network")
+    return named_methods(methods[network])

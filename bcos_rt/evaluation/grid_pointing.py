@@ -2,8 +2,9 @@
 
 Images of n x n distinct classes, each classified right and with confidence by itself, are put together to one image. An
 explanation of each class should then lie in its cell. Measured is the share of its positive part that does (CoDA Nets,
-Böhle et al. 2021, arXiv 2104.00032, section 4.2; B-cos networks, arXiv 2205.10268 and 2306.10898). Everything that
-decides a number is as in the published code of B-cos v2, see :func:`choose_images` and :func:`grids_of`.
+Böhle et al. 2021, arXiv 2104.00032, section 4.2; B-cos networks, arXiv 2205.10268 and 2306.10898). What decides a
+number is as in the published code of B-cos v2, see :func:`choose_images` and :func:`grids_of`, and the variants of
+:func:`grid_pointing_game` for where it is not.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from torch.utils.data import Dataset
 
 from bcos_rt.data import ImageData, loader, open_data, shard
 from bcos_rt.errors import InvalidArgumentError
-from bcos_rt.evaluation.attribution import Method, named_methods
-from bcos_rt.files import replacing, write_csv
+from bcos_rt.evaluation.attribution import Method, methods_of
+from bcos_rt.evaluation.saving import save_results
+from bcos_rt.graph.capture import eval_mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,11 +34,13 @@ if TYPE_CHECKING:
 __all__ = [
     "GridPointing",
     "choose_images",
+    "confident_for_all",
     "confident_images",
     "grid_pointing_game",
     "grids_of",
     "share_in_cells",
     "smoothing_for",
+    "tiled",
 ]
 
 Variant = Literal["full", "rescaled", "strided"]
@@ -52,6 +56,7 @@ class GridPointing:
         shares: (network, method) -> share inside the right cell of every explanation, [grids * n * n] in [0, 1].
         n: cells on a side.
         variant, smooth: as measured.
+        judges: network -> the networks that classify all images of its grids right and with confidence.
         example: one grid image [3, nS, nS] and the first class's map of each (network, method), for a picture.
     """
 
@@ -60,30 +65,26 @@ class GridPointing:
     variant: str
     smooth: int
     example: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    judges: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def summary(self) -> list[dict[str, Any]]:
         """A row a network and method: mean and quartiles of the shares."""
         rows = []
         for (network, name), values in self.shares.items():
+            judges = self.judges.get(network, (network,))
             low, middle, high = np.percentile(values, [25, 50, 75])
             rows.append({
                 "network": network, "method": name, "n": self.n, "variant": self.variant, "smooth": self.smooth,
                 "grids": len(values) // self.n**2, "mean": float(values.mean()), "q25": float(low),
-                "median": float(middle), "q75": float(high),
+                "median": float(middle), "q75": float(high), "images_of": " + ".join(judges),
             })  # fmt: skip
         return rows
 
     def save(self, folder: str | os.PathLike[str], name: str = "localisation") -> Path:
         """Write ``NAME.csv`` (the summary), ``NAME.npz`` (all shares), ``NAME.png`` and ``NAME_example.png``."""
         folder = Path(folder)
-        rows = self.summary()
-        write_csv(folder / f"{name}.csv", rows, list(rows[0]))
-        with replacing(folder / f"{name}.npz") as temporary, open(temporary, "wb") as file:
-            arrays: dict[str, Any] = {f"{a}/{b}": v.astype(np.float32) for (a, b), v in self.shares.items()}
-            np.savez_compressed(file, **arrays)
-        for suffix, figure in (("", self.plot()), ("_example", self.plot_example())):
-            with replacing(folder / f"{name}{suffix}.png") as temporary:
-                figure.savefig(temporary, dpi=110, format="png")
+        arrays = {f"{network}/{method}": values for (network, method), values in self.shares.items()}
+        save_results(folder, name, self.summary(), arrays, {"": self.plot(), "_example": self.plot_example()})
         return folder
 
     def plot(self) -> Figure:
@@ -108,12 +109,19 @@ class GridPointing:
         """A grid of each network's, and every method's map of the class in the first cell."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(3 * len(self.example) + 3, 3.2), layout="constrained")
-        axes = figure.subplots(1, len(self.example) + 1, squeeze=False)[0]
-        image = next(iter(self.example.values()))[0]
-        axes[0].imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
-        axes[0].set_title("a grid", fontsize=9)
-        for axis, ((network, name), (_, values)) in zip(axes[1:], self.example.items(), strict=True):
+        columns = len(self.example) + len({network for network, _ in self.example})
+        figure = Figure(figsize=(3 * columns, 3.2), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+        free = iter(axes)
+        shown: set[str] = set()
+        for (network, name), (image, values) in self.example.items():
+            # Networks may have grids of their own: a map stands beside the grid it explains.
+            if network not in shown:
+                shown.add(network)
+                axis = next(free)
+                axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
+                axis.set_title(f"a grid of {network}", fontsize=9)
+            axis = next(free)
             limit = float(np.percentile(values.abs().numpy(), 99.5)) or 1.0
             axis.imshow(values.numpy(), cmap="bwr", vmin=-limit, vmax=limit)
             axis.set_title(f"{network}: {name}\nof the top left class", fontsize=9)
@@ -154,6 +162,25 @@ def confident_images(
         by_class[label].append((index, logit))
     # Stable: images of the same logit stay in the data's order.
     return {k: sorted(v, key=lambda entry: entry[1], reverse=True) for k, v in by_class.items()}
+
+
+def confident_for_all(
+    found: Sequence[Mapping[int, Sequence[tuple[int, float]]]],
+) -> dict[int, list[tuple[int, float]]]:
+    """The images that every network classifies right, as :func:`confident_images` gives them for each.
+
+    Their confidence is the least sure network's logit, so that a bound on it is a bound for every network.
+    """
+    least: dict[int, list[tuple[int, float]]] = {}
+    for k, entries in found[0].items():
+        others = [dict(by_class.get(k, ())) for by_class in found[1:]]
+        common = [
+            (index, min(logit, *(other[index] for other in others)) if others else logit)
+            for index, logit in entries
+            if all(index in other for other in others)
+        ]
+        least[k] = sorted(sorted(common), key=lambda entry: entry[1], reverse=True)
+    return least
 
 
 def choose_images(
@@ -227,23 +254,26 @@ def share_in_cells(maps: Tensor, n: int, smooth: int = 0) -> Tensor:
     return torch.where(total > 0, by_cell / total.clamp(min=torch.finfo(torch.float64).tiny), torch.zeros_like(by_cell))
 
 
-def _tiled(images: Tensor, n: int) -> Tensor:
-    """[n * n, C, S, S] in reading order -> [C, nS, nS]."""
+def tiled(images: Tensor, n: int) -> Tensor:
+    """[n * n, C, S, S] -> [C, nS, nS], column by column as published: image i is in row i % n, column i // n."""
     c, h, w = images.shape[1:]
-    return images.reshape(n, n, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, n * h, n * w)
+    return images.reshape(n, n, c, h, w).permute(2, 1, 3, 0, 4).reshape(c, n * h, n * w)
 
 
 def _strided(apply: Method, net: nn.Module, images: Tensor, targets: Tensor, side: int, stride: int) -> Tensor:
-    """Maps of windows of ``side`` pixels, ``stride`` apart, averaged where they overlap."""
-    n, _, height, width = images.shape
-    total = images.new_zeros(n, height, width)
+    """Maps [N, K, H, W] of windows of ``side`` pixels, ``stride`` apart, averaged where they overlap.
+
+    The last windows lie at the image's edge, closer to the others where the stride does not fit.
+    """
+    height, width = images.shape[2:]
+    total = images.new_zeros(*targets.shape, height, width)
     count = images.new_zeros(height, width)
-    for top in range(0, height - side + 1, stride):
-        for left in range(0, width - side + 1, stride):
-            part = (slice(top, top + side), slice(left, left + side))
-            total[(slice(None), *part)] += apply(net, images[(..., *part)], targets)
+    for top in (*range(0, height - side, stride), height - side):
+        for left in (*range(0, width - side, stride), width - side):
+            part = (..., slice(top, top + side), slice(left, left + side))
+            total[part] += apply(net, images[part], targets)
             count[part] += 1
-    return total / count.clamp(min=1)
+    return total / count
 
 
 def grid_pointing_game(
@@ -257,7 +287,7 @@ def grid_pointing_game(
     confidence: float = 0.5,
     variant: Variant = "full",
     stride: int | None = None,
-    same_grids: str | None = None,
+    same_grids: str | Literal[True] | None = None,
     published_offsets: bool = True,
     batch_size: int = 64,
     tell: Callable[[str, int, int], None] | None = None,
@@ -276,8 +306,12 @@ def grid_pointing_game(
         variant: ``"full"``: the grid is n times an image's size. ``"rescaled"``: images are shrunk first, so that the
             grid has an image's size (to the next multiple of n below). ``"strided"``: the network sees windows of an
             image's size, ``stride`` apart (default: half a window), whose maps are averaged where they overlap; for
-            networks that take no other size.
-        same_grids: the network whose sure images make the grids of all; None gives each network its own, as published.
+            networks that take no other size. B-cosification's code pads the grid instead, so that all pixels are in as
+            many windows.
+        stride: of ``variant="strided"``, at most an image's side.
+        same_grids: None gives each network grids of the images that itself classifies right and with confidence, as
+            published. True gives all networks the same grids, of images that every one of them does; a name the same
+            grids of that network's images, whatever the others make of them.
         published_offsets: see :func:`grids_of`.
         tell: called with what is being done, steps done and steps in all.
 
@@ -290,62 +324,75 @@ def grid_pointing_game(
         raise InvalidArgumentError("networks", "none", "at least one network")
     if variant not in ("full", "rescaled", "strided"):
         raise InvalidArgumentError("variant", repr(variant), "'full', 'rescaled' or 'strided'")
-    if same_grids is not None and same_grids not in networks:
-        raise InvalidArgumentError("same_grids", repr(same_grids), f"one of {', '.join(networks)}")
+    if same_grids is not None and same_grids is not True and same_grids not in networks:
+        raise InvalidArgumentError("same_grids", repr(same_grids), f"True, None or one of {', '.join(networks)}")
+    if grids < 1:
+        raise InvalidArgumentError("grids", grids, "at least 1")
     images = open_data(data)
     side = _square(images)
     cell = side // n if variant == "rescaled" else side
     window = smoothing_for(cell) if smooth is None else smooth
     if window and window % 2 == 0:
         raise InvalidArgumentError("smooth", smooth, "an odd number of pixels, or 0 for none")
+    step = max(1, side // 2) if stride is None else stride
+    if not 1 <= step <= side:
+        raise InvalidArgumentError("stride", stride, f"1 to {side}, the side of a window")
+    own = {name: methods_of(methods, name) for name in networks}
     shares: dict[tuple[str, str], np.ndarray] = {}
     example: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-    shared: list[list[int]] | None = None
+    judges: dict[str, tuple[str, ...]] = {}
+    # Image i of a grid is in row i % n and column i // n, see tiled().
+    places = torch.arange(n * n).reshape(n, n).T.flatten()
 
-    def grids_for(name: str) -> list[list[int]]:
-        net = networks[name].eval()
-        by_class = confident_images(
-            net, images, batch_size=batch_size,
-            tell=None if tell is None else lambda done, of: tell(f"{name}: confidences", done, of),
-        )  # fmt: skip
+    def sure_images(name: str) -> dict[int, list[tuple[int, float]]]:
+        with eval_mode(networks[name]):
+            return confident_images(
+                networks[name], images, batch_size=batch_size,
+                tell=None if tell is None else lambda done, of: tell(f"{name}: confidences", done, of),
+            )  # fmt: skip
+
+    def grids_for(*names: str) -> list[list[int]]:
+        by_class = confident_for_all([sure_images(name) for name in names])
         chosen = choose_images(by_class, n * n, confidence)
         labels = {index: k for k, entries in by_class.items() for index, _ in entries}
         made = grids_of(chosen, lambda index: labels[index], n * n, grids, published_offsets)
         if not made:
             sure = sum(1 for entries in by_class.values() if entries)
             raise InvalidArgumentError(
-                "data", f"{sure} classes with an image that {name!r} classifies right",
+                "data", f"{sure} classes with an image that {' and '.join(map(repr, names))} classify right",
                 f"more than {n * n} classes with images of confidence > {confidence}",
             )  # fmt: skip
         return made
 
-    if same_grids is not None:
-        shared = grids_for(same_grids)
+    sharing = tuple(networks) if same_grids is True else (same_grids,) if same_grids is not None else None
+    shared = grids_for(*sharing) if sharing is not None else None
     for network, net in networks.items():
+        judges[network] = sharing or (network,)
         chosen = shared if shared is not None else grids_for(network)
         like = next(net.parameters())
-        own = methods[network] if isinstance(methods, Mapping) else methods
-        for name, apply in named_methods(own).items():
+        for name, apply in own[network].items():
             found: list[np.ndarray] = []
             for i, indices in enumerate(chosen):
                 items = [images[j] for j in indices]
                 cells = torch.stack([image for image, _ in items]).to(like.device, like.dtype)
                 if variant == "rescaled":
                     cells = F.interpolate(cells, (cell, cell), mode="bilinear", antialias=True).clamp(0, 1)
-                targets = torch.tensor([label for _, label in items], device=like.device)
-                grid = _tiled(cells, n)
-                repeated = grid[None].expand(n * n, -1, -1, -1)
-                if variant == "strided":
-                    maps = _strided(apply, net, repeated, targets, side, stride or max(1, side // 2))
-                else:
-                    maps = apply(net, repeated, targets)
-                found.append(share_in_cells(maps.detach(), n, window).diagonal().cpu().numpy())
+                # All classes of the grid, in one forward pass where the method can.
+                targets = torch.tensor([[label for _, label in items]], device=like.device)
+                grid = tiled(cells, n)
+                with eval_mode(net):
+                    if variant == "strided":
+                        maps = _strided(apply, net, grid[None], targets, side, step)[0].detach()
+                    else:
+                        maps = apply(net, grid[None], targets)[0].detach()
+                inside = share_in_cells(maps, n, window).cpu()
+                found.append(inside.gather(1, places[:, None])[:, 0].numpy())
                 if i == 0:
-                    example[network, name] = (grid.float().cpu(), maps[0].detach().float().cpu())
+                    example[network, name] = (grid.float().cpu(), maps[0].float().cpu())
                 if tell is not None:
                     tell(f"{network}: {name}", i + 1, len(chosen))
             shares[network, name] = np.concatenate(found)
-    return GridPointing(shares, n, variant, window, example)
+    return GridPointing(shares, n, variant, window, example, judges)
 
 
 def _square(images: ImageData) -> int:

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bcos_rt.data import open_data
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
-from bcos_rt.evaluation.attribution import Method, named_methods
+from bcos_rt.evaluation.attribution import Method, methods_of
+from bcos_rt.evaluation.saving import save_results
 from bcos_rt.explanation.explain import class_ids_of
-from bcos_rt.files import replacing, write_csv
+from bcos_rt.graph.capture import eval_mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +32,8 @@ __all__ = ["InsertionDeletion", "Perturbation", "PerturbationCurves", "insertion
 # What stands where a pixel was: the image blurred, the image's mean colour, or one RGB colour in [0, 1].
 Fill = Literal["blur", "mean"] | tuple[float, float, float]
 Score = Literal["softmax", "sigmoid", "logit"]
-# The published blur has a standard deviation of 5 pixels where images have 224.
+# RISE blurs with 11 pixels and a standard deviation of 5 where images have 224. The tails of its Gaussian are folded
+# back into the window, and zeros lie outside of its (normalised) images; ours is cut off, and images are mirrored.
 BLUR, BLUR_AT = 5.0, 224
 
 
@@ -43,6 +43,7 @@ class Perturbation:
 
     Attributes:
         steps: how many times the network is asked after the first; each step replaces the same share of the pixels.
+            RISE replaces 224 pixels a step, which is 224 steps at 224 x 224.
         deletion, insertion: what replaces the pixels of one image, and what the other begins with: ``"blur"``, the
             image blurred; ``"mean"``, its own mean colour; or an RGB colour in [0, 1], e.g. ``(0, 0, 0)``. RISE deletes
             to the data set's mean colour; the image's own is the same for networks of any normalisation.
@@ -127,16 +128,12 @@ class InsertionDeletion:
     def save(self, folder: str | os.PathLike[str], name: str = "perturbation") -> Path:
         """Write ``NAME.csv`` (the summary), ``NAME.npz`` (all curves) and ``NAME.png`` (their means)."""
         folder = Path(folder)
-        rows = self.summary()
-        write_csv(folder / f"{name}.csv", rows, list(rows[0]))
-        arrays: dict[str, Any] = {}
-        for (network, method), found in self.curves.items():
-            for kind in ("fractions", "deletion", "insertion"):
-                arrays[f"{network}/{method}/{kind}"] = getattr(found, kind).numpy().astype(np.float32)
-        with replacing(folder / f"{name}.npz") as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        with replacing(folder / f"{name}.png") as temporary:
-            self.plot().savefig(temporary, dpi=110, format="png")
+        arrays = {
+            f"{network}/{method}/{kind}": getattr(found, kind).numpy()
+            for (network, method), found in self.curves.items()
+            for kind in ("fractions", "deletion", "insertion")
+        }
+        save_results(folder, name, self.summary(), arrays, {"": self.plot()})
         return folder
 
     def plot(self) -> Figure:
@@ -206,7 +203,7 @@ def perturbation_curves(
     pixels = height * width
     if options.steps > pixels:
         raise InvalidArgumentError("Perturbation.steps", options.steps, f"at most {pixels}, the number of pixels")
-    with _evaluating(net):
+    with eval_mode(net):
         logits = torch.cat([net(part) for part in images.split(options.batch_size)])  # type: ignore[no-untyped-call]
         classes = class_ids_of(targets, n, logits.shape[1], images.device)
         if classes.ndim != 1:
@@ -243,18 +240,6 @@ def _score(logits: Tensor, classes: Tensor, score: Score) -> Tensor:
     return values.gather(1, classes[:, None])[:, 0]
 
 
-@contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode while the block runs; every module's own mode again after it."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def insertion_deletion(
     networks: Mapping[str, nn.Module],
     methods: Sequence[str | Method] | Mapping[str, Sequence[str | Method]],
@@ -277,7 +262,7 @@ def insertion_deletion(
         tell: called with what is being done, images done and images in all.
 
     Raises:
-        InvalidArgumentError: no network, no method, no image, or numbers below 1.
+        InvalidArgumentError: no network, no method, no image, images of several sizes, or numbers below 1.
     """
     options = options or Perturbation()
     if not networks:
@@ -293,13 +278,15 @@ def insertion_deletion(
     curves: dict[tuple[str, str], PerturbationCurves] = {}
     for network, net in networks.items():
         like = next(net.parameters())
-        own = methods[network] if isinstance(methods, Mapping) else methods
-        with _evaluating(net):
-            for name, apply in named_methods(own).items():
+        with eval_mode(net):
+            for name, apply in methods_of(methods, network).items():
                 parts = []
                 for start in range(0, count, batch_size):
                     indices = chosen[start : start + batch_size]
-                    batch = torch.stack([source[i][0] for i in indices]).to(like.device, like.dtype)
+                    read = [source[i][0] for i in indices]
+                    if len({tuple(image.shape) for image in read}) > 1:
+                        raise InvalidArgumentError("data", "images of several sizes", "one size", " (give a size)")
+                    batch = torch.stack(read).to(like.device, like.dtype)
                     with torch.no_grad():
                         top = net(batch).argmax(1)
                     parts.append(perturbation_curves(net, batch, top, apply(net, batch, top).detach(), options))

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.evaluation.attribution import Method, named_methods
+from bcos_rt.evaluation.saving import save_results
 from bcos_rt.explanation.explain import class_ids_of
-from bcos_rt.files import replacing, write_csv
-from bcos_rt.nn.conventional import ConventionalNetwork
-from bcos_rt.nn.network import BcosNetwork
+from bcos_rt.nn.conventional import inner_network
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,16 +63,11 @@ class ParameterRandomisation:
     def save(self, folder: str | os.PathLike[str], name: str = "randomisation") -> Path:
         """Write ``NAME.csv`` (the summary), ``NAME.npz`` (all values) and ``NAME.png``."""
         folder = Path(folder)
-        rows = self.summary()
-        write_csv(folder / f"{name}.csv", rows, list(rows[0]))
-        arrays: dict[str, Any] = {"stages": np.array(self.stages)}
+        arrays = {"stages": np.array(self.stages)}
         for method, values in self.correlations.items():
-            arrays[f"{method}/correlation"] = values.astype(np.float32)
-            arrays[f"{method}/correlation_of_magnitudes"] = self.magnitudes[method].astype(np.float32)
-        with replacing(folder / f"{name}.npz") as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        with replacing(folder / f"{name}.png") as temporary:
-            self.plot().savefig(temporary, dpi=110, format="png")
+            arrays[f"{method}/correlation"] = values
+            arrays[f"{method}/correlation_of_magnitudes"] = self.magnitudes[method]
+        save_results(folder, name, self.summary(), arrays, {"": self.plot()})
         return folder
 
     def plot(self) -> Figure:
@@ -106,9 +100,9 @@ def parameter_randomisation(
     """Randomise a network's parameters from the head to the stem, and compare its maps with the trained one's.
 
     Convolutions, linear layers and embeddings are drawn anew from a normal distribution of their present root mean
-    square; vectors (biases, scales of norms) are shuffled. Initial values in the strict sense have another scale, and
-    norms, which divide by statistics of the trained network, would let the image fade on its way through a deep one.
-    Statistics themselves are no parameters and stay.
+    square; vectors (biases, scales of norms) are shuffled: one of equal values stays as it is. Initial values in
+    the strict sense have another scale, and norms, which divide by statistics of the trained network, would let the
+    image fade on its way through a deep one. Statistics themselves are no parameters and stay.
 
     Args:
         net: a :class:`BcosNetwork`, a :class:`ConventionalNetwork` or a module that takes images in [0, 1]; a copy is
@@ -131,6 +125,7 @@ def parameter_randomisation(
         raise InvalidArgumentError("images", f"shape {tuple(images.shape)}", "[N, 3, H, W], at least one pixel")
     chosen = named_methods(methods)
     work = copy.deepcopy(net).eval()
+    inner = inner_network(work)
     logits = work(images)
     classes = class_ids_of(targets, len(images), logits.shape[1], images.device)
     if classes.ndim != 1:
@@ -143,7 +138,7 @@ def parameter_randomisation(
     generator = torch.Generator().manual_seed(seed)
     drawn: set[int] = set()
     for i, stage in enumerate(names):
-        module = _inner(work) if stage == REST else _inner(work).get_submodule(stage)
+        module = inner if stage == REST else inner.get_submodule(stage)
         _randomise(module, drawn, generator)
         for name, apply in chosen.items():
             found = _map(apply, name, work, images, classes)
@@ -191,7 +186,7 @@ def stages_of(net: nn.Module, images: Tensor) -> list[str]:
     Args:
         images: [N, 3, H, W] in [0, 1], to see the order.
     """
-    inner = _inner(net)
+    inner = inner_network(net)
     parts = _parts(inner, "")
     last_call: dict[str, int] = {}
     handles = []
@@ -231,19 +226,18 @@ def _parts(module: nn.Module, prefix: str) -> list[str]:
     return names
 
 
-def _inner(net: nn.Module) -> nn.Module:
-    if isinstance(net, BcosNetwork):
-        return net.backbone
-    return net.model if isinstance(net, ConventionalNetwork) else net
-
-
 def _checked(net: nn.Module, stages: Sequence[str]) -> list[str]:
-    known = dict(_inner(net).named_modules())
+    known = dict(inner_network(net).named_modules())
     if isinstance(stages, str) or not stages:
         raise InvalidArgumentError("stages", repr(stages), "names of modules, from head to stem")
+    if len(set(stages)) < len(stages):
+        raise InvalidArgumentError("stages", repr(list(stages)), "each once: nothing is randomised twice")
     for stage in stages:
         if stage != REST and (stage not in known or not stage):
             raise InvalidArgumentError("stages", repr(stage), "a module's name", did_you_mean(stage, known))
+        # Maps that stay as they are would be said to stay through its randomisation.
+        if stage != REST and next(known[stage].parameters(), None) is None:
+            raise InvalidArgumentError("stages", f"{stage!r}, which has none", "modules with parameters")
     return list(stages)
 
 

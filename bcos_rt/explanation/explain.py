@@ -18,19 +18,24 @@ from bcos_rt.graph import explanation_graph
 from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.nn.network import BcosNetwork, check_range
 
-__all__ = ["as_network", "class_ids_of", "explain", "is_multi"]
+__all__ = ["as_network", "class_ids_of", "explain", "fingerprint", "is_multi"]
 
 # Equivalent conversions of conventional models are kept while the model lives; nothing is stored in the model itself.
 _EQUIVALENTS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, BcosNetwork]] = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()
 
 
-def _equivalent(model: nn.Module) -> BcosNetwork:
-    """A conventional model as an equivalent B = 1 network; kept until one of its tensors changes."""
+def fingerprint(model: nn.Module) -> Any:
+    """What differs, as far as can be seen cheaply, once a model's layers, options or values have changed."""
     tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
     # A tensor's version does not count writes through .data; its sum shows those.
     sums = tuple(t.sum(dtype=torch.float64).item() for t in tensors)
-    key = (repr(model), tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors), sums)
+    return repr(model), tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors), sums
+
+
+def _equivalent(model: nn.Module) -> BcosNetwork:
+    """A conventional model as an equivalent B = 1 network; kept until one of its tensors changes."""
+    key = fingerprint(model)
     with _LOCK:
         kept = _EQUIVALENTS.get(model)
         if kept is None or kept[0] != key:

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +28,7 @@ from bcos_rt.errors import (
 from bcos_rt.models import lite0
 from bcos_rt.models.small import SMALL_MEAN, SMALL_NETWORKS, SMALL_STD
 from bcos_rt.models.weights import load_strict, read_state_dict, strip_prefixes
+from bcos_rt.nn.conventional import ConventionalNetwork
 
 __all__ = ["LoadedModel", "imagenet_class_names", "known_models", "load_model", "metadata_of", "rebuild_source"]
 
@@ -58,6 +59,16 @@ class LoadedModel:
     class_names: tuple[str, ...] | None
     source: dict[str, Any]
     input_size: int
+
+    def conventional(self, class_names: Sequence[str] | None = None) -> ConventionalNetwork:
+        """The model with its normalisation, for images in [0, 1]; where none is known it takes them as they are.
+
+        Args:
+            class_names: instead of the model's own.
+        """
+        mean, std = self.mean or (0.0, 0.0, 0.0), self.std or (1.0, 1.0, 1.0)
+        names = self.class_names if class_names is None else class_names
+        return ConventionalNetwork(self.module, mean, std, self.source, names)
 
 
 def load_model(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
+from bcos_rt.nn.network import BcosNetwork
 
-__all__ = ["ConventionalNetwork"]
+__all__ = ["ConventionalNetwork", "inner_network"]
 
 
 class ConventionalNetwork(nn.Module):
@@ -54,3 +55,13 @@ class ConventionalNetwork(nn.Module):
             raise InvalidArgumentError("images", f"shape {tuple(images.shape)}", "[N, 3, H, W]")
         logits: Tensor = self.model((images - self.mean.to(images.dtype)) / self.std.to(images.dtype))
         return logits
+
+
+def inner_network(net: nn.Module) -> nn.Module:
+    """The network whose modules bear the source model's names, without what encodes or normalises images.
+
+    A :class:`BcosNetwork`'s backbone, a :class:`ConventionalNetwork`'s model; any other network is its own.
+    """
+    if isinstance(net, BcosNetwork):
+        return net.backbone
+    return net.model if isinstance(net, ConventionalNetwork) else net

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -31,15 +31,14 @@ def exponents(net: nn.Module) -> dict[str, float]:
     return {name: _number(layer.b) for name, layer in bcos_layers(net).items()}
 
 
-def set_exponents(net: nn.Module, b: float | dict[str, float]) -> None:
-    """Give all layers one B, or those named theirs; a learned B becomes a number.
+def set_exponents(net: nn.Module, b: Mapping[str, float]) -> None:
+    """Give the layers named their B; a learned B becomes a number.
 
     Raises:
         InvalidArgumentError: a B below 1, or a name that is no B-cos layer.
     """
     layers = bcos_layers(net)
-    wanted = b if isinstance(b, dict) else dict.fromkeys(layers, b)
-    for name, value in wanted.items():
+    for name, value in b.items():
         if name not in layers:
             raise InvalidArgumentError("b", f"a value for {name!r}", "names of B-cos layers")
         if not (math.isfinite(value) and value >= 1):

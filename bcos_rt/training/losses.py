@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcos_rt.errors import InvalidArgumentError
-from bcos_rt.nn.conventional import ConventionalNetwork
-from bcos_rt.nn.network import BcosNetwork
+from bcos_rt.nn.conventional import inner_network
 from bcos_rt.training.recipe import Distillation, TrainingRecipe
 
 __all__ = [
@@ -191,12 +190,7 @@ class Teaching(nn.Module):
 
 def _module(net: nn.Module, name: str, side: str) -> nn.Module:
     """A submodule by its name in the source model."""
-    root: nn.Module = net
-    if isinstance(net, BcosNetwork):
-        root = net.backbone
-    elif isinstance(net, ConventionalNetwork):
-        root = net.model
-    modules: dict[str, nn.Module] = dict(root.named_modules())
+    modules: dict[str, nn.Module] = dict(inner_network(net).named_modules())
     if name not in modules:
         shown = ", ".join(list(modules)[1:6])
         raise InvalidArgumentError("Distillation.modules", repr(name), f"a module of the {side}: {shown}, ...")

@@ -30,7 +30,7 @@ from bcos_rt.checkpoint import save
 from bcos_rt.errors import CheckpointError, InvalidArgumentError
 from bcos_rt.files import replacing, write_csv, write_json
 from bcos_rt.models.weights import read_torch_file
-from bcos_rt.nn.conventional import ConventionalNetwork
+from bcos_rt.nn.conventional import inner_network
 from bcos_rt.nn.network import BcosNetwork
 from bcos_rt.training.recipe import TrainingRecipe
 
@@ -142,7 +142,6 @@ def save_network(net: nn.Module, path: Path) -> None:
     if isinstance(net, BcosNetwork):
         save(net, path)
         return
-    inner = net.model if isinstance(net, ConventionalNetwork) else net
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in inner.state_dict().items()}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in inner_network(net).state_dict().items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})

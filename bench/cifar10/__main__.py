@@ -12,26 +12,18 @@ stopped, or killed, goes on at its last epoch.
 
 from __future__ import annotations
 
-import platform
-import shutil
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from bcos_rt.benchmark import machine  # noqa: E402
-from bcos_rt.errors import TrainingInterruptedError  # noqa: E402
-from bcos_rt.files import read_rows, write_json  # noqa: E402
-from bench.cifar10.images import load_images  # noqa: E402
-from bench.cifar10.plan import Run, runs  # noqa: E402
+from bcos_rt.errors import TrainingInterruptedError
+from bcos_rt.files import read_rows
+from bench.cifar10.images import load_images
+from bench.cifar10.plan import Run, runs
+from bench.logs import ROOT, copy_logs
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
@@ -118,7 +110,7 @@ def _train(one: Run, data: Path, work: Path) -> None:
             f"  epoch {row['epoch']:3} train {row['train_top1']:.4f} test {row['val_top1']:.4f} "
             f"{row['images_per_s']:.0f} images/s", highlight=False,
         )  # fmt: skip
-        _copy(one, folder)
+        copy_logs(folder, _logs(one))
 
     try:
         finetune(
@@ -128,16 +120,6 @@ def _train(one: Run, data: Path, work: Path) -> None:
     except TrainingInterruptedError as error:
         console.print(str(error))
         raise typer.Exit(143) from error
-
-
-def _copy(one: Run, folder: Path) -> None:
-    """Logs beside the others' that are committed, with the machine they come from."""
-    target = _logs(one)
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.csv", "recipe.json"):
-        shutil.copy(folder / name, target / name)
-    described = {**machine.describe(), "threads": torch.get_num_threads(), "python": platform.python_version()}
-    write_json(target / "machine.json", described)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from torch import nn
 
 from bcos_rt import bcosify, load
 from bcos_rt.models import load_model
-from bcos_rt.nn.conventional import ConventionalNetwork
 from bench.cifar10.images import CLASSES
 from bench.cifar10.plan import Run
 
@@ -22,7 +21,7 @@ def build(run: Run, work: Path) -> nn.Module:
     weights = "random" if run.source is None else str(work / run.source / "last.safetensors")
     source = load_model(f"small:{run.network}", weights=weights, num_classes=len(CLASSES))
     if run.kind == "standard":
-        return ConventionalNetwork(source.module, source.mean, source.std, source.source, CLASSES)
+        return source.conventional(CLASSES)
     net, _ = bcosify(source, run.conversion, class_names=CLASSES)
     return net
 
@@ -33,4 +32,4 @@ def trained(run: Run, work: Path) -> nn.Module:
     if run.kind != "standard":
         return load(path)
     source = load_model(f"small:{run.network}", weights=str(path), num_classes=len(CLASSES))
-    return ConventionalNetwork(source.module, source.mean, source.std, source.source, CLASSES).eval()
+    return source.conventional(CLASSES).eval()

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
-import sys
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,18 +25,14 @@ from rich.console import Console
 from torch import Tensor, nn
 from torchvision.transforms import functional as transforms
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from bcos_rt import BcosNetwork, Recipe, bcosify, load, recalibrate  # noqa: E402
-from bcos_rt.benchmark import machine  # noqa: E402
-from bcos_rt.data import Augmentation  # noqa: E402
-from bcos_rt.files import read_rows, write_csv, write_json  # noqa: E402
-from bcos_rt.images import resized  # noqa: E402
-from bcos_rt.models import load_model  # noqa: E402
-from bcos_rt.nn.conventional import ConventionalNetwork  # noqa: E402
-from bcos_rt.training import Distillation, TrainingRecipe, finetune  # noqa: E402
+from bcos_rt import BcosNetwork, Recipe, bcosify, load, recalibrate
+from bcos_rt.data import Augmentation
+from bcos_rt.files import read_rows, write_csv, write_json
+from bcos_rt.images import resized
+from bcos_rt.models import load_model
+from bcos_rt.nn.conventional import ConventionalNetwork
+from bcos_rt.training import Distillation, TrainingRecipe, finetune
+from bench.logs import ROOT, copy_logs
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
@@ -146,9 +140,7 @@ def photographs(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor
 
 def teacher() -> ConventionalNetwork:
     """The source network, conventional, with its ImageNet weights."""
-    source = load_model("efficientnet-lite0")
-    return ConventionalNetwork(source.module, source.mean or (0, 0, 0), source.std or (1, 1, 1), source.source,
-                               source.class_names).eval()  # fmt: skip
+    return load_model("efficientnet-lite0").conventional().eval()
 
 
 def _train(name: str, photos: Path, work: Path) -> None:
@@ -163,11 +155,7 @@ def _train(name: str, photos: Path, work: Path) -> None:
     def told(row: dict[str, Any]) -> None:
         console.print(f"  epoch {row['epoch']:3} loss {row['train_loss']:.4f} held out {row['val_top1']:.3f} "
                       f"{row['images_per_s']:.1f} images/s", highlight=False)  # fmt: skip
-        target = RESULTS / name
-        target.mkdir(parents=True, exist_ok=True)
-        for file in ("metrics.csv", "recipe.json"):
-            shutil.copy(folder / file, target / file)
-        write_json(target / "machine.json", {**machine.describe(), "threads": torch.get_num_threads()})
+        copy_logs(folder, RESULTS / name)
 
     finetune(
         net, (images, None), variant.recipe(), validation=held_out, output=folder, resume=True, teacher=teacher(),

@@ -1,10 +1,14 @@
 """bcos-rt evaluate and localise, on a seeded network at 64 pixels; trained networks are in test_train.py."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from bcos_rt import bcosify, save
+from bcos_rt.cli.inputs import load_network
 from bcos_rt.data import open_data
 from bcos_rt.models import load_model
 from tests.cli.conftest import CLASSES
@@ -67,7 +71,17 @@ def test_what_a_person_reads(bcos, checkpoint, data, tmp_path):
     assert result.code == 0, result.err
     for text in ("top-1", "top-5", "negative log-likelihood", "calibration error", "completeness error", "2 images"):
         assert text in result.out
+    assert "mean confidence" in result.out
     with Image.open(picture) as opened:
+        assert opened.format == "PNG"
+
+
+def test_a_folder_for_all_numbers(bcos, model, data, tmp_path):
+    result = bcos("evaluate", *model, "--data", data, "-o", tmp_path / "out", "--json")
+    assert result.code == 0, result.err
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert written == {k: v for k, v in result.json.items() if k != "warnings"}
+    with Image.open(tmp_path / "out" / "evaluation.png") as opened:
         assert opened.format == "PNG"
 
 
@@ -109,6 +123,12 @@ def test_localise_needs_a_network(bcos, data, tmp_path):
     assert (result.code, "neither" in result.err) == (2, True)
     result = bcos("localise", "-c", "x", "--convert", "--data", data, "-o", tmp_path / "out")
     assert (result.code, "--convert" in result.err) == (2, True)
+
+
+def test_checkpoints_of_small_networks_take_small_images(checkpoint, tmp_path):
+    net, _ = bcosify(load_model("small:resnet20", weights="random"))
+    assert load_network(None, save(net, tmp_path / "small.safetensors"), None).input_size == 32
+    assert load_network(None, checkpoint, None).input_size == 224
 
 
 @pytest.mark.parametrize("command", ["evaluate", "localise"])

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from bcos_rt import Recipe, bcosify
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation.accuracy import evaluate, reliability
+from bcos_rt.files import read_rows
 
 
 class Given(nn.Module):
@@ -56,6 +58,8 @@ def test_numbers_by_hand() -> None:
             gap = sum(hit for _, hit in inside) - sum(c for c, _ in inside)
             error += abs(gap) / 40
     assert found.softmax.error == pytest.approx(error, rel=1e-6)
+    assert found.softmax.confidence == pytest.approx(sum(c for c, _ in confidences) / 40)
+    assert found.sigmoid.confidence == pytest.approx(sum(1 / (1 + math.exp(-max(row))) for row in logits.tolist()) / 40)
     assert sum(found.softmax.counts) == sum(found.sigmoid.counts) == 40
     assert found.per_class[6] is None
     for k in range(6):
@@ -86,10 +90,55 @@ def test_completeness_of_a_bcos_network(tmp_path: Path) -> None:
     assert found.completeness is not None
     assert found.completeness.images == 10
     assert 0 <= found.completeness.mean <= found.completeness.largest < 1e-4
+    assert found.completeness.median <= found.completeness.q90 <= found.completeness.q99 <= found.completeness.largest
     assert found.top5 is None
     assert found.save(tmp_path / "r.png").stat().st_size > 5000
     with pytest.raises(InvalidArgumentError, match=r"ending in \.png"):
         found.save(tmp_path / "r.jpg")
+
+
+def test_quantiles_of_the_completeness_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With explanations whose errors are known."""
+
+    class Known:
+        def __init__(self, net: nn.Module, images: Tensor) -> None:
+            self.logits = torch.full((len(images), 4), -2.0)
+            self.errors = images[:, 0, 0, 0].double()
+
+        def completeness_error(self) -> Tensor:
+            return self.errors
+
+    monkeypatch.setattr("bcos_rt.evaluation.accuracy.explain", Known)
+    source = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net, _ = bcosify(source, Recipe(mean=(0, 0, 0), std=(1, 1, 1)))
+    images = torch.rand(31, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = evaluate(net.eval(), (images, torch.arange(31) % 4), batch_size=8).completeness
+    assert found is not None
+    errors = images[:, 0, 0, 0].double().numpy()
+    assert (found.mean, found.largest) == (pytest.approx(errors.mean()), errors.max())
+    assert found.largest_relative == pytest.approx(errors.max() / 2)
+    for value, q in ((found.median, 0.5), (found.q90, 0.9), (found.q99, 0.99)):
+        assert value == pytest.approx(np.quantile(errors, q))
+
+
+def test_a_folder_gets_every_number(tmp_path: Path) -> None:
+    images, labels, _ = data()
+    found = evaluate(Given(7), (images, labels))
+    out = found.save(tmp_path / "new" / "v1.2", {"network": "given"})
+    names = {"evaluation.json", "evaluation.csv", "evaluation_classes.csv", "evaluation.png"}
+    assert {p.name for p in out.iterdir()} == names
+    written = json.loads((out / "evaluation.json").read_text())
+    assert written == {"network": "given", "results": json.loads(json.dumps(found.to_dict()))}
+    (row,) = read_rows(out / "evaluation.csv")
+    assert float(row["top1"]) == found.top1
+    assert float(row["softmax_confidence"]) == found.softmax.confidence
+    assert row["completeness_q99"] == ""
+    classes = read_rows(out / "evaluation_classes.csv")
+    assert [row["class"] for row in classes] == list(map(str, range(7)))
+    assert float(classes[0]["top1"]) == found.per_class[0]
+    assert classes[6]["top1"] == ""
+    with pytest.raises(InvalidArgumentError, match="or a folder"):
+        found.save(out / "evaluation.json")
 
 
 @pytest.mark.parametrize(

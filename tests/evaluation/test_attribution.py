@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from bcos_rt import Recipe, bcosify, explain
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation import METHODS, method
 from bcos_rt.models.small import SmallResNet
 from bcos_rt.nn.conventional import ConventionalNetwork
+from bcos_rt.nn.exponent import exponents, set_exponents
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -154,6 +156,89 @@ def test_changed_weights_are_seen() -> None:
     with torch.no_grad():
         net.model.fc.weight.mul_(2)  # type: ignore[union-attr, operator]
     close(method("input_x_gradient")(net, IMAGES, TARGETS), 2 * first)
+
+
+def test_a_changed_exponent_and_writes_through_data_are_seen() -> None:
+    """Neither raises a tensor's version."""
+    net, _ = bcosify(resnet().model.float(), Recipe(mean=MEAN, std=STD))
+    images, saliency = IMAGES.float(), method("saliency")
+    first = saliency(net.eval(), images, TARGETS)
+    set_exponents(net, dict.fromkeys(exponents(net), 1.25))
+    second = saliency(net, images, TARGETS)
+    assert not torch.allclose(first, second)
+    conventional = resnet()
+    first = saliency(conventional, IMAGES, TARGETS)
+    conventional.model.fc.weight.data.mul_(2)  # type: ignore[union-attr, operator]
+    close(saliency(conventional, IMAGES, TARGETS), 2 * first)
+
+
+SEVERAL = torch.tensor([[0, 1], [4, 4], [2, 3]])
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "random"])
+def test_several_classes_of_each_image(name: str) -> None:
+    net, _ = bcosify(resnet().model.float(), Recipe(mean=MEAN, std=STD))
+    net.eval()
+    images = IMAGES.float()
+    found = method(name)(net, images, SEVERAL)
+    assert found.shape == (3, 2, 16, 16)
+    expected = torch.stack([method(name)(net, images, SEVERAL[:, k]) for k in range(2)], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_several_classes_are_one_forward_pass_of_our_own_explanation(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, _ = bcosify(resnet().model.float(), Recipe(mean=MEAN, std=STD))
+    calls = []
+
+    def counted(net: nn.Module, images: Tensor, targets: Tensor) -> object:
+        calls.append((len(images), tuple(targets.shape)))
+        return explain(net, images, targets)
+
+    monkeypatch.setattr("bcos_rt.evaluation.attribution.explain", counted)
+    method("bcos")(net.eval(), IMAGES.float(), SEVERAL)
+    assert calls == [(3, (3, 2))]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4, 64])
+def test_integrated_gradients_see_no_more_images_at_once_than_told(at_once: int) -> None:
+    net = ConventionalNetwork(Counting(resnet().model), MEAN, STD).eval()
+    found = method("integrated_gradients", n_steps=5, internal_batch_size=at_once)(net, IMAGES, TARGETS)
+    # Counted in a copy of the network: a list that copies share.
+    assert max(Counting.seen) <= at_once
+    torch.testing.assert_close(found, method("integrated_gradients", n_steps=5)(resnet(), IMAGES, TARGETS))
+    Counting.seen.clear()
+
+
+def test_integrated_gradients_of_large_images_take_few_at_once() -> None:
+    net = ConventionalNetwork(Counting(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)))).eval()
+    images = torch.rand(2, 3, 896, 896)  # 16 times 224 x 224
+    method("integrated_gradients", n_steps=5)(net, images, torch.tensor([0, 1]))
+    assert max(Counting.seen) == 4
+    Counting.seen.clear()
+    with pytest.raises(InvalidArgumentError, match="internal_batch_size: got 0"):
+        method("integrated_gradients", internal_batch_size=0)(net, images, torch.tensor([0, 1]))
+
+
+class Counting(nn.Module):
+    """Notes the number of images of every call."""
+
+    seen: list[int] = []  # noqa: RUF012 (of all copies)
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.note(x)
+        logits: Tensor = self.model(x)
+        return logits
+
+    @staticmethod
+    def note(x: Tensor) -> None:
+        if not isinstance(x, Proxy):  # tracing
+            Counting.seen.append(len(x))
+        else:
+            raise TypeError("a network that cannot be traced keeps its code")
 
 
 def test_unknown_methods_and_options_are_named() -> None:

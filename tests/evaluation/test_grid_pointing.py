@@ -9,15 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bcos_rt import Recipe, bcosify
+from bcos_rt import Recipe, bcosify, explain
 from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.evaluation import grid_pointing_game
 from bcos_rt.evaluation.grid_pointing import (
     choose_images,
+    confident_for_all,
     confident_images,
     grids_of,
     share_in_cells,
     smoothing_for,
+    tiled,
 )
 from bcos_rt.nn.conventional import ConventionalNetwork
 
@@ -189,6 +191,84 @@ def test_networks_have_their_own_grids_unless_told_otherwise() -> None:
     assert all(torch.equal(a, b) for a, b in zip(seen["first"], seen["second"], strict=True))
 
 
+def test_the_same_grids_are_of_images_that_every_network_is_sure_of() -> None:
+    first, second = ConventionalNetwork(Colours()).train(), ConventionalNetwork(Colours())
+    data, labels = images()
+    with torch.no_grad():
+        second.model.head.bias[1] -= 0.85  # type: ignore[union-attr, operator, index]
+        sure = [
+            {i for i in range(60) if int(v[i].argmax()) == int(labels[i]) and float(v[i].max()) > 0}
+            for v in (first(data), second(data))
+        ]
+    assert sure[0] != sure[1], "or there is nothing to test"
+    allowed = sure[0] & sure[1]
+    seen: list[list[int]] = []
+
+    def remember(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        assert not net.training
+        corners = [images[0, :, y, x] for x in (0, SIDE) for y in (0, SIDE)]
+        seen.append([int((data[:, :, 0, 0] == corner).all(1).nonzero()[0, 0]) for corner in corners])
+        # Column by column: the targets are those of the corners.
+        assert targets.tolist() == [int(labels[i]) for i in seen[-1]]
+        return torch.ones(len(images), *images.shape[2:])
+
+    nets = {"first": first, "second": second}
+    result = grid_pointing_game(nets, [remember], (data, labels), n=2, grids=4, same_grids=True, smooth=0)
+    half = len(seen) // 2
+    assert seen[:half] == seen[half:]
+    assert {i for grid in seen for i in grid} <= allowed
+    assert first.training, "the mode is as it was"
+    assert {row["images_of"] for row in result.summary()} == {"first + second"}
+    seen.clear()
+    own = grid_pointing_game(nets, [remember], (data, labels), n=2, grids=4, smooth=0)
+    assert [row["images_of"] for row in own.summary()] == ["first", "second"]
+    assert not {i for grid in seen for i in grid} <= allowed
+    assert len(own.plot_example().axes) == 4, "a grid and a map of each"
+
+
+def test_confidence_of_several_networks_is_the_least() -> None:
+    first = {0: [(5, 9.0), (2, 3.0), (7, 1.0)], 1: [(1, 4.0)], 2: [(8, 2.0)]}
+    second = {0: [(2, 4.0), (5, 2.0)], 1: [(1, 0.5)]}
+    assert confident_for_all([first, second]) == {0: [(2, 3.0), (5, 2.0)], 1: [(1, 0.5)], 2: []}
+    assert confident_for_all([first]) == first
+
+
+def test_our_own_explanation_of_a_grid_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, _ = bcosify(
+        Colours(), Recipe(mean=(0, 0, 0), std=(1, 1, 1), logit_bias=None, biases="keep", head="after_pool")
+    )
+    calls = []
+
+    def counted(net: nn.Module, images: Tensor, targets: Tensor) -> object:
+        calls.append((len(images), tuple(targets.shape)))
+        return explain(net, images, targets)
+
+    monkeypatch.setattr("bcos_rt.evaluation.attribution.explain", counted)
+    grid_pointing_game({"a": net.eval()}, ["bcos"], images(), n=2, grids=3, smooth=0)
+    assert calls == [(1, (1, 4))] * 3
+
+
+def test_images_are_placed_as_published() -> None:
+    """Row i % n, column i // n, a literal reading of the published view and permutation."""
+    cells = torch.rand(9, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    published = cells.view(-1, 3, 3, 3, 4, 4).permute(0, 3, 2, 4, 1, 5).reshape(3, 12, 12)
+    assert torch.equal(tiled(cells, 3), published)
+
+
+def test_windows_cover_the_whole_grid_whatever_the_stride() -> None:
+    """5 does not go into 12: without windows at the edge a strip would have no attribution."""
+    covered = []
+
+    def ones(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        covered.append(tuple(images.shape[2:]))
+        return torch.ones(len(images), *images.shape[2:])
+
+    net = ConventionalNetwork(Colours())
+    result = grid_pointing_game({"a": net}, [ones], images(), n=2, grids=1, smooth=0, variant="strided", stride=5)
+    assert covered == [(SIDE, SIDE)] * 16
+    np.testing.assert_allclose(result.shares["a", "ones"], 0.25)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -197,6 +277,10 @@ def test_networks_have_their_own_grids_unless_told_otherwise() -> None:
         ({"variant": "half"}, "variant: got 'half'"),
         ({"smooth": 4}, "smooth: got 4"),
         ({"same_grids": "b"}, "same_grids"),
+        ({"grids": 0}, "grids: got 0"),
+        ({"stride": 0}, "stride: got 0"),
+        ({"stride": SIDE + 1, "variant": "strided"}, "stride: got 13"),
+        ({"methods": {"b": ["random"]}}, "none for 'a'"),
         ({"methods": []}, "methods: got none"),
         ({"methods": ["random", "random"]}, "'random' twice"),
         ({"methods": ["input_times_gradient"]}, "did you mean 'input_x_gradient'"),

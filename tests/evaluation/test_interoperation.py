@@ -98,6 +98,12 @@ def test_captum_s_wrappers_take_it(net: BcosNetwork) -> None:
     assert isinstance(attribution, captum.Attribution)
     found = captum.NoiseTunnel(attribution).attribute(IMAGES, nt_samples=2, stdevs=0.0, target=1)
     torch.testing.assert_close(found, attribution.attribute(IMAGES, 1), rtol=1e-4, atol=1e-6)
+    _, delta = captum.NoiseTunnel(attribution).attribute(
+        IMAGES, nt_samples=2, stdevs=0.01, target=TARGETS, return_convergence_delta=True
+    )
+    # One of every noisy image.
+    assert delta.shape == (6,)
+    assert float(delta.abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize(

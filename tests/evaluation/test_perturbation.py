@@ -174,6 +174,23 @@ def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> No
         perturbation_curves(linear(), **{**arguments, **changes})  # type: ignore[arg-type]
 
 
+def test_images_of_several_sizes_are_named() -> None:
+    class Sizes(torch.utils.data.Dataset[tuple[Tensor, int]]):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return torch.rand(3, SIDE, SIDE + index), 0
+
+    with pytest.raises(InvalidArgumentError, match="images of several sizes"):
+        insertion_deletion({"a": linear()}, ["random"], Sizes())
+
+
+def test_a_network_without_methods_is_named() -> None:
+    with pytest.raises(InvalidArgumentError, match="methods: got none for 'a'"):
+        insertion_deletion({"a": linear()}, {"b": ["random"]}, (torch.rand(2, 3, SIDE, SIDE), None))
+
+
 def test_bad_networks_and_data_are_named() -> None:
     with pytest.raises(InvalidTypeError, match="net: got str"):
         perturbation_curves("resnet", IMAGES, 0, torch.rand(3, SIDE, SIDE))  # type: ignore[arg-type]

@@ -148,6 +148,8 @@ def test_bcos_explanations_follow_the_parameters() -> None:
         ({"images": IMAGES[0]}, "images: got shape"),
         ({"stages": ["layer9"]}, "did you mean"),
         ({"stages": []}, "stages: got"),
+        ({"stages": ["fc", "relu"]}, "'relu', which has none"),
+        ({"stages": ["fc", "conv1", "fc"]}, "each once"),
         ({"stages": "fc"}, "stages: got 'fc'"),
         ({"targets": 5}, "class 5"),
         ({"targets": [[0, 1]] * 3}, "one class an image"),

@@ -1,5 +1,6 @@
 """Models by name, weights from files, metadata, and what is said when any of it is wrong."""
 
+import dataclasses
 import json
 import pickle
 import sys
@@ -49,6 +50,21 @@ def test_metadata(name, normalisation, size):
         "num_classes": 1000,
     }
     assert loaded.module(torch.zeros(1, 3, size, size)).shape == (1, 1000)
+
+
+def test_conventional_normalises_and_is_named():
+    torch.manual_seed(0)
+    loaded = load_model("small:resnet20", weights="random", num_classes=2)
+    images = torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (loaded.mean, loaded.std))
+    net = loaded.conventional(("cat", "dog")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), loaded.module((images - mean) / std))
+    assert (net.class_names, net.source, net.model) == (["cat", "dog"], loaded.source, loaded.module)
+    unknown = dataclasses.replace(loaded, mean=None, std=None, class_names=("a", "b")).conventional().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(unknown(images), loaded.module(images))
+    assert unknown.class_names == ["a", "b"]
 
 
 def test_class_names_are_imagenets_in_order():

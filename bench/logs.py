@@ -1,0 +1,25 @@
+"""What long training experiments have in common: where their files lie, and which logs are committed."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+
+from bcos_rt.benchmark import machine
+from bcos_rt.files import write_json
+
+__all__ = ["ROOT", "copy_logs"]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def copy_logs(run: Path, target: Path) -> None:
+    """Copy a run's recipe and rows to the folder that is committed, beside the machine they come from."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.csv", "recipe.json"):
+        shutil.copy(run / name, target / name)
+    described = {**machine.describe(), "threads": torch.get_num_threads(), "python": platform.python_version()}
+    write_json(target / "machine.json", described)
