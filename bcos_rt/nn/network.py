@@ -131,7 +131,8 @@ class EmbeddingLayer(nn.Module):
         outputs = outputs if outputs.ndim == 3 else outputs[:, None]
         # A token of zeros stays one.
         tiny = torch.finfo(outputs.dtype).tiny
-        return outputs / torch.linalg.vector_norm(outputs, dim=-1, keepdim=True).clamp_min(tiny)
+        norm: Tensor = torch.linalg.vector_norm(outputs, dim=-1, keepdim=True)
+        return outputs / norm.clamp_min(tiny)
 
     def forward(self, outputs: Tensor) -> Tensor:
         return self.tokens(outputs).mean(1)

@@ -1,0 +1,261 @@
+"""Transformers end to end: equivalence, completeness, W against autograd, the engine, ONNX, CLIP's image tower.
+
+Weights are seeded, sizes small; every projection gets random biases, so that none is 0 by accident.
+"""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from bcos_rt import Engine, Recipe, bcosify, explain, recalibrate
+from bcos_rt.nn import BcosLinear
+from bcos_rt.nn.attention import AttentionPool, MultiheadAttention, call_projections
+from tests.golden import golden_images, load_golden, seeded
+from tests.oracle import oracle
+from tests.tolerances import TOLERANCES
+
+SIZE = 64
+
+
+def timm_model(name, **options):
+    return pytest.importorskip("timm").create_model(name, num_classes=10, **options)
+
+
+MODELS = {
+    # name: the model, its output projection of attention, the projection(s) that must stay linear
+    "timm vit": (
+        lambda: timm_model("vit_tiny_patch16_224", img_size=SIZE, depth=2),
+        "blocks.0.attn.proj", ("blocks.0.attn.qkv",),
+    ),
+    "timm deit distilled": (
+        lambda: timm_model("deit_tiny_distilled_patch16_224", img_size=SIZE, depth=2),
+        "blocks.1.attn.proj", ("blocks.1.attn.qkv",),
+    ),
+    "timm swin": (
+        lambda: timm_model(
+            "swin_tiny_patch4_window7_224", img_size=SIZE, window_size=4, depths=(2, 2), num_heads=(2, 4), embed_dim=32
+        ),
+        "layers.0.blocks.1.attn.proj", ("layers.0.blocks.1.attn.qkv",),
+    ),
+    "torchvision vit": (
+        lambda: torchvision.models.VisionTransformer(SIZE, 16, 2, 4, 64, 128, num_classes=10),
+        "encoder.layers.encoder_layer_0.self_attention.out_proj", (),
+    ),
+    "torchvision swin": (
+        # 72 px: the windows of the first stage are padded.
+        lambda: torchvision.models.SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=10),
+        "features.1.1.attn.proj", ("features.1.1.attn.qkv",),
+    ),
+}  # fmt: skip
+
+
+def filled(model):
+    """Every floating-point entry drawn anew: matrices by their width, scales around 1, biases that are not 0."""
+    generator = torch.Generator().manual_seed(1)
+    state = model.state_dict()
+    for name in sorted(state):
+        value = state[name]
+        if value.is_floating_point() and value.ndim >= 2:
+            state[name] = torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5
+        elif value.is_floating_point() and "weight" in name:
+            state[name] = 0.5 + torch.rand(value.shape, generator=generator)
+        elif value.is_floating_point():
+            state[name] = 0.1 * torch.randn(value.shape, generator=generator)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def images(n=2, size=SIZE):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    build, output, linear = MODELS[request.param]
+    return filled(build()), output, linear, images()
+
+
+def test_conversion(case):
+    source, output, linear, x = case
+    _, report = bcosify(source, Recipe.equivalent(), verify_images=x)
+    assert report.equivalence.within(TOLERANCES["equivalence"])
+    assert report.weights_copied.complete
+    assert report.weights_copied.dropped == 0
+    net, report = bcosify(source)
+    assert report.weights_copied.complete
+    assert isinstance(net.backbone.get_submodule(output), BcosLinear)
+    for name in linear:
+        assert type(net.backbone.get_submodule(name)) is nn.Linear
+        assert net.backbone.get_submodule(name).bias is None
+        converted, _ = bcosify(source, Recipe(attention="convert"))
+        assert isinstance(converted.backbone.get_submodule(name), BcosLinear)
+
+
+def test_explanation(case):
+    source, _, _, x = case
+    net = bcosify(source)[0].double().eval()
+    explanation = explain(net, x.double())
+    assert float(explanation.completeness_error().max()) < 1e-12
+    logits, weights = oracle(net, net.encode(x.double()), explanation.target)
+    torch.testing.assert_close(explanation.logits, logits, rtol=1e-10, atol=1e-12)
+    difference = (explanation.weights - weights).abs().max() / weights.abs().max()
+    assert float(difference) < TOLERANCES["oracle64"]
+    given = Engine(net.float(), x, backend="eager").explain(x, explanation.target)
+    error = (given.weights.double() - weights).abs().max() / weights.abs().max()
+    assert float(error) < TOLERANCES["weights_b2"]
+
+
+def test_onnx(case, tmp_path):
+    pytest.importorskip("onnxruntime")
+    from bcos_rt.export import to_onnx
+
+    source, _, _, x = case
+    report = to_onnx(bcosify(source)[0].eval(), tmp_path / "net.onnx", SIZE, verify_images=x)
+    assert report.parity.differences["weights"].max_relative < TOLERANCES["weights_b2"]
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "added", "causal"])
+def test_scaled_dot_product_attention(mask):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.qkv, self.head = nn.Conv2d(3, 12, 8, 8), nn.Linear(12, 36), nn.Linear(12, 5)
+            generator = torch.Generator().manual_seed(3)
+            self.register_buffer("mask", torch.randn(16, 16, generator=generator))
+
+        def forward(self, x):
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 1, 4).unbind(0)
+            # A diagonal that is allowed: no row without any key.
+            allowed = (self.mask > 0) | torch.eye(16, dtype=torch.bool, device=x.device)
+            given = {"none": None, "bool": allowed, "added": self.mask, "causal": None}[mask]
+            x = torch.nn.functional.scaled_dot_product_attention(q, k, v, given, is_causal=mask == "causal", scale=0.7)
+            return self.head(x.transpose(1, 2).flatten(2).mean(1))
+
+    source = filled(Net())
+    net = bcosify(source)[0].double().eval()
+    x = images(size=32).double()
+    explanation = explain(net, x)
+    _, weights = oracle(net, net.encode(x), explanation.target)
+    assert float((explanation.weights - weights).abs().max() / weights.abs().max()) < TOLERANCES["oracle64"]
+    assert float(explanation.completeness_error().max()) < 1e-12
+
+
+# --- layers that read their projections' weights ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("case", ["self", "cross", "weights", "padding", "mask", "both"])
+def test_multihead_attention_is_torchs(batch_first, case):
+    torch.manual_seed(4)
+    old = filled(nn.MultiheadAttention(12, 3, batch_first=batch_first))
+    new = call_projections(copy.deepcopy(old))
+    assert isinstance(new, MultiheadAttention)
+    assert set(new.state_dict()) == set(old.state_dict())
+    shapes = ((2, 5, 12), (2, 7, 12)) if batch_first else ((5, 2, 12), (7, 2, 12))
+    query, key = (torch.rand(shape) for shape in shapes)
+    value = torch.rand(key.shape)
+    if case in ("self", "weights"):
+        key = value = query
+    keys = key.shape[1 if batch_first else 0]
+    options = {"need_weights": case == "weights"}
+    if case in ("padding", "both"):
+        options["key_padding_mask"] = torch.arange(keys)[None].repeat(2, 1) > 4
+    if case in ("mask", "both"):
+        options["attn_mask"] = torch.rand(5, keys) > 0.7
+        options["attn_mask"][:, 0] = False
+    expected, weights = old(query, key, value, **options)
+    got, probabilities = new(query, key, value, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert (weights is None) == (probabilities is None)
+    if weights is not None:
+        torch.testing.assert_close(probabilities, weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 10), (3, 8), (4, 4)])
+@pytest.mark.parametrize("shift", [(0, 0), (2, 2), (2, 0)])
+def test_window_attention_is_torchvisions(size, shift):
+    from torchvision.models.swin_transformer import ShiftedWindowAttention
+
+    old = filled(ShiftedWindowAttention(12, [4, 4], list(shift), 3))
+    new = call_projections(copy.deepcopy(old))
+    assert set(new.state_dict()) == set(old.state_dict())
+    x = torch.rand(2, *size, 12, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(new(x), old(x), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_nobody_knows_are_left():
+    assert call_projections(nn.Linear(3, 3)) is None
+    assert call_projections(nn.MultiheadAttention(4, 2, add_bias_kv=True)) is None
+    assert call_projections(nn.MultiheadAttention(4, 2, kdim=3)) is None
+
+
+# --- patches embedded by a linear layer ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["pixels_first", "channels_first"])
+def test_linear_patch_embedding_is_widened_in_its_own_order(order):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm, self.head = nn.Linear(48, 10), nn.LayerNorm(10), nn.Linear(10, 5)
+
+        def forward(self, x):
+            n, c, h, w = x.shape
+            x = x.reshape(n, c, h // 4, 4, w // 4, 4)
+            x = x.permute(0, 2, 4, 3, 5, 1) if order == "pixels_first" else x.permute(0, 2, 4, 1, 3, 5)
+            x = self.embed(x.flatten(3).flatten(1, 2))
+            return self.head(self.norm(x.mean(dim=1)))
+
+    source, x = filled(Net()), images(size=16)
+    _, report = bcosify(source, Recipe.equivalent(), verify_images=x)
+    assert report.equivalence.within(TOLERANCES["equivalence"])
+    assert report.weights_copied.widened == 1
+    assert report.weights_copied.complete
+    net, report = bcosify(source)
+    # Published for SimpleViT: LayerNorm and classifier of every token, then the mean.
+    tokens = []
+    net.backbone.head.register_forward_hook(lambda module, args, out: tokens.append(out.shape))
+    net.eval()(x)
+    assert tokens == [(2, 16, 5)]
+    net.double()
+    assert float(explain(net, x.double()).completeness_error().max()) < 1e-12
+
+
+# --- CLIP ------------------------------------------------------------------------------------------------------------
+
+
+def relative(got, expected):
+    expected = torch.as_tensor(expected).double()
+    return float((got.double() - expected).abs().max() / expected.abs().max())
+
+
+def test_clip_image_tower_gives_the_published_tokens():
+    modified_resnet = pytest.importorskip("open_clip.modified_resnet")
+    golden = load_golden("clip_rn_small")
+    tower = modified_resnet.ModifiedResNet((1, 1, 1, 1), output_dim=128, heads=8, image_size=224, width=16)
+    source, x = seeded(tower, 21), golden_images(21)
+    recipe = Recipe.clip()
+    unchanged = Recipe.equivalent(mean=recipe.mean, std=recipe.std)
+    net, report = bcosify(source, unchanged, verify_images=x)
+    assert report.equivalence.within(TOLERANCES["equivalence"])
+    with torch.no_grad():
+        assert relative(net(x), golden["standard_embedding"]) < TOLERANCES["equivalence"]
+
+    net, report = bcosify(source, recipe)
+    assert report.weights_copied.complete
+    assert isinstance(net.backbone.attnpool, AttentionPool)
+    assert isinstance(net.backbone.attnpool.c_proj, BcosLinear)
+    recalibrate(net, [x])
+    for key in (k for k in golden if k.startswith("running_var/")):
+        got = net.backbone.get_submodule(key.removeprefix("running_var/")).running_var
+        torch.testing.assert_close(got, torch.tensor(golden[key]).float(), rtol=TOLERANCES["running_var"], atol=1e-12)
+    with torch.no_grad():
+        tokens = net.eval().tokens_encoded(net.encode(x))
+        embedding = net(x)
+    assert relative(tokens.transpose(0, 1), golden["tokens"]) < TOLERANCES["logits_b2"]
+    text = torch.tensor(golden["text_embedding"]).float()
+    assert relative(embedding @ text, golden["score"]) < TOLERANCES["logits_b2"]
