@@ -1,11 +1,13 @@
 """Checkpoints that the B-cos-v2 and B-cosification projects published.
 
-Both hold only tensors, so the network is built here: the torchvision architecture of that name, converted with the
-project's recipe, and then filled strictly, every tensor of the file used and every tensor of the network filled.
+Both hold only tensors, so the network is built here: the torchvision architecture or SimpleViT of that name, converted
+with the project's recipe, and then filled strictly, every tensor of the file used and every tensor of the network
+filled.
 
-Their names differ from torchvision's: a B-cos layer keeps its weight in a submodule ``linear``; the classifier is a
-1x1 convolution; B-cosification rebuilt each ``nn.Sequential`` from a list, so that its children have numbers
-(``features.norm0`` is ``features.1``); and wrappers put ``model.`` in front, once or twice.
+Their names differ from the source's: a B-cos layer keeps its weight in a submodule ``linear``; a CNN's classifier is a
+1x1 convolution; B-cosification rebuilt each ``nn.Sequential`` of the CNNs from a list, so that its children have
+numbers (``features.norm0`` is ``features.1``); and wrappers put ``model.`` in front, once or twice, and ``0.`` where
+B-cos v2's SimpleViTs stand before their logit layer.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from torch import Tensor, nn
 
 from bcos_rt.conversion.recipe import Recipe
 from bcos_rt.errors import CheckpointError, InvalidArgumentError, InvalidTypeError, did_you_mean
-from bcos_rt.models.sources import LoadedModel, classifier_name, load_model
+from bcos_rt.models.simple_vit import SIMPLE_VITS
+from bcos_rt.models.sources import SIMPLE_VIT, LoadedModel, classifier_name, load_model
 from bcos_rt.models.weights import describe_difference, load_strict, read_state_dict
 from bcos_rt.nn.network import BcosNetwork
 
@@ -59,16 +62,20 @@ class ImportReport:
         return text + (f", {len(self.ignored)} ignored" if self.ignored else "")
 
 
-def published_recipe(flavor: Flavor) -> Recipe:
-    """The recipe of a project's published CNNs.
+def published_recipe(flavor: Flavor, name: str = "torchvision:resnet18") -> Recipe:
+    """The recipe of a project's published models.
 
     ``"bcosification"`` is the default :class:`Recipe`. ``"bcos_v2"`` (arXiv 2306.10898) was trained from scratch:
-    filters of norm 1, no activations, and no normalisation of the input.
+    filters of norm 1, no activations, and no normalisation of the input; its SimpleViTs classify the mean token.
+
+    Args:
+        name: the architecture, as in :func:`import_published`.
     """
     _check_flavor(flavor)
     if flavor == "bcosification":
         return Recipe()
-    return Recipe(mean=(0.0,) * 6, std=(1.0,) * 6, weight_norm="unit", activations="identity")
+    recipe = Recipe(mean=(0.0,) * 6, std=(1.0,) * 6, weight_norm="unit", activations="identity")
+    return recipe.replace(head="after_pool") if _is_simple_vit(_full_name(name)) else recipe
 
 
 def import_published(
@@ -85,11 +92,12 @@ def import_published(
     Args:
         checkpoint: a Lightning ``.ckpt``, a ``.pth`` or a ``.safetensors`` file, read without unpickling objects; or a
             state dict.
-        name: the architecture, ``torchvision:resnet18`` or short ``resnet18``.
+        name: the architecture, ``torchvision:resnet18`` or short ``resnet18``,
+            ``simple_vit:simple_vit_ti_patch16_224`` or short ``simple_vit_ti_patch16_224``.
         recipe: how the network was made; None is :func:`published_recipe` of the flavor.
         class_names: one name per logit; None takes ImageNet's for 1,000 classes.
         flavor: None detects it: two ``model.`` before every key, or numbered Sequentials, are B-cosification; no
-            ``model.`` is B-cos v2.
+            ``model.`` is B-cos v2. Of a SimpleViT ``model.`` is B-cosification, ``0.`` behind it or alone B-cos v2.
         ema: take the running average of the weights (``ema.module.*``) instead of the weights themselves.
 
     Returns:
@@ -114,20 +122,28 @@ def import_published(
         state = read_state_dict(what)
     else:
         raise InvalidTypeError("checkpoint", type(checkpoint).__name__, "a file or a state dict")
-    full_name = name if ":" in name else f"torchvision:{name}"
+    full_name = _full_name(name)
     _refuse_other_architectures(flavor, full_name, what)
 
     with torch.random.fork_rng(devices=[]):
         source = load_model(full_name, weights="random")
         bare, ignored, wrappers = _unwrapped(state, ema, what)
-        kind = flavor if flavor is not None else _detect(bare, wrappers, source.module, what)
+        in_sequential = _is_simple_vit(full_name) and all(key.startswith("0.") for key in bare)
+        if in_sequential:
+            bare = {key.removeprefix("0."): value for key, value in bare.items()}
+        if flavor is not None:
+            kind = flavor
+        elif _is_simple_vit(full_name):
+            kind = _detect_simple_vit(in_sequential, wrappers, what)
+        else:
+            kind = _detect(bare, wrappers, source.module, what)
         _refuse_other_architectures(kind, full_name, what)
         places = {key: _locate(source.module, key) for key in bare}
         source = _with_classes(source, full_name, bare, places)
         # Here and not above: conversion imports bcos_rt.models for names.
         from bcos_rt.conversion.convert import bcosify
 
-        recipe = recipe if recipe is not None else published_recipe(kind)
+        recipe = recipe if recipe is not None else published_recipe(kind, full_name)
         recipe = recipe.replace(mean=recipe.mean or source.mean, std=recipe.std or source.std)
         names = class_names if class_names is not None else source.class_names
         net, _ = bcosify(source.module, recipe, class_names=names)
@@ -157,6 +173,17 @@ def import_published(
         raise CheckpointError(f"{what} does not fit {full_name} as a {kind} network: {difference}")
     load_strict(backbone, loaded, what)
     return net.eval(), ImportReport(kind, full_name, tuple(keys), tuple(reshaped), tuple(ignored))
+
+
+def _full_name(name: str) -> str:
+    """``name`` with its kind in front."""
+    if ":" in name:
+        return name
+    return f"{SIMPLE_VIT}:{name}" if name in SIMPLE_VITS else f"torchvision:{name}"
+
+
+def _is_simple_vit(full_name: str) -> bool:
+    return full_name.partition(":")[0] == SIMPLE_VIT
 
 
 def _check_flavor(flavor: str) -> None:
@@ -207,6 +234,17 @@ def _detect(bare: Mapping[str, object], wrappers: int, module: nn.Module, what: 
         return "bcos_v2"
     raise CheckpointError(
         f"{what}: one 'model.' before every key fits a B-cos v2 trainer and a B-cosification model alike: "
+        "give flavor='bcos_v2' or flavor='bcosification'"
+    )
+
+
+def _detect_simple_vit(in_sequential: bool, wrappers: int, what: str) -> Flavor:
+    if in_sequential:
+        return "bcos_v2"
+    if wrappers:
+        return "bcosification"
+    raise CheckpointError(
+        f"{what}: neither '0.' (B-cos v2) nor 'model.' (B-cosification) stands before every key: "
         "give flavor='bcos_v2' or flavor='bcosification'"
     )
 

@@ -23,6 +23,8 @@ from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = [
     "SIMPLE_VITS",
+    "SIMPLE_VIT_MEAN",
+    "SIMPLE_VIT_STD",
     "SIMPLE_VIT_WEIGHTS",
     "Patches",
     "PositionEmbedding",
@@ -38,6 +40,9 @@ __all__ = [
 ]
 
 TEMPERATURE = 10_000.0
+# Of the published models, RGB in [0, 1].
+SIMPLE_VIT_MEAN = (0.485, 0.456, 0.406)
+SIMPLE_VIT_STD = (0.229, 0.224, 0.225)
 
 
 class Patches(nn.Module):
@@ -280,8 +285,8 @@ SIMPLE_VITS: dict[str, Callable[[int], SimpleViT]] = {
 
 _RELEASE = "https://github.com/B-cos/B-cos-v2/releases/download/v0.0.1-weights"
 
-# Trained as standard networks on ImageNet at 224 pixels, with its usual mean and std. The end of each name is the start
-# of the file's SHA-256, which the download is checked against.
+# Trained as standard networks on ImageNet at 224 pixels. The end of each name is the start of the file's SHA-256, which
+# the download is checked against.
 SIMPLE_VIT_WEIGHTS: dict[str, str] = {
     "simple_vit_ti_patch16_224": f"{_RELEASE}/standard_simple_vit_ti_patch16_224-2ae8c65a39.pth",
     "simple_vit_s_patch16_224": f"{_RELEASE}/standard_simple_vit_s_patch16_224-f2934fcdcf.pth",

@@ -1,4 +1,4 @@
-"""Source models by name: ``torchvision:NAME``, ``timm:NAME``, ``small:NAME``, ``efficientnet-lite0``."""
+"""Source models by name: ``torchvision:``, ``timm:``, ``simple_vit:`` or ``small:NAME``, ``efficientnet-lite0``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from bcos_rt.errors import (
     did_you_mean,
 )
 from bcos_rt.models import lite0
+from bcos_rt.models.simple_vit import SIMPLE_VIT_MEAN, SIMPLE_VIT_STD, SIMPLE_VIT_WEIGHTS, SIMPLE_VITS
 from bcos_rt.models.small import SMALL_MEAN, SMALL_NETWORKS, SMALL_STD
 from bcos_rt.models.weights import load_strict, read_state_dict, strip_prefixes
 from bcos_rt.nn.conventional import ConventionalNetwork
@@ -36,7 +37,11 @@ Triple = tuple[float, float, float]
 
 LITE0 = "efficientnet-lite0"
 SMALL = "small"
-_KINDS = ("torchvision", "timm", LITE0, SMALL)
+SIMPLE_VIT = "simple_vit"
+_KINDS = ("torchvision", "timm", LITE0, SMALL, SIMPLE_VIT)
+# Kinds whose networks are built here: constructors by name.
+_OURS: dict[str, Mapping[str, Callable[[int], nn.Module]]] = {SMALL: SMALL_NETWORKS, SIMPLE_VIT: SIMPLE_VITS}
+_NAMES = "'torchvision:NAME', 'timm:NAME', 'simple_vit:NAME', 'small:NAME'"
 # Training-only heads, which are no part of the classifier; torchvision builds them by default.
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
@@ -77,9 +82,10 @@ def load_model(
     """Build a conventional model by name.
 
     Args:
-        name: ``torchvision:NAME``, ``timm:NAME``, ``efficientnet-lite0``, or ``small:NAME`` (see
-            :mod:`bcos_rt.models.small`; no published weights).
-        weights: None (or ``"default"``) for the published weights, which torchvision and timm download on first use;
+        name: ``torchvision:NAME``, ``timm:NAME``, ``efficientnet-lite0``, ``simple_vit:NAME`` (see
+            :mod:`bcos_rt.models.simple_vit`), or ``small:NAME`` (see :mod:`bcos_rt.models.small`; no published
+            weights).
+        weights: None (or ``"default"``) for the published weights, which are downloaded on first use;
             ``"random"`` for the constructor's initialisation (seed it with :func:`torch.manual_seed`); or a file,
             ``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt``, loaded strictly.
         num_classes: number of logits; None takes the file's, or else the architecture's default. With published
@@ -143,7 +149,8 @@ def metadata_of(module: nn.Module) -> tuple[Triple, Triple] | None:
 
 def known_models() -> list[str]:
     """Every name :func:`load_model` takes, timm's only when it is installed; tags of timm are left out."""
-    names = [LITE0, *(f"{SMALL}:{n}" for n in SMALL_NETWORKS), *(f"torchvision:{n}" for n in _torchvision_names())]
+    names = [LITE0, *(f"{kind}:{n}" for kind, networks in _OURS.items() for n in networks)]
+    names += [f"torchvision:{n}" for n in _torchvision_names()]
     if importlib.util.find_spec("timm") is not None:
         names += [f"timm:{n}" for n in _timm().list_models()]
     return names
@@ -170,10 +177,11 @@ def _parse(name: str) -> tuple[str, str]:
                 "name", repr(name), "an image classifier of torchvision", did_you_mean(architecture, known)
             )
         return kind, architecture
-    if kind == SMALL and colon:
-        if architecture not in SMALL_NETWORKS:
+    if kind in _OURS and colon:
+        networks = _OURS[kind]
+        if architecture not in networks:
             raise InvalidArgumentError(
-                "name", repr(name), "one of " + ", ".join(SMALL_NETWORKS), did_you_mean(architecture, SMALL_NETWORKS)
+                "name", repr(name), "one of " + ", ".join(networks), did_you_mean(architecture, networks)
             )
         return kind, architecture
     if kind == "timm" and colon:
@@ -191,13 +199,13 @@ def _parse(name: str) -> tuple[str, str]:
         raise InvalidArgumentError(
             "name",
             f"the path {name!r}",
-            "'torchvision:NAME', 'timm:NAME', 'small:NAME' or 'efficientnet-lite0'",
+            f"{_NAMES} or 'efficientnet-lite0'",
             " (a saved B-cos network is read by bcos_rt.load(path); a file of conventional weights goes into weights=)",
         )
     raise InvalidArgumentError(
         "name",
         repr(name),
-        "'torchvision:NAME', 'timm:NAME', 'small:NAME', 'efficientnet-lite0', or an existing checkpoint",
+        f"{_NAMES}, 'efficientnet-lite0', or an existing checkpoint",
         _closest(name),
     )
 
@@ -205,7 +213,7 @@ def _parse(name: str) -> tuple[str, str]:
 def _closest(name: str) -> str:
     """Suggestions for a name without a valid ``kind:`` in front."""
     bare = name.rpartition(":")[2]
-    exact = [full for full in (f"torchvision:{bare}", f"timm:{bare}") if full in known_models()]
+    exact = [full for full in (f"{kind}:{bare}" for kind in ("torchvision", "timm", *_OURS)) if full in known_models()]
     if exact:
         return f" (did you mean {' or '.join(map(repr, exact))}?)"
     return did_you_mean(name, known_models())
@@ -237,6 +245,8 @@ def _build(kind: str, architecture: str, num_classes: int | None) -> nn.Module:
         module = torchvision.models.get_model(architecture, weights=None, **options)
     elif kind == SMALL:
         module = SMALL_NETWORKS[architecture](10 if num_classes is None else num_classes)
+    elif kind == SIMPLE_VIT:
+        module = SIMPLE_VITS[architecture](1000 if num_classes is None else num_classes)
     else:
         module = _timm().create_model(architecture, pretrained=False, **options)
     return module
@@ -271,6 +281,11 @@ def _downloaded(kind: str, architecture: str) -> nn.Module:
     try:
         if kind == "torchvision":
             module = torchvision.models.get_model(architecture, weights="DEFAULT")
+        elif kind == SIMPLE_VIT:
+            url = SIMPLE_VIT_WEIGHTS[architecture]
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+            module = _build(kind, architecture, None)
+            load_strict(module, state, url)
         else:
             with _quiet("huggingface_hub"):
                 module = _timm().create_model(architecture, pretrained=True)
@@ -377,6 +392,8 @@ def _describe(module: nn.Module, kind: str, architecture: str) -> LoadedModel:
             mean = std = (0.5, 0.5, 0.5)
     elif kind == SMALL:
         mean, std, size = SMALL_MEAN, SMALL_STD, 32
+    elif kind == SIMPLE_VIT:
+        mean, std, size, names = SIMPLE_VIT_MEAN, SIMPLE_VIT_STD, 224, imagenet_class_names()
     elif kind == LITE0:
         mean, std, size, names = lite0.LITE0_MEAN, lite0.LITE0_STD, 224, imagenet_class_names()
     else:
