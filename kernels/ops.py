@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
-from bcos_rt.kernels import cpu, reference, reference_layers
+from bcos_rt.kernels import blocked_attention, cpu, reference, reference_layers
 from bcos_rt.kernels.reference import ACTIVATIONS, CONV_EPS, LINEAR_EPS
 
 __all__ = [
@@ -37,6 +37,8 @@ __all__ = [
     "CONV_EPS",
     "LINEAR_EPS",
     "Backend",
+    "attention",
+    "attention_transposed",
     "avg_pool2d",
     "avg_pool2d_transposed",
     "conv2d",
@@ -77,6 +79,8 @@ _backend: ContextVar[Backend] = ContextVar("bcos_rt_backend", default="auto")
 
 # Which file of kernels/triton/ holds each launcher; imported at first use, since importing Triton takes a second.
 _LAUNCHERS = {
+    "attention": "attention",
+    "attention_transposed": "attention",
     "avg_pool2d": "pool",
     "avg_pool2d_transposed": "pool",
     "backward": "training",
@@ -160,9 +164,18 @@ def _use_triton(x: Tensor) -> bool:
     return x.device.type == "cuda" and (x.dtype in STORAGE_DTYPES or x.dtype == torch.uint8) and _triton_installed()
 
 
+# Plain PyTorch as well, for any device and dtype, but with less memory than the reference.
+_BLOCKED: dict[str, Callable[..., Any]] = {
+    "attention": blocked_attention.attention,
+    "attention_transposed": blocked_attention.attention_transposed,
+}
+
+
 def _kernel(name: str, x: Tensor) -> Callable[..., Any]:
-    """The function that does op ``name`` for ``x``: a Triton launcher or the reference."""
-    return _triton(name) if name not in _PLAIN and _use_triton(x) else _REFERENCES[name]
+    """The function that does op ``name`` for ``x``: a Triton launcher, or plain PyTorch."""
+    if name not in _PLAIN and _use_triton(x):
+        return _triton(name)
+    return _BLOCKED[name] if name in _BLOCKED and _backend.get() == "auto" else _REFERENCES[name]
 
 
 # --- checks, before anything is launched -----------------------------------------------------------------------------
@@ -1088,6 +1101,63 @@ def _check_transposed_epilogue(
     _check_epilogue(op, tuple(total.shape), 1 if total.ndim == 4 else -1, multiplier, identity, gate)
 
 
+def _check_scores(op: str, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
+    """Queries, keys and mask of one softmax."""
+    if query.ndim != 4 or key.ndim != 4 or key.shape[:2] != query.shape[:2] or key.shape[3] != query.shape[3]:
+        raise InvalidArgumentError(
+            f"{op}: query, key", f"shapes {tuple(query.shape)}, {tuple(key.shape)}", "[N, H, T, D], [N, H, S, D]"
+        )
+    if 0 in (key.shape[2], query.shape[3]):
+        raise InvalidArgumentError(f"{op}: key", f"shape {tuple(key.shape)}", "at least one key, of one channel")
+    if key.dtype != query.dtype:
+        raise InvalidTypeError(f"{op}: key", f"dtype {key.dtype}", f"{query.dtype}, as query has")
+    if mask is None:
+        return
+    full = (*query.shape[:3], key.shape[2])
+    if mask.ndim > 4 or any(m not in (1, s) for m, s in zip(mask.shape[::-1], full[::-1], strict=False)):
+        raise InvalidArgumentError(f"{op}: mask", f"shape {tuple(mask.shape)}", f"one that broadcasts to {full}")
+    if not mask.is_floating_point():
+        raise InvalidTypeError(f"{op}: mask", f"dtype {mask.dtype}", "floating point: it is added to the scores")
+
+
+def _check_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> None:
+    op = "attention"
+    _check(op, "query", query=query, key=key, value=value, mask=mask)
+    _check_scores(op, query, key, mask)
+    if value.ndim != 4 or value.shape[:3] != key.shape[:3]:
+        raise InvalidArgumentError(f"{op}: value", f"shape {tuple(value.shape)}", f"({key.shape[0]}, H, S, E) as key's")
+    if value.dtype != query.dtype:
+        raise InvalidTypeError(f"{op}: value", f"dtype {value.dtype}", f"{query.dtype}, as query has")
+    _check_size(op, "the result", query, math.prod(query.shape[:3]) * value.shape[3])
+
+
+def _check_attention_transposed(
+    grad: Tensor, query: Tensor, key: Tensor, lse: Tensor, mask: Tensor | None, scale: float
+) -> None:
+    op = "attention_transposed"
+    _check(op, "grad", grad=grad, query=query, key=key, lse=lse, mask=mask)
+    _check_scores(op, query, key, mask)
+    _check_shape(op, lse=(lse, query.shape[:3]))
+    rows, images = grad.shape[0] if grad.ndim else 0, query.shape[0]
+    if grad.ndim != 4 or grad.shape[1:3] != query.shape[1:3] or not (rows == images or (images and rows % images == 0)):
+        raise InvalidArgumentError(
+            f"{op}: grad", f"shape {tuple(grad.shape)}", f"[{images} K, H, T, E] for queries {tuple(query.shape)}"
+        )
+    if _use_triton(grad) and query.dtype not in STORAGE_DTYPES:
+        raise InvalidTypeError(f"{op}: query", f"dtype {query.dtype}", "float16, bfloat16 or float32")
+    _check_size(op, "the result", grad, math.prod(grad.shape[:2]) * key.shape[2] * grad.shape[3])
+
+
+def _attention_shapes(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    images, heads, tokens, _ = query.shape
+    out = query.new_empty((images, tokens, heads, value.shape[3])).transpose(1, 2)
+    return out, query.new_empty((images, heads, tokens), dtype=reference.norm_dtype(query))
+
+
+def _attention_transposed_shapes(grad: Tensor, query: Tensor, key: Tensor, *_: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:2], *key.shape[2:3], grad.shape[3]))
+
+
 def _check_image(op: str, grad: Tensor, image: Tensor) -> None:
     rows, count = grad.shape[0], image.shape[0] if image.ndim else 0
     if image.ndim != 4 or image.shape[1] != 3 or not (rows == count or (count and rows % count == 0)):
@@ -1153,10 +1223,12 @@ def _check_layer(op: str, first: str, given: dict[str, Any]) -> None:
         _check_activation(op, given["activation"])
 
 
-def _fused(name: str, check: Callable[..., None] | None, first: str = "x") -> Callable[..., Any]:
+def _fused(
+    name: str, check: Callable[..., None] | None, first: str = "x", fake: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """Register ``bcos_rt::name``: the reference function's signature; checks; the kernels of the tensors' device.
 
-    On fake tensors the reference function itself gives the shapes: every backend returns the same.
+    On fake tensors the reference function itself gives the shapes, or ``fake``: every backend returns the same.
     """
     plain = _REFERENCES[name]
     signature = inspect.signature(plain)
@@ -1174,7 +1246,7 @@ def _fused(name: str, check: Callable[..., None] | None, first: str = "x") -> Ca
             return _distinct(kernel(*(a.contiguous() if isinstance(a, Tensor) and a.ndim == 1 else a for a in args)))
 
     def shapes(*args: Any) -> Any:
-        return _distinct(plain(*args))
+        return _distinct((fake or plain)(*args))
 
     op = torch.library.custom_op(f"bcos_rt::{name}", run, mutates_args=(), schema=_schema(plain))
     op.register_fake(shapes)
@@ -1232,3 +1304,5 @@ layer_norm = _fused("layer_norm", None)
 layer_norm_transposed = _fused("layer_norm_transposed", None, "grad")
 group_norm = _fused("group_norm", None)
 group_norm_transposed = _fused("group_norm_transposed", None, "grad")
+attention = _fused("attention", _check_attention, "query", _attention_shapes)
+attention_transposed = _fused("attention_transposed", _check_attention_transposed, "grad", _attention_transposed_shapes)

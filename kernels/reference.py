@@ -25,6 +25,8 @@ __all__ = [
     "MAP_COLUMNS",
     "POWER_EPS",
     "activation_gate",
+    "attention",
+    "attention_transposed",
     "channels_last",
     "conv2d",
     "conv2d_backward",
@@ -618,3 +620,52 @@ def image_contributions(
         alpha = torch.where(contributions[:, None] < 0, torch.full_like(alpha, COLOUR_EPS), alpha)
         colour = torch.cat([rgb, alpha], 1)
     return (weights.contiguous() if want_weights else weights.new_empty(0)), contributions, colour
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def _attention_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """``scale q k^T + mask``, [N, H, T, S] in at least float32."""
+    wide = norm_dtype(query)
+    scores = query.to(wide) @ key.to(wide).transpose(-2, -1) * scale
+    return scores if mask is None else scores + mask.to(wide)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """``out = P v`` with ``P = softmax(scale q k^T + mask)`` over the keys, and the softmax's log-sum-exp.
+
+    Args:
+        query: [N, H, T, D]. key: [N, H, S, D]. value: [N, H, S, E].
+        mask: what is added to the scores, any floating point that broadcasts to [N, H, T, S]; -inf shuts a key out.
+
+    Returns:
+        out [N, H, T, E], in memory [N, T, H, E] (which is how the next layer reads it); lse [N, H, T] in float32
+        (float64 for float64 input): ``P = exp(scale q k^T + mask - lse)``. Where every key is shut out, both are 0, and
+        so is P (as in ``scaled_dot_product_attention``).
+    """
+    scores = _attention_scores(query, key, mask, scale)
+    lse = scores.logsumexp(-1)
+    lse = torch.where(lse == -math.inf, torch.zeros_like(lse), lse)
+    out = (scores - lse[..., None]).exp() @ value.to(scores.dtype)
+    return out.to(value.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def attention_transposed(
+    grad: Tensor, query: Tensor, key: Tensor, lse: Tensor, mask: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """The adjoint of :func:`attention` in its values, ``P^T grad``, the softmax held constant.
+
+    Args:
+        grad: [N K, H, T, E], K gradients of each image, the class fastest.
+        query, key, mask, scale: as :func:`attention` had them. lse: what it returned.
+
+    Returns:
+        [N K, H, S, E], dtype of ``grad``.
+    """
+    probabilities = (_attention_scores(query, key, mask, scale) - lse[..., None]).exp()
+    wide = torch.promote_types(norm_dtype(grad), probabilities.dtype)
+    per_class = per_row(probabilities.to(wide), grad.shape[0])
+    return (per_class.transpose(-2, -1) @ grad.to(wide)).to(grad.dtype)
