@@ -2,16 +2,19 @@
 
     python -m bench.cifar10 plan --data cifar10.tar.gz              what there is to do, and what is done
     python -m bench.cifar10 run NAME --data cifar10.tar.gz          one training run, or the rest of it
-    python -m bench.cifar10 all --data cifar10.tar.gz               every run, one after the other
+    python -m bench.cifar10 all --data cifar10.tar.gz               every run, one after the other; --name for some
     python -m bench.cifar10 localise --data cifar10.tar.gz          grid pointing games of what is trained
     python -m bench.cifar10 table                                   docs/results/cifar10.csv and study.csv
 
-Weights and states lie in --work (build/cifar10); logs and numbers are copied to bench/results/cifar10. A run that was
-stopped, or killed, goes on at its last epoch.
+Weights and states lie in --work (build/cifar10); logs and numbers are copied to bench/results/cifar10, and the weights
+of finished runs outside the study, so that other runs can begin with them on another machine. A run that was stopped,
+or killed, goes on at its last epoch. Two processes with one thread each (OMP_NUM_THREADS=1, --name) train more images a
+second here than one with two.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +25,7 @@ from rich.table import Table
 from bcos_rt.errors import TrainingInterruptedError
 from bcos_rt.files import read_rows
 from bench.cifar10.images import load_images
+from bench.cifar10.networks import COMMITTED_WEIGHTS, build, trained, weights_of
 from bench.cifar10.plan import Run, runs
 from bench.logs import ROOT, copy_logs
 
@@ -30,7 +34,9 @@ console = Console(stderr=True)
 RESULTS = ROOT / "bench" / "results" / "cifar10"
 Data = Annotated[Path, typer.Option("--data", metavar="TAR", help="CIFAR-10 as train/CLASS/*.jpg, test/CLASS/*.jpg.")]
 Work = Annotated[Path, typer.Option(help="Weights, states, decoded images.")]
+Names = Annotated[list[str] | None, typer.Option("--name", help="Only these runs, in this order.")]
 WORK = ROOT / "build" / "cifar10"
+GRIDS = 250
 
 
 @app.command()
@@ -38,7 +44,7 @@ def plan(work: Work = WORK) -> None:
     """List the runs and how far each is."""
     table = Table("run", "epochs", "done", "val top-1", "images/s")
     for one in runs():
-        rows = read_rows(_logs(one) / "metrics.csv") or read_rows(work / one.name / "metrics.csv")
+        rows = max(read_rows(_logs(one) / "metrics.csv"), read_rows(work / one.name / "metrics.csv"), key=len)
         last = rows[-1] if rows else {}
         table.add_row(one.name, str(one.recipe.epochs), str(len(rows)), last.get("val_top1", "")[:6],
                       last.get("images_per_s", "")[:5])  # fmt: skip
@@ -48,33 +54,22 @@ def plan(work: Work = WORK) -> None:
 @app.command("run")
 def run_one(name: str, data: Data, work: Work = WORK) -> None:
     """Train one run, or the rest of it."""
-    found = {one.name: one for one in runs()}
-    if name not in found:
-        raise typer.BadParameter(f"{name!r} is none of {', '.join(found)}", param_hint="NAME")
-    _train(found[name], data, work)
+    _train(_chosen([name])[0], data, work)
 
 
 @app.command("all")
-def run_all(data: Data, work: Work = WORK) -> None:
-    """Train every run that is not finished."""
-    for one in runs():
+def run_all(data: Data, name: Names = None, work: Work = WORK) -> None:
+    """Train every run that is not finished, and play its grids."""
+    for one in _chosen(name):
         _train(one, data, work)
+        _localise(one, data, work)
 
 
 @app.command()
-def localise(
-    data: Data, work: Work = WORK, grids: int = 250, name: Annotated[list[str] | None, typer.Option()] = None
-) -> None:
+def localise(data: Data, name: Names = None, work: Work = WORK, grids: int = GRIDS) -> None:
     """Grid pointing games (3 x 3) of every finished run that has none yet."""
-    from bench.cifar10.localise import localise_run
-
-    for one in runs():
-        if name and one.name not in name:
-            continue
-        target = _logs(one) / "localisation.csv"
-        if not target.exists() and (work / one.name / "last.safetensors").exists() and _finished(one, work):
-            console.print(f"[bold]{one.name}")
-            localise_run(one, load_images(data, work / "cifar10.npz")["test"], work, target, grids)
+    for one in _chosen(name):
+        _localise(one, data, work, grids)
 
 
 @app.command("table")
@@ -85,24 +80,42 @@ def make_table() -> None:
     write_tables(RESULTS, ROOT / "docs" / "results")
 
 
+def _chosen(names: list[str] | None) -> list[Run]:
+    found = {one.name: one for one in runs()}
+    for name in names or ():
+        if name not in found:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(found)}", param_hint="NAME")
+    return [found[name] for name in names] if names else list(found.values())
+
+
 def _logs(one: Run) -> Path:
     return RESULTS / one.name
 
 
 def _finished(one: Run, work: Path) -> bool:
-    return len(read_rows(work / one.name / "metrics.csv")) >= one.recipe.epochs
+    return any(len(read_rows(logs / one.name / "metrics.csv")) >= one.recipe.epochs for logs in (work, RESULTS))
+
+
+def _localise(one: Run, data: Path, work: Path, grids: int = GRIDS) -> None:
+    from bench.cifar10.localise import localise_run
+
+    target = _logs(one) / "localisation.csv"
+    if target.exists() or not _finished(one, work) or weights_of(one.name, work, RESULTS) is None:
+        return
+    console.print(f"[bold]{one.name}[/bold]: grids")
+    net = trained(one, work, RESULTS)
+    localise_run(one, net, load_images(data, work / "cifar10.npz")["test"], target, grids)
 
 
 def _train(one: Run, data: Path, work: Path) -> None:
     from bcos_rt.training import finetune
-    from bench.cifar10.networks import build
 
     folder = work / one.name
     if _finished(one, work):
         return
     console.print(f"[bold]{one.name}")
     images = load_images(data, work / "cifar10.npz")
-    net = build(one, work)
+    net = build(one, work, RESULTS)
     pictures = images["test"][0][::1250].float() / 255
 
     def told(row: dict[str, Any]) -> None:
@@ -120,6 +133,8 @@ def _train(one: Run, data: Path, work: Path) -> None:
     except TrainingInterruptedError as error:
         console.print(str(error))
         raise typer.Exit(143) from error
+    if not one.variant:
+        shutil.copy(folder / "last.safetensors", _logs(one) / COMMITTED_WEIGHTS)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
 from bcos_rt.evaluation import grid_pointing_game
-from bench.cifar10.networks import trained
 from bench.cifar10.plan import Run
 
 __all__ = ["localise_run"]
@@ -23,9 +22,8 @@ METHODS = {
 }  # fmt: skip
 
 
-def localise_run(run: Run, images: tuple[Tensor, Tensor], work: Path, target: Path, grids: int) -> None:
+def localise_run(run: Run, net: nn.Module, images: tuple[Tensor, Tensor], target: Path, grids: int) -> None:
     """Play 3 x 3 grids with the test images and write ``target`` and its picture."""
-    net = trained(run, work)
     methods = ("bcos",) if run.variant else METHODS[run.kind]
     with Progress(transient=True) as bar:
         task = bar.add_task(run.name)

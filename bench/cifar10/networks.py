@@ -12,13 +12,29 @@ from bcos_rt.models import load_model
 from bench.cifar10.images import CLASSES
 from bench.cifar10.plan import Run
 
-__all__ = ["build", "trained"]
+__all__ = ["COMMITTED_WEIGHTS", "build", "trained", "weights_of"]
+
+# A finished run's last.safetensors, in the folder of its logs.
+COMMITTED_WEIGHTS = "weights.safetensors"
 
 
-def build(run: Run, work: Path) -> nn.Module:
+def weights_of(name: str, work: Path, results: Path) -> Path | None:
+    """The network a run ended with: of this machine, or else the committed one; None without either."""
+    candidates = (work / name / "last.safetensors", results / name / COMMITTED_WEIGHTS)
+    return next((path for path in candidates if path.exists()), None)
+
+
+def _weights_of(name: str, work: Path, results: Path) -> Path:
+    path = weights_of(name, work, results)
+    if path is None:
+        raise SystemExit(f"{name} is to be trained first: no weights in {work} or {results}")
+    return path
+
+
+def build(run: Run, work: Path, results: Path) -> nn.Module:
     """The network a run begins with."""
     torch.manual_seed(run.seed)
-    weights = "random" if run.source is None else str(work / run.source / "last.safetensors")
+    weights = "random" if run.source is None else str(_weights_of(run.source, work, results))
     source = load_model(f"small:{run.network}", weights=weights, num_classes=len(CLASSES))
     if run.kind == "standard":
         return source.conventional(CLASSES)
@@ -26,9 +42,9 @@ def build(run: Run, work: Path) -> nn.Module:
     return net
 
 
-def trained(run: Run, work: Path) -> nn.Module:
+def trained(run: Run, work: Path, results: Path) -> nn.Module:
     """The network a run ended with, in evaluation mode."""
-    path = work / run.name / "last.safetensors"
+    path = _weights_of(run.name, work, results)
     if run.kind != "standard":
         return load(path)
     source = load_model(f"small:{run.network}", weights=str(path), num_classes=len(CLASSES))

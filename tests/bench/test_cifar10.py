@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bcos_rt.files import read_rows, write_csv
-from bench.cifar10.networks import build
-from bench.cifar10.plan import STUDY, runs
+from bcos_rt.training.run import save_network
+from bench.cifar10.networks import COMMITTED_WEIGHTS, build, weights_of
+from bench.cifar10.plan import STUDY, Run, runs
 from bench.cifar10.table import epoch_of_passing, write_tables
 
 
@@ -53,12 +54,27 @@ def test_every_run_has_a_name_of_its_own_and_a_source_before_it() -> None:
 
 
 @pytest.mark.parametrize("run", [run for run in runs() if run.seed == 0], ids=lambda run: run.name)
-def test_every_network_can_be_built(run: object, tmp_path: Path) -> None:
-    from bcos_rt.training.run import save_network
-
-    if run.source is not None:  # type: ignore[attr-defined]
-        source = next(r for r in runs() if r.name == run.source)  # type: ignore[attr-defined]
-        save_network(build(source, tmp_path), tmp_path / source.name / "last.safetensors")
-    net = build(run, tmp_path).eval()  # type: ignore[arg-type]
+def test_every_network_can_be_built(run: Run, tmp_path: Path) -> None:
+    if run.source is not None:
+        source = next(r for r in runs() if r.name == run.source)
+        # The source's weights are the committed ones, as on a machine that did not train it.
+        committed = tmp_path / "results" / source.name / COMMITTED_WEIGHTS
+        save_network(build(source, tmp_path / "work", tmp_path / "results"), committed)
+    net = build(run, tmp_path / "work", tmp_path / "results").eval()
     with torch.no_grad():
         assert net(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_weights_of_this_machine_come_before_the_committed_ones(tmp_path: Path) -> None:
+    work, results = tmp_path / "work", tmp_path / "results"
+    assert weights_of("a", work, results) is None
+    for path in (results / "a" / COMMITTED_WEIGHTS, work / "a" / "last.safetensors"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+        assert weights_of("a", work, results) == path
+
+
+def test_a_source_that_was_never_trained_is_named(tmp_path: Path) -> None:
+    run = next(r for r in runs() if r.kind == "bcosified")
+    with pytest.raises(SystemExit, match=str(run.source)):
+        build(run, tmp_path, tmp_path)
