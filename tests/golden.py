@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
+from bcos_rt.models.simple_vit import SIMPLE_VITS
 from tests.conftest import shared_dir
 
-__all__ = ["SEEDS", "golden_images", "load_golden", "seeded", "seeded_values"]
+__all__ = ["SEEDS", "golden_images", "golden_model", "load_golden", "seeded", "seeded_values"]
 
 SEEDS = {"resnet18": 11, "densenet121": 12, "simple_vit_ti_patch16_224": 14, "vitc_ti_patch1_14": 15}
 
@@ -48,6 +50,12 @@ def seeded(model: nn.Module, seed: int) -> nn.Module:
     state.update(seeded_values(state, seed))
     model.load_state_dict(state)
     return model.eval()
+
+
+def golden_model(name: str) -> nn.Module:
+    """The standard model of a golden case, seeded, in eval mode."""
+    model = SIMPLE_VITS[name](1000) if name in SIMPLE_VITS else torchvision.models.get_model(name)
+    return seeded(model, SEEDS[name])
 
 
 def golden_images(seed: int) -> Tensor:

@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 from bcos_rt import Engine, Recipe, bcosify, explain, recalibrate
+from bcos_rt.models.simple_vit import SimpleViT
 from bcos_rt.nn import BcosLinear
 from bcos_rt.nn.attention import AttentionPool, MultiheadAttention, call_projections
 from tests.golden import golden_images, load_golden, seeded
@@ -22,6 +23,14 @@ SIZE = 64
 
 def timm_model(name, **options):
     return pytest.importorskip("timm").create_model(name, num_classes=10, **options)
+
+
+def hf_model(name, attn_implementation="sdpa", **options):
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIZE, "patch_size": 16}
+    config = getattr(transformers, f"{name}Config")(**size, num_labels=10, **options)
+    config._attn_implementation = attn_implementation
+    return getattr(transformers, f"{name}ForImageClassification")(config)
 
 
 MODELS = {
@@ -48,6 +57,57 @@ MODELS = {
         # 72 px: the windows of the first stage are padded.
         lambda: torchvision.models.SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=10),
         "features.1.1.attn.proj", ("features.1.1.attn.qkv",),
+    ),
+    "timm vit small": (
+        lambda: timm_model("vit_small_patch16_224", img_size=SIZE, depth=2, embed_dim=48, num_heads=4),
+        "blocks.1.attn.proj", ("blocks.1.attn.qkv",),
+    ),
+    "timm deit": (
+        lambda: timm_model("deit_tiny_patch16_224", img_size=SIZE, depth=2, embed_dim=48),
+        "blocks.0.attn.proj", ("blocks.0.attn.qkv",),
+    ),
+    "timm convnext": (  # no attention: layer scale, LayerNorm over channels, the MLP's last layer
+        lambda: timm_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(16, 24, 32, 48)),
+        "stages.0.blocks.0.mlp.fc2", (),
+    ),
+    "timm eva02": (  # rotary embeddings, SwiGLU, biases of its own beside the projection
+        lambda: timm_model("eva02_tiny_patch14_224", img_size=SIZE, patch_size=16, depth=2, embed_dim=48, num_heads=4),
+        "blocks.1.attn.proj", ("blocks.1.attn.qkv",),
+    ),
+    "timm dinov2, registers": (  # layer scale, register tokens
+        lambda: timm_model("vit_small_patch14_reg4_dinov2", img_size=SIZE, patch_size=16, depth=2, embed_dim=48,
+                           num_heads=4),
+        "blocks.0.attn.proj", ("blocks.0.attn.qkv",),
+    ),
+    "timm swin v2": (  # cosine attention, continuous position bias
+        lambda: timm_model(
+            "swinv2_tiny_window8_256", img_size=SIZE, window_size=4, depths=(1, 2), num_heads=(2, 4), embed_dim=32
+        ),
+        "layers.1.blocks.1.attn.proj", ("layers.1.blocks.1.attn.qkv",),
+    ),
+    "hf vit": (
+        lambda: hf_model("ViT"),
+        "vit.layers.0.attention.o_proj", tuple(f"vit.layers.0.attention.{p}_proj" for p in "qkv"),
+    ),
+    "hf vit, eager attention": (
+        lambda: hf_model("ViT", attn_implementation="eager"),
+        "vit.layers.1.attention.o_proj", tuple(f"vit.layers.1.attention.{p}_proj" for p in "qkv"),
+    ),
+    "hf dinov2": (  # layer scale; the classifier takes the class token and the mean of the others
+        lambda: hf_model("Dinov2"),
+        "dinov2.encoder.layer.0.attention.o_proj", ("dinov2.encoder.layer.0.attention.v_proj",),
+    ),
+    "hf dinov2, swiglu": (
+        lambda: hf_model("Dinov2", use_swiglu_ffn=True),
+        "dinov2.encoder.layer.1.mlp.down_proj", ("dinov2.encoder.layer.1.attention.q_proj",),
+    ),
+    "simple vit": (
+        lambda: SimpleViT(patch_size=16, dim=32, depth=2, heads=2, mlp_dim=64, num_classes=10),
+        "transformer.encoder_1.attn.to_out", ("transformer.encoder_1.attn.to_qkv",),
+    ),
+    "simple vit, convolutional stem": (
+        lambda: SimpleViT(patch_size=2, dim=32, depth=1, heads=2, mlp_dim=64, conv_stem=(8, 8, 16, 32), num_classes=10),
+        "transformer.encoder_0.attn.to_out", ("transformer.encoder_0.attn.to_qkv",),
     ),
 }  # fmt: skip
 

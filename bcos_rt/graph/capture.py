@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 
-from bcos_rt.errors import UnsupportedOpError
+from bcos_rt.errors import InvalidArgumentError, UnsupportedOpError
 from bcos_rt.nn.network import BcosNetwork
 
 __all__ = ["Captured", "GraphBuilder", "bound_arguments", "capture", "eval_mode", "image_dependent", "module_of"]
@@ -270,6 +270,7 @@ def capture(net: BcosNetwork, image_size: tuple[int, int]) -> Captured:
 
     Raises:
         UnsupportedOpError: ``torch.export`` could not capture the network; the message carries its reason.
+        InvalidArgumentError: the network's own, of what it does not take.
     """
     like = next(net.parameters(), net.encoding.mean)
     example = torch.rand(2, net.encoding.channels, *image_size, dtype=like.dtype, device=like.device)
@@ -280,6 +281,8 @@ def capture(net: BcosNetwork, image_size: tuple[int, int]) -> Captured:
             program = torch.export.export(_Encoded(net).eval(), (example,), dynamic_shapes=({0: batch},), strict=False)
             if not _functionalize(program.graph):
                 program = program.run_decompositions({})
+    except InvalidArgumentError:
+        raise  # the network itself says what it does not take, such as an image size
     except Exception as error:  # torch.export raises many kinds; the user needs its first line and the whole as cause
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedOpError(

@@ -32,7 +32,7 @@ def described_state(golden, seed):
     return state
 
 
-@pytest.mark.parametrize(("name", "seed"), [("resnet18", 31), ("densenet121", 32)])
+@pytest.mark.parametrize(("name", "seed"), [("resnet18", 31), ("densenet121", 32), ("simple_vit_ti_patch16_224", 33)])
 def test_bcosification(name, seed, tmp_path):
     golden = load_golden(f"published_{name}")
     state = described_state(golden, seed)
@@ -56,6 +56,25 @@ def test_bcosification(name, seed, tmp_path):
     assert again.class_names == net.class_names
 
 
+def test_simple_vit_keeps_its_sequentials_names():
+    golden = load_golden("published_simple_vit_ti_patch16_224")
+    state = described_state(golden, 33)
+    net, report = import_published(state, "simple_vit_ti_patch16_224")
+    assert report.flavor == "bcosification"  # one ``model.`` is enough: B-cos v2's have ``0.`` in front
+    places = dict(report.keys)
+    assert places["model.to_patch_embedding.linear.linear.weight"] == "to_patch_embedding.linear.weight"
+    assert places["model.transformer.encoder_3.ff.net.linear1.linear.weight"] == (
+        "transformer.encoder_3.ff.net.linear1.weight"
+    )
+    assert places["model.transformer.encoder_3.attn.to_qkv.weight"] == "transformer.encoder_3.attn.to_qkv.weight"
+    assert net.source == {"kind": "simple_vit", "name": "simple_vit_ti_patch16_224", "num_classes": 1000}
+    bare = {key.removeprefix("model."): value for key, value in state.items()}
+    with pytest.raises(CheckpointError, match="give flavor="):
+        import_published(bare, "simple_vit_ti_patch16_224")
+    with pytest.raises(CheckpointError, match=r"missing: .*conv_stem"):
+        import_published(state, "vitc_ti_patch1_14")
+
+
 def test_renumbered_sequentials_go_to_their_own_layers():
     golden = load_golden("published_densenet121")
     _, report = import_published(described_state(golden, 32), "torchvision:densenet121")
@@ -73,7 +92,9 @@ def test_renumbered_sequentials_go_to_their_own_layers():
 def test_recipes():
     assert published_recipe("bcosification") == Recipe()
     v2 = published_recipe("bcos_v2")
-    assert (v2.weight_norm, v2.activations, v2.b) == ("unit", "identity", 2.0)
+    assert (v2.weight_norm, v2.activations, v2.b, v2.head) == ("unit", "identity", 2.0, "before_pool")
+    assert published_recipe("bcos_v2", "vitc_ti_patch1_14") == v2.replace(head="after_pool")
+    assert published_recipe("bcosification", "vitc_ti_patch1_14") == Recipe()
     with pytest.raises(InvalidArgumentError, match="did you mean 'bcos_v2'"):
         published_recipe("bcos-v2")
 
@@ -135,6 +156,43 @@ def test_bcos_v2(name, tmp_path):
     again = load(save(net, tmp_path / "ours.safetensors"))
     with torch.no_grad():
         assert torch.equal(again(images()), net(images()))
+
+
+@pytest.mark.parametrize("name", ["simple_vit_ti_patch16_224", "vitc_ti_patch1_14"])
+@pytest.mark.filterwarnings("ignore:You are trying to use the entrypoints")
+def test_bcos_v2_simple_vits(name):
+    pytest.importorskip("bcos")
+    pytest.importorskip("einops")
+    from bcos.models import vit
+    from bcos.modules import DetachableGNLayerNorm2d, norms
+    from bcos.modules.bcosconv2d import BcosConv2d
+    from bcos.modules.bcoslinear import BcosLinear
+    from bcos.modules.common import BcosSequential
+    from bcos.modules.logitlayer import LogitLayer
+
+    backbone = getattr(vit, name)(
+        channels=6,
+        linear_layer=functools.partial(BcosLinear, b=2, max_out=1),
+        conv2d_layer=functools.partial(BcosConv2d, b=2, max_out=1),
+        norm_layer=norms.NoBias(norms.DetachableLayerNorm),
+        norm2d_layer=norms.NoBias(DetachableGNLayerNorm2d),
+        act_layer=torch.nn.Identity,
+        num_classes=10,
+    )
+    model = BcosSequential(backbone, LogitLayer(logit_bias=-math.log(9))).eval()
+    state = model.state_dict()
+    state.update(seeded_values(state, 7))
+    model.load_state_dict(state)
+    net, report = import_published(state, name)
+    assert report.flavor == "bcos_v2"
+    assert [key for key, _ in report.keys] == list(state)
+    x = images()
+    with torch.no_grad():
+        expected = model(encoded(x))
+        got = net(x)
+    scale = (expected + math.log(9)).abs().max()
+    assert float((expected[0] - expected[1]).abs().max()) > 0.01 * float(scale)
+    assert float((got - expected).abs().max() / scale) < TOLERANCES["logits_b2"]
 
 
 def test_bcos_v2_with_groups():
