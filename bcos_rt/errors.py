@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "BcosError",
@@ -27,7 +28,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class BcosError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose. It can be pickled: it may come from another process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own would call the class with the message alone. A field may be anything, so it goes as text.
+        return _restored, (type(self), str(self), {name: str(value) for name, value in vars(self).items()})
+
+
+def _restored(kind: type[BcosError], message: str, fields: dict[str, str]) -> BcosError:
+    error = kind.__new__(kind, message)
+    vars(error).update(fields)
+    return error
 
 
 class InvalidArgumentError(BcosError, ValueError):

@@ -205,7 +205,7 @@ def _run(
             from bcos_rt.data import open_data
             from bcos_rt.training import finetune as fit
         with progress.working(f"looking at {data}"):
-            images = open_data(data, transform=chosen.augmentation.train_transform(), split="train")
+            images = open_data(data, split="train")
         with progress.working("building the network"):
             # All processes start with the same weights.
             torch.manual_seed(chosen.seed)

@@ -1,8 +1,9 @@
 """Images to train on and to evaluate with: sources, augmentation, loading."""
 
 from bcos_rt.data.augment import Augmentation, Mixing
+from bcos_rt.data.image_data import ImageData
 from bcos_rt.data.loading import Augmented, EpochSampler, derived_seed, loader, shard
-from bcos_rt.data.sources import ImageData, open_data
+from bcos_rt.data.sources import open_data
 
 __all__ = [
     "Augmentation",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from bcos_rt.data.loading import seeded
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = ["Augmentation", "Mixing"]
@@ -185,8 +186,7 @@ class Mixing:
 
         The same ``seed`` mixes the same way; the global random numbers are left as they were.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             if float(torch.rand(())) >= self.probability:
                 return images, F.one_hot(labels, classes).to(images.dtype)
             kinds = []

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from bcos_rt.errors import InvalidArgumentError
+from bcos_rt.errors import BcosError, InvalidArgumentError
 
-__all__ = ["Augmented", "EpochSampler", "derived_seed", "loader", "shard"]
+__all__ = ["Augmented", "EpochSampler", "derived_seed", "loader", "seeded", "shard"]
 
 Item = tuple[Tensor, int]
 
@@ -23,11 +25,22 @@ def derived_seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The CPU's random numbers are those of ``torch.manual_seed(seed)`` in the block, and after it what they were.
+
+    Those of other devices are not touched: ``torch.manual_seed`` would seed them too.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 class Augmented(Dataset[Item]):
     """A data set whose item i of epoch e is read under random numbers of its own, seeded by (seed, e, i).
 
     So the result does not depend on how many processes read, in which order, or whether the run was resumed. These are
-    torch's random numbers, which torchvision's transforms use; the global ones are left as they were.
+    torch's random numbers on the CPU, which torchvision's transforms use; outside they are left as they were.
 
     Args:
         data: items (image, label), augmented when they are read.
@@ -47,8 +60,7 @@ class Augmented(Dataset[Item]):
         return len(self.data)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Item:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(self.seed, int(self._epoch), index))
+        with seeded(derived_seed(self.seed, int(self._epoch), index)):
             return self.data[index]
 
 
@@ -122,16 +134,63 @@ def shard(length: int, batch_size: int, world_size: int = 1, rank: int = 0) -> l
     return [list(mine[i : i + size]) for i in range(0, len(mine), size)]
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """An error on its way out of the process that read. Raised there, torch would make a RuntimeError of it."""
+
+    error: BcosError
+
+
+class _Reporting(Dataset[Any]):
+    """Items of a data set, or why they cannot be read."""
+
+    def __init__(self, data: Dataset[Item]) -> None:
+        self.data = data
+
+    def __getitem__(self, index: int) -> Item | _Failure:
+        try:
+            return self.data[index]
+        except BcosError as error:
+            return _Failure(error)
+
+
+def _collate(items: list[Item | _Failure]) -> Any:
+    for item in items:
+        if isinstance(item, _Failure):
+            return item
+    sizes = sorted({tuple(item[0].shape[1:]) for item in items if not isinstance(item, _Failure)})
+    if len(sizes) > 1:
+        found = ", ".join(f"{height} x {width}" for height, width in sizes[:4])
+        return _Failure(
+            InvalidArgumentError("data", f"images of several sizes, {found}", "one size in a batch", " (give a size)")
+        )
+    return default_collate(items)
+
+
+class _Loader(DataLoader[Any]):
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, _Failure):
+                raise batch.error
+            yield batch
+
+
 def loader(data: Dataset[Item], batches: Sampler[list[int]] | Sequence[list[int]], workers: int = 0) -> DataLoader[Any]:
     """A loader of these batches, (images [B, 3, H, W], labels [B]).
 
+    Errors of this package are raised as they are, whichever process read.
+
     Args:
         workers: processes that read; 0 reads in this one.
+
+    Raises:
+        InvalidArgumentError: while it is read: an image that cannot be read, or images of several sizes in a batch.
     """
-    return DataLoader(
-        data,
+    return _Loader(
+        _Reporting(data),
         batch_sampler=batches,
         num_workers=workers,
+        collate_fn=_collate,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
