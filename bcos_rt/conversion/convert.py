@@ -25,8 +25,9 @@ from bcos_rt.conversion import nodes
 from bcos_rt.conversion.equivalence import EquivalenceResult, check_equivalence
 from bcos_rt.conversion.patches import widening
 from bcos_rt.conversion.recipe import IMAGENET_MEAN, IMAGENET_STD, Recipe
+from bcos_rt.conversion.record import record, same_answer, shared_copy
 from bcos_rt.conversion.report import ConversionReport, Kind, LayerEntry, compare_weights
-from bcos_rt.conversion.trace import is_torch_layer, trace_model
+from bcos_rt.conversion.trace import Trace, is_torch_layer, trace_model
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.nn import BatchNormUncentered2d, BcosConv2d, BcosLinear, BcosNetwork, InputEncoding
 from bcos_rt.nn.attention import PROJECTIONS, AttentionPool, MultiheadAttention, call_projections
@@ -36,6 +37,9 @@ __all__ = ["bcosify"]
 
 # A stem is a handful of convolutions; a max-pool behind more of them belongs to the network's body.
 MAX_STEM_CONVS = 3
+
+# Attributes in which modules around a first convolution say how many channels the image has.
+_CHANNEL_COUNTS = ("num_channels", "in_chans", "in_channels", "n_channels")
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 _OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -253,21 +257,77 @@ class _Conversion:
         self.modules = dict(work.named_modules(remove_duplicate=False))
         self._check_keep()
         self.trace = trace_model(work)
+        self.roles, self.notes = self._recorded(work)
+        if recipe.biases == "drop" and self._drop_loose_biases(work):
+            self.trace = trace_model(work)
+            self.roles, self.notes = self._recorded(work)
+        if self.trace.graph is None or not nodes.returns_tensor(self.trace.graph):
+            self.trace = self.roles
         self.graph = self.trace.graph
-        for name, reason in self.trace.opaque.items():
-            self.notes.append(
-                f"{name or 'the model'}: its forward cannot be traced ({reason}); functional activations and pools,"
-                " gates and classifiers inside it are not recognised"
-            )
-        self.rewritable = self.graph is not None and not self.trace.mode_dependent
+        self.rewritable = self.graph is not None and not self.trace.recorded and not self.trace.mode_dependent
         if self.graph is not None and self.trace.mode_dependent:
             self.notes.append(
                 "the forward differs between train and eval mode, so its order of operations is left as it is"
             )
         self.live = nodes.live_nodes(self.graph, self.modules) if self.graph is not None else set()
+        self.live_roles = self.live
+        if self.roles.graph is not None and self.roles is not self.trace:
+            self.live_roles = nodes.live_nodes(self.roles.graph, self.modules)
         self.attention = self._attention_projections()
         self.widenings: dict[int, tuple[Tensor, Tensor]] = {}
         self.classes: int | None = None
+
+    def _recorded(self, work: nn.Module) -> tuple[Trace, list[str]]:
+        """The graph that says what layers are for: the symbolic one where it shows everything, else a run's; notes."""
+        trace = self.trace
+        if trace.graph is not None and not trace.opaque and nodes.returns_tensor(trace.graph):
+            return trace, []
+        found = record(work, trace) if any(work.children()) and not is_torch_layer(work) else None
+        if found is None:
+            return trace, [
+                f"{name or 'the model'}: its forward cannot be traced ({reason}); functional activations and pools,"
+                " gates and classifiers inside it are not recognised"
+                for name, reason in trace.opaque.items()
+            ]
+        recorded, (height, width) = found
+        names = ", ".join(name or "the model" for name in trace.opaque) or "the model"
+        return recorded, [
+            f"{names}: symbolic tracing fails, the layers' roles come from a run on an image of {height}x{width}; the "
+            "order of operations there is left as it is"
+        ]
+
+    def _drop_loose_biases(self, work: nn.Module) -> bool:
+        """Take away parameters that serve as biases without being a layer's ``bias``; whether there were any.
+
+        A forward that asks whether it has them (``if self.q_bias is None``) gets None; any other one zeros.
+        """
+        if self.roles.graph is None:
+            return False
+        tensors = dict(work.named_parameters(remove_duplicate=False)) | dict(work.named_buffers(remove_duplicate=False))
+        names = {n for n in nodes.loose_biases(self.roles.graph, self.modules) if n in tensors and tensors[n].ndim == 1}
+        owners = {name.rpartition(".")[0] for name in names}
+        # Not every one of an owner's: dropping some would be a surprise.
+        kept = {owner for owner in owners if self._kept_by_recipe(owner)}
+        names = {name for name in names if name.rpartition(".")[0] not in kept}
+        if not any(isinstance(tensors[name], nn.Parameter) for name in names):
+            return False
+        for name in names:
+            with torch.no_grad():
+                zeros = torch.zeros_like(tensors[name])
+            _set_tensor(work, name, nn.Parameter(zeros, requires_grad=False) if _is_parameter(work, name) else zeros)
+        absent = shared_copy(work)
+        for name in names:
+            _set_tensor(absent, name, None)
+        reason = "biases='drop'"
+        if same_answer(work, absent):
+            for name in names:
+                _set_tensor(work, name, None)
+        else:
+            reason += "; the forward needs one, which is zero and frozen now"
+        for name in sorted(names):
+            self.dropped.add(name)
+            self.add(name, "other", f"a bias of {tensors[name].numel()}", "no bias", reason)
+        return True
 
     def add(self, name: str, kind: Kind, before: str, after: str, reason: str) -> None:
         self.entries.append(LayerEntry(name, kind, before, after, reason))
@@ -279,9 +339,10 @@ class _Conversion:
         head = self._plan_head(self._output_layer())
         pool = self._plan_stem_pool()
         stem = self._stem_convs()
+        stem_names = {key: self.names[key] for key in stem}
         activations = self._activation_calls()
 
-        pool_call = pool is not None and (pool.op != "call_module" or len(self.trace.calls[str(pool.target)]) > 1)
+        pool_call = pool is not None and self._is_pool_call(pool)
         for name, module in list(self.root.named_modules()):
             if head is not None and name == head.layer.target and isinstance(module, nn.Linear):
                 new: nn.Module = self._head_layer(name, module, head.channels_last)
@@ -291,6 +352,7 @@ class _Conversion:
                 new = self._convert(name, module, stem)
             if new is not module:
                 self._install(module, new)
+        self._widen_checks([name for key in stem for name in stem_names[key]])
         root = self.root
         if head is not None or activations or pool_call:
             root = self._rewrite(head, activations, pool if pool_call else None)
@@ -318,14 +380,21 @@ class _Conversion:
 
     def _is_gate(self, module: nn.Module) -> bool:
         """Whether every call of a module serves a gate only."""
-        if self.graph is None:
+        if self.roles.graph is None:
             return False
-        calls = [node for name in self.names[id(module)] for node in self.trace.calls_of(name) or ()]
-        return bool(calls) and not any(node in self.live for node in calls)
+        calls = [node for name in self.names[id(module)] for node in self.roles.calls_of(name) or ()]
+        return bool(calls) and not any(node in self.live_roles for node in calls)
+
+    def _is_read(self, module: nn.Module) -> bool:
+        """Whether a forward reads a layer's weight and never calls the layer."""
+        if self.roles.graph is None or any(self.roles.calls_of(name) for name in self.names[id(module)]):
+            return False
+        return not nodes.weights_read(self.roles.graph).isdisjoint(self.names[id(module)])
 
     def _attention_projections(self) -> set[int]:
         """ids of the linear layers that make attention's queries, keys and values."""
-        names = nodes.attention_projections(self.graph, self.modules) if self.graph is not None else set()
+        graph = self.roles.graph
+        names = nodes.attention_projections(graph, self.modules) if graph is not None else set()
         for name, module in self.modules.items():
             names.update(f"{name}.{p}" if name else p for p in PROJECTIONS.get(type(module), ()))
         return {id(self.modules[name]) for name in names}
@@ -390,10 +459,12 @@ class _Conversion:
             reason = f"part of {torch_layer}, whose forward reads its weights itself"
         elif id(module) in self.attention and self.recipe.attention == "linear":
             return self._convert_projection(name, module)
-        elif self.recipe.gates == "keep" and self._is_gate(module):
+        elif self.recipe.gates == "keep" and id(module) not in self.attention and self._is_gate(module):
             reason = "computes a gate only"
         elif is_conv or is_linear:
             reason = self._why_not_bcos(module)
+            if not reason and self._is_read(module):
+                reason = "the forward reads its weight instead of calling it"
         if reason:
             if id(module) in stem:
                 self._widen_kept(name, module, reason)
@@ -556,6 +627,17 @@ class _Conversion:
             name, "conv", before, nodes.describe(module), f"{reason}; weights [w, -w]/2 as the input has six channels"
         )
 
+    def _widen_checks(self, names: Sequence[str]) -> None:
+        """Modules around a widened layer that state the image's channels (and check them) state six."""
+        for name in names:
+            parts = name.split(".")
+            for end in range(len(parts)):
+                owner = ".".join(parts[:end])
+                for attribute in _CHANNEL_COUNTS:
+                    module = self.root.get_submodule(owner)
+                    if module.__dict__.get(attribute) == 3 and not is_torch_layer(module):
+                        setattr(module, attribute, 6)
+
     def _is_plain_conv(self, module: nn.Module) -> bool:
         return type(module) is nn.Conv2d and "weight" in module._parameters
 
@@ -633,9 +715,11 @@ class _Conversion:
         if self._is_gate(module):
             self.keep_entry(name, "activation", before, "computes a gate only")
             return module
-        calls = [node for alias in self.names[id(module)] for node in self.trace.calls.get(alias, ())]
-        if any(node not in self.live for node in calls):
+        calls = [node for alias in self.names[id(module)] for node in self.roles.calls.get(alias, ())]
+        if any(node not in self.live_roles for node in calls):
             # Shared with gates: its calls on the live path leave the graph instead (see _activation_calls).
+            if not any(self.trace.calls.get(alias) for alias in self.names[id(module)]):
+                self.keep_entry(name, "activation", before, "shared with a gate; the forward cannot be rewritten")
             return module
         self._drop(module, *module._parameters)
         self.add(name, "activation", before, "Identity()", "activations='identity'")
@@ -677,9 +761,9 @@ class _Conversion:
 
     def _patch_embedding(self) -> set[int] | None:
         """The linear layer that takes the image's patches, where the image goes there and nowhere else."""
-        if self.graph is None:
+        if self.roles.graph is None:
             return None
-        consumers = nodes.image_consumers(self.graph, self.modules)
+        consumers = nodes.image_consumers(self.roles.graph, self.modules)
         linears = {nodes.first_linear(node, self.modules) for node in consumers}
         name = next(iter(linears), None)
         if name is None or len(linears) > 1:
@@ -696,8 +780,8 @@ class _Conversion:
     def _image_convs(self) -> list[tuple[str, nn.Conv2d]]:
         six = self.recipe.input_encoding == "six_channel"
         roots: list[tuple[str, nn.Module]] = [("", self.root)]
-        if self.graph is not None:
-            consumers = nodes.image_consumers(self.graph, self.modules)
+        if self.roles.graph is not None:
+            consumers = nodes.image_consumers(self.roles.graph, self.modules)
             roots = []
             for node in consumers:
                 module = self.modules[str(node.target)] if node.op == "call_module" else None
@@ -740,6 +824,8 @@ class _Conversion:
                 self.notes.append("stem pool: the model cannot be traced, so no max-pool is known to be the stem's")
             return None
         pools = [n for n in self.graph.nodes if n in self.live and self._is_max_pool(n)]
+        if not pools and self.roles.graph is not None:
+            pools = [n for n in self.roles.graph.nodes if n in self.live_roles and self._is_max_pool(n)]
         if not pools:
             return None
         node = pools[0]
@@ -781,9 +867,13 @@ class _Conversion:
             return "not behind the stem's convolutions"
         if count > 1 and max(strides) < 2:
             return f"one of {count} max-pools, behind convolutions of stride 1: no separate stem"
-        if (pool.op != "call_module" or len(self.trace.calls[str(pool.target)]) > 1) and not self.rewritable:
+        if self._is_pool_call(pool) and not (self.rewritable and pool.graph is self.graph):
             return "the forward cannot be rewritten"
         return ""
+
+    def _is_pool_call(self, pool: fx.Node) -> bool:
+        """Whether replacing a pool means rewriting the graph: it is a function, or a module called elsewhere too."""
+        return pool.op != "call_module" or len(self.roles.calls[str(pool.target)]) > 1
 
     def _average_pool(self, name: str, module: nn.Module) -> nn.Module:
         if not isinstance(module, nn.MaxPool2d):  # the plan looked
@@ -803,6 +893,12 @@ class _Conversion:
         if self.recipe.activations == "keep" or self.graph is None:
             return []
         found = []
+        if self.roles is not self.trace and self.roles.graph is not None:
+            for node in self.roles.graph.nodes:
+                inside = any(nodes.owner_of(node).startswith(name) for name in self.trace.opaque)
+                if inside and nodes.is_activation_call(node):
+                    text = nodes.describe_node(node, self.modules)
+                    self.keep_entry(nodes.node_name(node), "activation", text, "the forward cannot be rewritten")
         for node in self.graph.nodes:
             if node.op == "call_module":
                 if not nodes.is_activation(self.modules[str(node.target)]):
@@ -1044,6 +1140,16 @@ def _present(value: Tensor | None) -> Tensor:
     if value is None:
         raise InvalidArgumentError("model", "a norm without statistics", "running statistics")
     return value
+
+
+def _is_parameter(model: nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return leaf in model.get_submodule(owner)._parameters
+
+
+def _set_tensor(model: nn.Module, name: str, value: Tensor | None) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, value)
 
 
 def _widened(weight: Tensor) -> nn.Parameter:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
+from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.nn import BcosNetwork
+from bcos_rt.nn.outputs import main_output, takes_other_sizes, with_options
 
 __all__ = ["EquivalenceResult", "check_equivalence", "evaluating"]
 
@@ -73,9 +74,9 @@ def check_equivalence(source: nn.Module, net: BcosNetwork, images: Tensor) -> Eq
     images = images.to(reference.device, reference.dtype)
     mean, std = (v[:3].to(images) for v in (net.encoding.mean, net.encoding.std))
     with torch.no_grad(), evaluating(source), evaluating(net):
-        expected, got = source((images - mean) / std), net(images)
-    if not isinstance(expected, Tensor):
-        raise InvalidTypeError("source", f"an output of type {type(expected).__name__}", "a model that returns logits")
+        images_in = (images - mean) / std
+        options = with_options(source, images) if takes_other_sizes(source) else {}
+        expected, got = main_output(source(images_in, **options)), net(images)
     if expected.shape != got.shape:
         raise InvalidArgumentError("net", f"logits {tuple(got.shape)}", f"the source's {tuple(expected.shape)}")
     # A source that answers 0 everywhere has no scale of its own.

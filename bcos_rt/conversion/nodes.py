@@ -30,22 +30,25 @@ __all__ = [
     "is_layer_norm",
     "is_shape_query",
     "live_nodes",
+    "loose_biases",
     "max_pool_options",
     "node_name",
     "owner_of",
     "pools_channels_last",
+    "returns_tensor",
     "single_use",
     "sole_input",
     "timm_classes",
     "value_inputs",
+    "weights_read",
 ]
 
 
 def timm_classes(*names: str) -> tuple[type[nn.Module], ...]:
     """timm's layer classes of these names; empty when timm was never imported, as then no model can hold one."""
     found: list[type[nn.Module]] = []
-    for module_name in ("timm.layers", "timm.layers.activations", "timm.layers.activations_me"):
-        module = sys.modules.get(module_name)
+    for part in ("", ".activations", ".activations_me", ".adaptive_avgmax_pool"):
+        module = sys.modules.get(f"timm.layers{part}")
         for name in names:
             cls = getattr(module, name, None)
             if isinstance(cls, type) and issubclass(cls, nn.Module) and cls not in found:
@@ -78,6 +81,11 @@ def owner_of(node: fx.Node) -> str:
     return str(names[-1]).removeprefix("net").removeprefix(".") if names else ""
 
 
+def returns_tensor(graph: fx.Graph) -> bool:
+    """Whether a graph's output is the value of one node."""
+    return isinstance(next(n for n in graph.nodes if n.op == "output").args[0], fx.Node)
+
+
 # --- what a node computes --------------------------------------------------------------------------------------------
 
 PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_"}
@@ -89,6 +97,7 @@ _SUMS: set[Any] = {operator.add, operator.iadd, operator.sub, operator.isub, tor
 _AS: set[Any] = {"expand_as", "view_as", "reshape_as", "type_as"}
 _SHAPES: set[Any] = {torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.numel, torch._assert}
 _SHAPES |= {"size", "dim", "numel", "ndimension", "stride", "new_zeros", "new_ones", "new_empty", "new_full"}
+_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "itemsize", "nbytes"}
 _SQUASHING: set[Any] = {torch.sigmoid, F.sigmoid, F.hardsigmoid, torch.softmax, F.softmax, torch.tanh, F.tanh}
 _SQUASHING |= {torch.special.expit, torch.sigmoid_, torch.tanh_}
 _SQUASHING |= {"sigmoid", "sigmoid_", "softmax", "tanh", "tanh_"}
@@ -130,7 +139,7 @@ def is_activation_call(node: fx.Node) -> bool:
 def is_shape_query(node: fx.Node) -> bool:
     """Whether a node reads an attribute of a tensor other than its values (shape, dtype, device)."""
     if node.op == "call_function" and node.target is getattr:
-        return node.args[1] not in ("T", "mT", "H", "mH", "data", "real")
+        return node.args[1] in _ATTRIBUTES
     if node.op == "call_function" and node.target is operator.getitem:
         return isinstance(node.args[0], fx.Node) and is_shape_query(node.args[0])
     if node.op in ("call_function", "call_method") and node.target in _SHAPES:
@@ -302,10 +311,65 @@ def _projections_behind(node: fx.Node, modules: dict[str, nn.Module], depends: s
         seen.add(one)
         if one.op == "call_module" and isinstance(modules[str(one.target)], nn.Linear):
             found.add(str(one.target))
+        elif one.target is F.linear:
+            weight = _argument(one, 1, "weight", None)
+            name = str(weight.target).rpartition(".")[0] if isinstance(weight, fx.Node) else ""
+            if isinstance(modules.get(name), nn.Linear):
+                found.add(name)
         elif _walks_on(one, modules):
             todo.extend(value_inputs(one))
     # More than one layer: a sum in between was the residual stream, and nothing is the projection of this operand.
     return found if len(found) == 1 else set()
+
+
+# --- layers whose weights the forward reads itself -------------------------------------------------------------------
+
+
+def weights_read(graph: fx.Graph) -> set[str]:
+    """Names of the modules whose ``weight`` a forward reads, as in ``F.linear(x, self.qkv.weight)``."""
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr" and node.users}
+    return {name.rpartition(".")[0] for name in read if name.endswith(".weight")}
+
+
+def loose_biases(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[str]:
+    """Names of tensors that are added to a projection's result, as its bias is, without being a layer's own bias.
+
+    ``F.linear(x, weight, torch.cat((q_bias, k_bias, v_bias)))``, and ``layer(x) + bias``.
+    """
+    depends = image_dependent(graph)
+    found: set[str] = set()
+    for node in graph.nodes:
+        bias: Any = None
+        if node.target in (F.linear, F.conv2d):
+            bias = _argument(node, 2, "bias", None)
+        elif node.op != "call_module" and node.target in _SUMS and len(node.args) == 2:
+            projected, bias = node.args
+            if not _is_projection(projected, modules):
+                continue
+        if isinstance(bias, fx.Node) and bias not in depends:
+            found |= _tensors_behind(bias, node)
+    layers = {name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)}
+    return {name for name in found if name.rpartition(".")[0] not in layers}
+
+
+def _is_projection(node: Any, modules: dict[str, nn.Module]) -> bool:
+    if not isinstance(node, fx.Node):
+        return False
+    return node.target in (F.linear, F.conv2d) or _is_call_of(node, modules, (nn.Linear, nn.Conv2d))
+
+
+def _tensors_behind(value: fx.Node, user: fx.Node) -> set[str]:
+    """Names of the tensors an expression is made of, where nothing else uses them."""
+    names: set[str] = set()
+    todo: list[tuple[fx.Node, fx.Node]] = [(value, user)]
+    while todo:
+        node, reader = todo.pop()
+        if set(node.users) != {reader}:
+            return set()
+        if node.op == "get_attr":
+            names.add(str(node.target))
+        todo += [(source, node) for source in node.all_input_nodes]
+    return names
 
 
 # --- the stem --------------------------------------------------------------------------------------------------------

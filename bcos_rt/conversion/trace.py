@@ -14,7 +14,9 @@ import torch
 from torch import fx, nn
 
 from bcos_rt.conversion.nodes import DROPOUTS, dropout_arguments
+from bcos_rt.errors import InvalidTypeError
 from bcos_rt.nn.attention import PROJECTIONS
+from bcos_rt.nn.outputs import main_output
 
 __all__ = ["Trace", "is_torch_layer", "trace_model"]
 
@@ -42,6 +44,7 @@ class Trace:
         aliases: Every name of a module -> the name the graph uses (modules may be shared).
         constants: Tensors made in the forward, by the name the graph uses.
         calls: Call nodes of each leaf module by name.
+        recorded: Whether the graph is a record of one run (:mod:`bcos_rt.conversion.record`), with that image's sizes.
     """
 
     graph: fx.Graph | None
@@ -50,6 +53,7 @@ class Trace:
     aliases: dict[str, str]
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     calls: dict[str, list[fx.Node]] = field(default_factory=dict)
+    recorded: bool = False
 
     def calls_of(self, name: str) -> list[fx.Node] | None:
         """Calls of a module or of the leaf it is part of; None when the graph never calls it."""
@@ -69,7 +73,11 @@ class _Wrapper(nn.Module):
         self.net = net
 
     def forward(self, x: torch.Tensor) -> Any:
-        return self.net(x)
+        output = self.net(x)
+        try:
+            return main_output(output)
+        except InvalidTypeError:
+            return output
 
 
 class _Tracer(fx.Tracer):

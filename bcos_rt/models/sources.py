@@ -1,4 +1,4 @@
-"""Source models by name: ``torchvision:``, ``timm:``, ``simple_vit:`` or ``small:NAME``, ``efficientnet-lite0``."""
+"""Source models by name: ``torchvision:``, ``timm:``, ``hf:``, ``simple_vit:``, ``small:``, ``efficientnet-lite0``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from bcos_rt.errors import (
     MissingDependencyError,
     did_you_mean,
 )
-from bcos_rt.models import lite0
+from bcos_rt.models import huggingface, lite0
+from bcos_rt.models.huggingface import HF
 from bcos_rt.models.simple_vit import SIMPLE_VIT_MEAN, SIMPLE_VIT_STD, SIMPLE_VIT_WEIGHTS, SIMPLE_VITS
 from bcos_rt.models.small import SMALL_MEAN, SMALL_NETWORKS, SMALL_STD
 from bcos_rt.models.weights import load_strict, read_state_dict, strip_prefixes
@@ -38,10 +39,10 @@ Triple = tuple[float, float, float]
 LITE0 = "efficientnet-lite0"
 SMALL = "small"
 SIMPLE_VIT = "simple_vit"
-_KINDS = ("torchvision", "timm", LITE0, SMALL, SIMPLE_VIT)
+_KINDS = ("torchvision", "timm", LITE0, SMALL, SIMPLE_VIT, HF)
 # Kinds whose networks are built here: constructors by name.
 _OURS: dict[str, Mapping[str, Callable[[int], nn.Module]]] = {SMALL: SMALL_NETWORKS, SIMPLE_VIT: SIMPLE_VITS}
-_NAMES = "'torchvision:NAME', 'timm:NAME', 'simple_vit:NAME', 'small:NAME'"
+_NAMES = "'torchvision:NAME', 'timm:NAME', 'hf:NAME', 'simple_vit:NAME', 'small:NAME'"
 # Training-only heads, which are no part of the classifier; torchvision builds them by default.
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
@@ -54,7 +55,8 @@ class LoadedModel:
         module: the model, in eval mode.
         mean, std: the normalisation it expects, RGB in [0, 1] units; None when unknown.
         class_names: one name per logit; None when unknown.
-        source: JSON-ready, enough for :func:`rebuild_source`: ``{"kind": ..., "name": ..., "num_classes": ...}``.
+        source: JSON-ready, enough for :func:`rebuild_source`: ``{"kind": ..., "name": ..., "num_classes": ...}``, of
+            Hugging Face models their configuration too.
         input_size: the side of the square images it was trained for, in pixels.
     """
 
@@ -82,7 +84,8 @@ def load_model(
     """Build a conventional model by name.
 
     Args:
-        name: ``torchvision:NAME``, ``timm:NAME``, ``efficientnet-lite0``, ``simple_vit:NAME`` (see
+        name: ``torchvision:NAME``, ``timm:NAME``, ``hf:NAME`` (an image classifier of transformers, on the Hugging Face
+            hub or in a folder that ``save_pretrained`` wrote), ``efficientnet-lite0``, ``simple_vit:NAME`` (see
             :mod:`bcos_rt.models.simple_vit`), or ``small:NAME`` (see :mod:`bcos_rt.models.small`; no published
             weights).
         weights: None (or ``"default"``) for the published weights, which are downloaded on first use;
@@ -94,7 +97,7 @@ def load_model(
     Raises:
         InvalidArgumentError: an unknown name, with the closest known ones; a B-cos checkpoint instead of a name.
         CheckpointError: weights that cannot be downloaded or read, or do not fit; the message lists the keys.
-        MissingDependencyError: timm, or the package with EfficientNet-Lite0's weights, is not installed.
+        MissingDependencyError: timm, transformers, or the package with EfficientNet-Lite0's weights, is not installed.
     """
     if not isinstance(name, str):
         raise InvalidTypeError("name", type(name).__name__, "a string such as 'torchvision:resnet18'")
@@ -104,6 +107,10 @@ def load_model(
         if num_classes < 1:
             raise InvalidArgumentError("num_classes", num_classes, "at least 1")
     kind, architecture = _parse(name)
+    if kind == HF:
+        huggingface.require_transformers()  # sets its logger's level when it is imported
+        with _quiet("transformers"), _quiet("huggingface_hub"):
+            return _describe(huggingface.load_hf(architecture, weights, num_classes), kind, architecture)
     if weights is None or weights == "default":
         module = _pretrained(kind, architecture, num_classes)
     elif weights == "random":
@@ -130,15 +137,23 @@ def rebuild_source(source: Mapping[str, Any]) -> nn.Module:
     except InvalidArgumentError as error:
         raise CheckpointError(f"cannot rebuild a model from source {dict(source)!r}: {error}") from error
     with torch.random.fork_rng(devices=[]):
-        module = _build(kind, name, num_classes).eval()
-    return module
+        module = huggingface.rebuild_hf(source) if kind == HF else _build(kind, name, num_classes)
+    return module.eval()
 
 
 def metadata_of(module: nn.Module) -> tuple[Triple, Triple] | None:
-    """Mean and std a model says it was trained with (timm's ``pretrained_cfg``), or None."""
+    """Mean and std a model says it was trained with, or None.
+
+    Those of timm's ``pretrained_cfg``, or of the image processor in the folder (or cache) that a Hugging Face model was
+    loaded from; nothing is downloaded.
+    """
     cfg = getattr(module, "pretrained_cfg", None)
     if cfg is None:
-        return None
+        name = getattr(module, "name_or_path", None)
+        if not isinstance(name, str) or not name or not type(module).__module__.startswith("transformers."):
+            return None
+        with _quiet("transformers"):
+            return huggingface.normalisation_of(name, download=False)
     get: Callable[[str], Any] = cfg.get if isinstance(cfg, Mapping) else functools.partial(getattr, cfg)
     try:
         mean, std = _triple(get("mean")), _triple(get("std"))
@@ -194,6 +209,8 @@ def _parse(name: str) -> tuple[str, str]:
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{base}.*")]
         if tag and tag not in tags:
             raise InvalidArgumentError("name", repr(name), f"a tag of {base}", did_you_mean(tag, tags))
+        return kind, architecture
+    if kind == HF and colon and architecture:
         return kind, architecture
     if os.path.exists(name):
         raise InvalidArgumentError(
@@ -379,10 +396,14 @@ def _classes_of(module: nn.Module) -> int:
 
 
 def _describe(module: nn.Module, kind: str, architecture: str) -> LoadedModel:
-    num_classes = _classes_of(module)
     names: tuple[str, ...] | None = None
     mean: Triple | None
     std: Triple | None
+    if kind == HF:
+        mean, std = huggingface.normalisation_of(architecture) or (None, None)
+        names, size = huggingface.class_names_of(module), huggingface.image_size_of(module, architecture)
+        return LoadedModel(module, mean, std, names, huggingface.source_of(module, architecture), size)
+    num_classes = _classes_of(module)
     if kind == "torchvision":
         published = torchvision.models.get_model_weights(architecture).DEFAULT
         transform = published.transforms()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.nn.network import BcosNetwork
+from bcos_rt.nn.outputs import main_output, takes_other_sizes, with_options
 
 __all__ = ["ConventionalNetwork", "inner_network"]
 
@@ -48,13 +49,14 @@ class ConventionalNetwork(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32)[:, None, None], persistent=False)
         self.source = dict(source) if source is not None else {"kind": "module", "name": type(model).__name__}
         self.class_names = list(class_names) if class_names is not None else None
+        self._takes_other_sizes = takes_other_sizes(model)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of images [N, 3, H, W] in [0, 1]."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise InvalidArgumentError("images", f"shape {tuple(images.shape)}", "[N, 3, H, W]")
-        logits: Tensor = self.model((images - self.mean.to(images.dtype)) / self.std.to(images.dtype))
-        return logits
+        options = with_options(self.model, images) if self._takes_other_sizes else {}
+        return main_output(self.model((images - self.mean.to(images.dtype)) / self.std.to(images.dtype), **options))
 
 
 def inner_network(net: nn.Module) -> nn.Module:

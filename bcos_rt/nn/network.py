@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
+from bcos_rt.nn.outputs import main_output, takes_other_sizes, with_options
 
 if TYPE_CHECKING:
     from bcos_rt.conversion.recipe import Recipe
@@ -166,6 +167,7 @@ class BcosNetwork(nn.Module):
         self.recipe = recipe
         self.source = dict(source)
         self.class_names = list(class_names) if class_names is not None else None
+        self._takes_other_sizes = takes_other_sizes(backbone)
 
     def encode(self, images: Tensor) -> Tensor:
         """Checked and encoded images, what an explanation's weights multiply; see :meth:`InputEncoding.encode`."""
@@ -173,8 +175,14 @@ class BcosNetwork(nn.Module):
 
     def forward_encoded(self, encoded: Tensor) -> Tensor:
         """Logits [N, classes] of encoded images [N, 6, H, W] (or [N, 3, H, W] without the six-channel encoding)."""
-        logits: Tensor = self.logit_layer(self.backbone(self.encoding(encoded)))
+        logits: Tensor = self.logit_layer(self._outputs(encoded))
         return logits
+
+    def _outputs(self, encoded: Tensor) -> Tensor:
+        """What the backbone answers: logits, an embedding or tokens."""
+        images = self.encoding(encoded)
+        options = with_options(self.backbone, images) if self._takes_other_sizes else {}
+        return main_output(self.backbone(images, **options))
 
     def tokens_encoded(self, encoded: Tensor) -> Tensor:
         """Unit tokens [N, T, D] of encoded images, of a network with an embedding.
@@ -185,7 +193,7 @@ class BcosNetwork(nn.Module):
         if not isinstance(self.logit_layer, EmbeddingLayer):
             expected = "a network with an embedding, bcosify(image_tower, Recipe.clip())"
             raise InvalidArgumentError("net", "a network that returns logits", expected)
-        return self.logit_layer.tokens(self.backbone(self.encoding(encoded)))
+        return self.logit_layer.tokens(self._outputs(encoded))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of images [N, 3, H, W] in [0, 1], or of already encoded ones [N, 6, H, W]."""
