@@ -31,7 +31,10 @@ _OTHERS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
 def network(
     model: Annotated[
         str,
-        typer.Argument(metavar="[MODEL]", help="torchvision:NAME, timm:NAME, efficientnet-lite0, or a saved network."),
+        typer.Argument(
+            metavar="[MODEL]",
+            help="torchvision:NAME, timm:NAME, hf:NAME, simple_vit:NAME, efficientnet-lite0, or a saved network.",
+        ),
     ] = "torchvision:resnet18",
     weights: Weights = "random",
     num_classes: NumClasses = None,

@@ -44,7 +44,12 @@ def convert(
     ],
     model: Annotated[
         str,
-        typer.Option("--model", "-m", metavar="NAME", help="torchvision:NAME, timm:NAME or efficientnet-lite0."),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="torchvision:NAME, timm:NAME, hf:NAME, simple_vit:NAME or efficientnet-lite0.",
+        ),
     ],
     images: Annotated[
         list[Path] | None,

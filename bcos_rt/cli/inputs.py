@@ -52,7 +52,7 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="NAME",
-        help="Pretrained model: torchvision:NAME, timm:NAME or efficientnet-lite0.",
+        help="Pretrained model: torchvision:NAME, timm:NAME, hf:NAME, simple_vit:NAME or efficientnet-lite0.",
     ),
 ]
 Checkpoint = Annotated[
