@@ -49,7 +49,8 @@ Data = Annotated[
     ),
 ]
 Validation = Annotated[
-    str | None, typer.Option("--val", metavar="DATA", help="Validation images. Default: a split 'val' or 'test'.")
+    str | None,
+    typer.Option("--val", metavar="DATA", help="Validation images, of their split 'val' or 'test'. Default: none."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The run's folder.")]
 RecipeOption = Annotated[
@@ -202,19 +203,23 @@ def _run(
         with progress.working("loading PyTorch"):
             import torch
 
-            from bcos_rt.data import open_data
+            from bcos_rt.data import check_numbers, open_data
             from bcos_rt.training import finetune as fit
         with progress.working(f"looking at {data}"):
             images = open_data(data, split="train")
+            validation = None if val is None else open_data(val, split="val")
+            if validation is not None:
+                check_numbers(validation.class_names, images.class_names, "--val", "the training data has it")
         with progress.working("building the network"):
             # All processes start with the same weights.
             torch.manual_seed(chosen.seed)
             names = images.class_names
             net, teacher, about = build(None if names is None else len(names), names)
+            check_numbers(names, getattr(net, "class_names", None), "--data", "the network has it")
         accelerator, devices, strategy, workers = place
         pictures = load_photos(photos, chosen.augmentation.size or DEFAULT_SIZE) if photos else None
         result = fit(
-            net, images, chosen, validation=val, output=output, teacher=teacher, resume=resume,
+            net, images, chosen, validation=validation, output=output, teacher=teacher, resume=resume,
             explain_images=pictures, accelerator=accelerator,
             devices=devices if devices == "auto" or not devices.isdecimal() else int(devices), strategy=strategy,
             workers=workers, console=progress.console,

@@ -4,6 +4,7 @@ from bcos_rt.data.augment import Augmentation, Mixing
 from bcos_rt.data.image_data import ImageData
 from bcos_rt.data.loading import Augmented, EpochSampler, derived_seed, loader, shard
 from bcos_rt.data.sources import open_data
+from bcos_rt.data.splits import check_numbers
 
 __all__ = [
     "Augmentation",
@@ -11,6 +12,7 @@ __all__ = [
     "EpochSampler",
     "ImageData",
     "Mixing",
+    "check_numbers",
     "derived_seed",
     "loader",
     "open_data",

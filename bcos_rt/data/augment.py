@@ -185,7 +185,15 @@ class Mixing:
         """Images [N, 3, H, W] and labels [N] -> mixed images, targets [N, classes] that sum to 1.
 
         The same ``seed`` mixes the same way; the global random numbers are left as they were.
+
+        Raises:
+            InvalidArgumentError: a label that is not 0 to ``classes - 1``, on the CPU.
         """
+        # Elsewhere looking would wait for the device in every step.
+        if labels.device.type == "cpu" and labels.numel():
+            low, high = int(labels.min()), int(labels.max())
+            if not 0 <= low <= high < classes:
+                raise InvalidArgumentError("data", f"labels {low} to {high}", f"labels 0 to {classes - 1} to mix")
         with seeded(seed):
             if float(torch.rand(())) >= self.probability:
                 return images, F.one_hot(labels, classes).to(images.dtype)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from bcos_rt.errors import InvalidArgumentError, did_you_mean
 
-__all__ = ["choose", "is_split", "is_training", "numbered", "split_folder"]
+__all__ = ["check_numbers", "choose", "is_split", "is_training", "numbered", "split_folder"]
 
 # What people call a split, in the order of preference.
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
@@ -96,6 +97,24 @@ def numbered(classes: Sequence[str], of_training: Sequence[str], data: str) -> l
             "classes that the training split has", did_you_mean(unknown[0], of_training),
         )  # fmt: skip
     return sorted(of_training)
+
+
+def check_numbers(names: Sequence[str] | None, others: Sequence[str] | None, argument: str, whose: str) -> None:
+    """Check that a class has the same number in two lists of class names; None is a list that is not known.
+
+    Lists without a name in common, such as WordNet's numbers and words, are taken to be in the same order.
+
+    Raises:
+        InvalidArgumentError: ``argument`` has ``names``, in which a class has another number than in ``others``.
+    """
+    if names is None or others is None:
+        return
+    numbers = {name: i for i, name in enumerate(others)}
+    often = Counter(names) | Counter(others)  # ImageNet's words name two of its classes "crane"
+    for i, name in enumerate(names):
+        if often[name] == 1 and numbers.get(name, i) != i:
+            found = f"{name!r} as class {i} of {len(names)}"
+            raise InvalidArgumentError(argument, found, f"class {numbers[name]} of {len(others)}, as {whose}")
 
 
 def is_training(name: str) -> bool:

@@ -28,7 +28,16 @@ def as_targets(labels: Tensor, logits: Tensor) -> Tensor:
     """Class numbers [N] as one-hot targets [N, classes]; what is that already (mixed images) as it is."""
     if labels.ndim == 2:
         return labels.to(logits.dtype)
-    return F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    return F.one_hot(_in_range(labels, logits), logits.shape[1]).to(logits.dtype)
+
+
+def _in_range(labels: Tensor, logits: Tensor) -> Tensor:
+    # torch's own errors name no label, and on a GPU end the process's use of it.
+    if labels.ndim == 1 and labels.numel() and int(labels.max()) >= logits.shape[1]:
+        raise InvalidArgumentError(
+            "data", f"label {int(labels.max())}", f"labels 0 to {logits.shape[1] - 1}, as the network has"
+        )
+    return labels
 
 
 def bce(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -56,13 +65,15 @@ def uniform_off_bce(logits: Tensor, labels: Tensor, off_value: float | None = No
 
 
 def label_loss(recipe: TrainingRecipe) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The recipe's loss on labels, None for ``"none"``."""
+    """The recipe's loss on labels, None for ``"none"``. It raises InvalidArgumentError for labels without a logit."""
     if recipe.loss == "bce":
         return lambda logits, labels: bce(logits, labels, recipe.smoothing)
     if recipe.loss == "uniform_off_bce":
         return lambda logits, labels: uniform_off_bce(logits, labels, recipe.off_value)
     if recipe.loss == "cross_entropy":
-        return lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=recipe.smoothing)
+        return lambda logits, labels: F.cross_entropy(
+            logits, _in_range(labels, logits), label_smoothing=recipe.smoothing
+        )
     return None
 
 
