@@ -85,7 +85,7 @@ def test_labels_that_the_network_has_no_logit_for(train: tuple[object, ...], tmp
 def test_classes_that_the_network_numbers_differently(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, _ = bcosify(
-        load_model("small:resnet20", weights="random", num_classes=2).module, Recipe(), class_names=["dog", "cat"]
+        load_model("small:resnet20", weights="random", num_classes=2), Recipe(), class_names=["dog", "cat"]
     )
     save(net, tmp_path / "net.safetensors")
     said = message(
