@@ -613,7 +613,7 @@ def test_untraceable_block_is_a_leaf_whose_layers_are_still_converted():
     assert isinstance(network.backbone.get_submodule("middle.conv"), BcosConv2d)
     assert isinstance(network.backbone.get_submodule("middle.norm"), BatchNormUncentered2d)
     assert isinstance(network.backbone.get_submodule("fc"), BcosConv2d)
-    assert any(n.startswith("middle: its forward cannot be traced") for n in report.notes)
+    assert any(n.startswith("middle: symbolic tracing fails") for n in report.notes)
 
 
 def test_untraceable_model_is_converted_layer_by_layer():
@@ -625,9 +625,22 @@ def test_untraceable_model_is_converted_layer_by_layer():
     network, report = equivalent(source, head="before_pool")
     assert type(network.backbone) is type(source)
     assert isinstance(network.backbone.fc, BcosLinear)
-    assert any(n.startswith("the model: its forward cannot be traced") for n in report.notes)
+    assert any(n.startswith("the model: symbolic tracing fails") for n in report.notes)
     network, report = bcosify(source)
     assert network.logit_layer.bias == pytest.approx(-math.log(4))
+
+
+def test_model_that_does_not_run_is_converted_layer_by_layer():
+    def forward(self, x):
+        if x.shape[-1] != 17:
+            raise ValueError("takes images of 17 pixels")
+        return self.fc(self.pool(self.features(x)).flatten(1))
+
+    source = with_forward(forward, middle=nn.Sequential(nn.MaxPool2d(2), Gate()))
+    network, report = bcosify(source)
+    assert isinstance(network.backbone.fc, BcosLinear)
+    assert network.logit_layer.bias == pytest.approx(-math.log(4))
+    assert any(n.startswith("the model: its forward cannot be traced (TraceError") for n in report.notes)
     assert any("stem pool" in n for n in report.notes)
 
 
