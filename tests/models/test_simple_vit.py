@@ -13,6 +13,7 @@ from torch import nn
 from bcos_rt import Engine, Recipe, bcosify, explain
 from bcos_rt.checkpoint import load, save
 from bcos_rt.errors import CheckpointError, InvalidArgumentError, InvalidTypeError
+from bcos_rt.kernels import cpu
 from bcos_rt.models import imagenet_class_names, known_models, load_model, rebuild_source, simple_vit
 from bcos_rt.models.simple_vit import SIMPLE_VIT_WEIGHTS, SIMPLE_VITS, Patches, PositionEmbedding, SimpleViT
 from bcos_rt.nn import BcosConv2d, BcosLinear
@@ -198,6 +199,20 @@ def test_bcos_form(stem):
     backbone.linear_head.linear.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     net.eval()(images())
     assert seen == [(2, 25, 7)]
+
+
+@pytest.mark.skipif(not cpu.available(), reason=f"no C++ kernels: {cpu.unavailable_reason()}")
+def test_engine_of_fused_kernels():
+    """The un-fused graph's explanation; test_transformers has the engine in plain PyTorch, for both stems."""
+    net, x = bcosify(small("convolutions"))[0].eval(), images()
+    expected = explain(net, x)
+    got = Engine(net, x, backend="native").explain(x, expected.target)
+    for value, reference, tolerance in (
+        (got.logits, expected.logits, TOLERANCES["logits_b2"]),
+        (got.weights, expected.weights, TOLERANCES["weights_b2"]),
+        (got.contributions, expected.contributions, TOLERANCES["weights_b2"]),
+    ):
+        assert float((value - reference).abs().max() / reference.abs().max()) < tolerance
 
 
 @pytest.mark.parametrize("stem", STEMS)
