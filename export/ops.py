@@ -321,7 +321,7 @@ def mish(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
     return result
 
 
-@onnx_op(aten.where.self)
+@onnx_op(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 def where(b: OnnxBuilder, node: Node, a: Arguments) -> ir.Value:
     """``self`` where the condition holds, else ``other``."""
     dtype = _dtype(node)
