@@ -86,6 +86,8 @@ def test_clamps_and_gates():
     check(aten.leaky_relu.default, X, 0.2)
     check(aten.prelu.default, X, rand(6), constants=(1,))
     check(aten.where.self, X > 0, X, X.flip(0))
+    check(aten.where.ScalarOther, X > 0, X, -1.5)
+    check(aten.where.ScalarSelf, X > 0, -1.5, X)
     check(aten.masked_fill.Scalar, X, X > 0, 1.5)
     check(aten.full_like.default, X, 2.5)
 
