@@ -32,7 +32,9 @@ from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bcos_rt.graph.adjoint import Adjoint
+from bcos_rt.graph.attention import attention_transposed
 from bcos_rt.graph.capture import bound_arguments
+from bcos_rt.graph.fuse import result
 from bcos_rt.kernels.reference import output_padding
 
 __all__ = ["RULES", "Rule", "rule"]
@@ -160,6 +162,15 @@ def matmul(adjoint: Adjoint, node: Node, grad: Node) -> None:
         adjoint.send_broadcast(right, adjoint.call(aten.matmul.default, transposed, grad))
 
 
+@rule(torch.ops.bcos_rt.attention.default)
+def attention(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``softmax(s q k^T + mask) v``: linear in the values; the softmax is made again from q, k and its log-sum-exp."""
+    value = node.args[2]
+    if not adjoint.depends(value):
+        raise adjoint.fail(node, "its values do not depend on the image, so it is linear in nothing that does")
+    adjoint.send(value, attention_transposed(adjoint.builder, node, grad, result(adjoint.builder, node, 1)))
+
+
 # Sums, products, quotients -----------------------------------------------------------------------------------------
 
 
@@ -209,7 +220,7 @@ _TRANSPARENT = {
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default, aten.unsqueeze.default,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.permute.default, aten.transpose.int,
     aten.clone.default, aten._to_copy.default, aten.slice.Tensor, aten.select.int, aten.mean.dim, aten.alias.default,
-    aten.dropout.default, aten.contiguous.default, aten.flatten.using_ints, aten.expand_as.default,
+    aten.dropout.default, aten.contiguous.default, aten.flatten.using_ints, aten.expand_as.default, aten.to.dtype,
 }  # fmt: skip
 _AFFINE = {
     aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.mul.Scalar, aten.div.Scalar,

@@ -21,8 +21,8 @@ __all__ = ["store_adjoint_as", "store_as"]
 
 aten = torch.ops.aten
 
-# Arguments of fused ops that stay in the network's dtype: per channel, read once a kernel.
-_WIDE_ARGUMENTS = {"scale", "shift", "bias", "mean", "std", "inverse_std", "image"}
+# Arguments of fused ops that stay in the network's dtype: per channel, read once a kernel, or in an exponent.
+_WIDE_ARGUMENTS = {"scale", "shift", "bias", "mean", "std", "inverse_std", "image", "lse", "mask"}
 
 
 def store_as(program: Program, dtype: torch.dtype, stored: dict[int, tuple[Tensor, Tensor]]) -> None:
@@ -84,6 +84,9 @@ def store_adjoint_as(program: Program, dtype: torch.dtype, seed: Node) -> None:
         after.add(node)
         if node is seed or any(n in after and _has(n, dtype) for n in node.all_input_nodes):
             inputs = [n for n in node.all_input_nodes if _has(n, wide_dtype) and not _uses_wide(node, n)]
+            if node.target is torch.ops.bcos_rt.attention_transposed.default:
+                # Queries and keys as the softmax saw them: rounded ones would give another than the log-sum-exp's.
+                inputs = [n for n in inputs if n is node.args[0]]
             # The image times its weights: the product is wide, as either would be.
             inputs = [n for n in inputs if n is not program.image]
             for n in inputs:
