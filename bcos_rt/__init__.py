@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bcos_rt.explanation import Explanation
     from bcos_rt.explanation.engine import Engine
     from bcos_rt.explanation.explain import explain
+    from bcos_rt.explanation.text import explain_text
     from bcos_rt.nn.network import BcosNetwork
     from bcos_rt.training import TrainingRecipe, finetune
 
@@ -30,6 +31,7 @@ __all__ = [
     "TrainingRecipe",
     "bcosify",
     "explain",
+    "explain_text",
     "finetune",
     "load",
     "recalibrate",
@@ -47,6 +49,7 @@ _HOMES = {
     "TrainingRecipe": "bcos_rt.training",
     "bcosify": "bcos_rt.conversion",
     "explain": "bcos_rt.explanation",
+    "explain_text": "bcos_rt.explanation",
     "finetune": "bcos_rt.training",
     "load": "bcos_rt.checkpoint",
     "recalibrate": "bcos_rt.conversion",

@@ -32,7 +32,7 @@ def _ancestors(nodes: Sequence[Node]) -> set[Node]:
 
 
 def wide_nodes(program: Program) -> set[Node]:
-    """Nodes in fp32: the image's encoding, the residual's terms, W once it is unscaled and all that comes from it."""
+    """Nodes in fp32: encoded images and texts, the residual's terms, W once it is unscaled and all that follows."""
     ends = [program.outputs["logits"]] if "logits" in program.outputs else []
     ends += [n.args[0] for n in program.graph.nodes if n.target is aten.argmax.default]
     if program.adjoint is not None:
@@ -41,14 +41,24 @@ def wide_nodes(program: Program) -> set[Node]:
         ends += [n for n in program.graph.nodes if n.target is aten.conv_transpose2d.input]
     half = _ancestors(ends)
     encoding = {n for n in program.graph.nodes if n is program.image or n.target is fused.encode_image}
+    if program.targets is not None and program.targets.meta["val"].is_floating_point():
+        # The text, of any norm, until it is scaled to 1.
+        texts = {program.targets}
+        for node in program.graph.nodes:
+            if node.all_input_nodes and texts.issuperset(node.all_input_nodes):
+                texts.add(node)
+        encoding |= texts
     return {n for n in program.graph.nodes if n not in half} | encoding
 
 
-def scale_seed(program: Program, images: Tensor, multi: bool) -> float:
+def scale_seed(program: Program, images: Tensor, targets: Tensor) -> float:
     """Scale the seed by a power of two and unscale W and residual, in fp32; returns the factor.
 
     Half of all |W| lie below fp16's smallest normal number, 6e-5. The largest adjoint on the given images decides the
     factor: that one stays :data:`HEADROOM` below fp16's largest number.
+
+    Args:
+        images, targets: what to run the program on.
     """
     if program.seed is None:
         return 1.0
@@ -61,8 +71,7 @@ def scale_seed(program: Program, images: Tensor, multi: bool) -> float:
 
     wide = wide_nodes(program)
     half = {n for n in program.graph.nodes if n.meta.get("side") == "adjoint" and n not in wide}
-    ids = torch.full((len(images), 1) if multi else (len(images),), -1, dtype=torch.int64)
-    program.run(images, ids, watch)
+    program.run(images, targets, watch)
     limit = torch.finfo(torch.float16).max / HEADROOM
     factor = 1.0
     while largest > 0 and 2 * factor * largest <= limit and factor < LARGEST_FACTOR:

@@ -24,9 +24,9 @@ from bcos_rt.errors import (
 )
 from bcos_rt.export.errors import ExportError
 from bcos_rt.export.report import ExportReport
-from bcos_rt.graph import ExplanationGraph, build_explanation_graph
+from bcos_rt.graph import ExplanationGraph, TokenPooling, build_explanation_graph
 from bcos_rt.graph.capture import Captured, capture, eval_mode
-from bcos_rt.nn.network import BcosNetwork
+from bcos_rt.nn.network import BcosNetwork, EmbeddingLayer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -46,7 +46,11 @@ _DOCS = {
     "image": "RGB images, [batch, 3, H, W], values in [0, 1], not normalised: the file encodes and normalises.",
     "class_ids": "Classes to explain, [batch], each from 0 on; -1 is the class with the largest logit.",
     "class_ids_multi": "Classes to explain, [batch, K], each from 0 on; -1 is the class with the largest logit.",
+    "text_embedding": "Embeddings of the texts to explain, [batch, D], of any norm: they are scaled to 1.",
+    "text_embedding_multi": "Embeddings of the texts to explain, [batch, K, D], of any norm: they are scaled to 1.",
     "logits": "Logits, [batch, classes].",
+    "logits_of_texts": "Scores of the texts, [batch, K]: cosines with the image's tokens, pooled.",
+    "logits_of_embedding": "The image's embedding, [batch, D]: unit tokens, averaged.",
     "class_used": "The classes explained: class_ids with -1 replaced.",
     "weights": "W, the dynamic linear weights of the encoded image [x, 1 - x]: logit = sum(W * encoded) + residual.",
     "contributions": "sum_c W_c * encoded_c per pixel, in logits.",
@@ -61,6 +65,8 @@ def to_onnx(
     image_size: int | tuple[int, int] = 224,
     *,
     multi: bool = False,
+    pooling: Literal["mean", "max", "cosine_power"] | None = None,
+    power: float | None = None,
     outputs: Sequence[str] | None = None,
     forward_only: bool = False,
     precision: Literal["fp32", "fp16"] = "fp32",
@@ -76,6 +82,9 @@ def to_onnx(
     Inputs are ``image``, float32 [N, 3, H, W] in [0, 1] with any N, and ``class_ids``, int64 [N] (or [N, K] with
     ``multi``), where -1 stands for the top class. Outputs are those of :func:`bcos_rt.explain`: ``logits``,
     ``class_used``, ``weights``, ``contributions``, ``residual``, and ``picture`` [N(, K), H, W, 4].
+    A network with an embedding (``Recipe.clip()``) is explained for texts: in place of ``class_ids`` its input is
+    ``text_embedding``, float32 [N, D] (or [N, K, D]) of any norm, ``logits`` are the texts' scores [N, K] (K = 1), and
+    there is no ``class_used``; see :func:`bcos_rt.explain_text`.
     B-cos pieces are model-local functions of the domain ``ai.bcos``, which every runtime inlines. It is the function of
     evaluation mode that is exported, and nothing in the network changes.
 
@@ -84,9 +93,10 @@ def to_onnx(
         path: the file, ``NAME.onnx``; it appears, whole, only once everything below has succeeded.
         image_size: H = W, or (H, W), in pixels.
         multi: explain K classes of each image with one forward pass.
+        pooling, power: of tokens, for a network with an embedding, as for :func:`bcos_rt.explain_text`; None: the mean.
         outputs: names of the outputs to keep; what only led to others is not in the file. Default all (without
             ``picture`` for a network with three input channels).
-        forward_only: logits only; no ``class_ids``.
+        forward_only: logits (or the embedding, under that name) only; no ``class_ids``.
         precision: ``"fp16"`` stores weights and activations in 16 bits; norms, sums, W and everything derived from W
             stay 32-bit, and the adjoint's seed is scaled up on its way. Inputs and outputs are float32 either way.
         verify: run the file in onnxruntime on the CPU and compare with PyTorch; the report has the differences.
@@ -110,7 +120,8 @@ def to_onnx(
     from bcos_rt.export.program import build_program
 
     size = _image_size(image_size)
-    chosen = _outputs(net, outputs, forward_only)
+    how = _pooling(net, pooling, power, forward_only)
+    chosen = _outputs(net, outputs, forward_only, how is not None)
     target = _target(path)
     if precision not in ("fp32", "fp16"):
         raise InvalidArgumentError("precision", repr(precision), "'fp32' or 'fp16'")
@@ -124,14 +135,16 @@ def to_onnx(
     say("capture")
     net = _plain(net)
     source: ExplanationGraph | Captured
-    source = capture(net, size) if forward_only else build_explanation_graph(net, size, multi=multi)
+    source = capture(net, size) if forward_only else build_explanation_graph(net, size, multi=multi, pooling=how)
     program = build_program(source, net, chosen)
-    classes = int(_logits_of(source).shape[1])
+    targets = None if isinstance(source, Captured) else _some_targets(source)
 
     say("rewrite")
     seed_scale = 1.0
-    if precision == "fp16" and program.seed is not None:
-        seed_scale = scale_seed(program, images if images is not None else parity.random_images(size, 2), multi)
+    if precision == "fp16" and program.seed is not None and targets is not None:
+        calibration = images if images is not None else parity.random_images(size, 2)
+        asked = targets(len(calibration)) if how is not None else torch.full_like(targets(len(calibration)), -1)
+        seed_scale = scale_seed(program, calibration, asked)
     rewrites = rewrite(program)
 
     say("write")
@@ -147,11 +160,9 @@ def to_onnx(
             compared = parity.verify(
                 staged,
                 _reference(source, net),
-                lambda: _exact(net, size, multi, forward_only),
-                classes=classes,
+                lambda: _exact(net, size, multi, forward_only, how),
                 image_size=size,
-                multi=multi,
-                forward_only=forward_only,
+                targets=targets,
                 images=images,
                 tolerances=tolerances or parity.Tolerances.of(net.recipe.b, precision),
             )
@@ -206,13 +217,23 @@ def _image_size(image_size: Any) -> tuple[int, int]:
     return int(given[0]), int(given[1])
 
 
-def _outputs(net: BcosNetwork, outputs: Any, forward_only: bool) -> tuple[str, ...]:
-    from bcos_rt.export.program import OUTPUTS
-
+def _pooling(net: Any, pooling: Any, power: Any, forward_only: bool) -> TokenPooling | None:
+    """How tokens are pooled where texts are explained; None elsewhere."""
     if not isinstance(net, BcosNetwork):
         raise InvalidTypeError("net", type(net).__name__, "a BcosNetwork, as bcosify makes it")
-    six = net.encoding.six_channels
-    possible = ("logits",) if forward_only else tuple(o for o in OUTPUTS if six or o != "picture")
+    if isinstance(net.logit_layer, EmbeddingLayer) and not forward_only:
+        return TokenPooling.of("mean" if pooling is None else pooling, power)
+    if pooling is not None or power is not None:
+        why = "with forward_only" if forward_only else "for a network that returns logits"
+        raise InvalidArgumentError("pooling, power", f"{pooling!r}, {power!r} {why}", "None")
+    return None
+
+
+def _outputs(net: BcosNetwork, outputs: Any, forward_only: bool, texts: bool) -> tuple[str, ...]:
+    from bcos_rt.export.program import OUTPUTS
+
+    absent = {*(() if net.encoding.six_channels else ("picture",)), *(("class_used",) if texts else ())}
+    possible = ("logits",) if forward_only else tuple(o for o in OUTPUTS if o not in absent)
     if outputs is None:
         return possible
     if isinstance(outputs, str) or not isinstance(outputs, Sequence):
@@ -260,46 +281,51 @@ def _plain(net: BcosNetwork) -> BcosNetwork:
     return copy.deepcopy(net).to(device="cpu", dtype=torch.float32)
 
 
+def _some_targets(source: ExplanationGraph) -> Callable[[int], Tensor]:
+    """Makes targets of so many images to run a graph on."""
+    from bcos_rt.export.parity import some_class_ids, some_texts
+
+    some = some_texts if source.texts else some_class_ids
+    return lambda count: some(count, source.classes, source.multi)
+
+
 # The reference -----------------------------------------------------------------------------------------------------
-
-
-def _logits_of(source: ExplanationGraph | Captured) -> Tensor:
-    """The fake logits of a graph, [N, classes]."""
-    if isinstance(source, Captured):
-        logits: Tensor = source.logits.meta["val"]
-        return logits
-    output: Any = next(n for n in source.module.graph.nodes if n.op == "output").args[0]
-    logits = output["logits"].meta["val"]
-    return logits
 
 
 def _reference(source: ExplanationGraph | Captured, net: BcosNetwork) -> Callable[[Tensor, Any], Mapping[str, Tensor]]:
     """What PyTorch computes, by the graph as it was before any rewrite."""
 
-    def forward(image: Tensor, class_ids: Any) -> Mapping[str, Tensor]:
+    def forward(image: Tensor, targets: Any) -> Mapping[str, Tensor]:
         with torch.no_grad(), eval_mode(net):
             return {"logits": net(image)}
 
-    def explanation(image: Tensor, class_ids: Any) -> Mapping[str, Tensor]:
-        return _Explained(source, net, image, class_ids)  # type: ignore[arg-type]
+    def explanation(image: Tensor, targets: Any) -> Mapping[str, Tensor]:
+        return _Explained(source, net, image, targets)  # type: ignore[arg-type]
 
     return forward if isinstance(source, Captured) else explanation
 
 
-def _exact(net: BcosNetwork, size: tuple[int, int], multi: bool, forward_only: bool) -> Any:
+def _exact(
+    net: BcosNetwork, size: tuple[int, int], multi: bool, forward_only: bool, pooling: TokenPooling | None
+) -> Any:
     """The same in float64."""
     wide = copy.deepcopy(net).double()
-    source = capture(wide, size) if forward_only else build_explanation_graph(wide, size, multi=multi)
+    source = capture(wide, size) if forward_only else build_explanation_graph(wide, size, multi=multi, pooling=pooling)
     reference = _reference(source, wide)
-    return lambda image, class_ids: reference(image.double(), class_ids)
+
+    def exact(image: Tensor, targets: Any) -> Mapping[str, Tensor]:
+        texts = targets is not None and targets.is_floating_point()
+        return reference(image.double(), targets.double() if texts else targets)
+
+    return exact
 
 
 class _Explained(dict[str, Tensor]):
     """An explanation graph's outputs; the picture is made when it is asked for."""
 
-    def __init__(self, graph: ExplanationGraph, net: BcosNetwork, image: Tensor, class_ids: Tensor) -> None:
+    def __init__(self, graph: ExplanationGraph, net: BcosNetwork, image: Tensor, targets: Tensor) -> None:
         self.encoded = net.encode(image)
-        super().__init__(graph(net, self.encoded, class_ids))
+        super().__init__(graph(net, self.encoded, targets))
 
     def __missing__(self, name: str) -> Tensor:
         from bcos_rt.explanation.picture import colour_picture
@@ -330,11 +356,11 @@ def _build_model(
     builder = OnnxBuilder(opset, program.constants, half, wide, program.names)
     axes = _axis_names(program, multi)
     inputs = []
-    for node in (program.image, program.class_ids):
+    for node in (program.image, program.targets):
         if node is None:
             continue
         value = ir.Value(name=node.name, shape=_ir_shape(node, axes), type=ir.TensorType(_io_type(node)))
-        value.doc_string = _DOCS["class_ids_multi" if multi and node.name == "class_ids" else node.name]
+        value.doc_string = _DOCS[f"{node.name}_multi" if multi and node is program.targets else node.name]
         builder.values[node] = value
         builder.reserve(node.name)
         inputs.append(value)
@@ -347,7 +373,7 @@ def _build_model(
     for name, node in program.outputs.items():
         value = builder.result(node, name, _io_type(node))
         value.shape, value.type = _ir_shape(node, axes), ir.TensorType(_io_type(node))
-        value.doc_string = _DOCS[name]
+        value.doc_string = _DOCS[_documented(name, program, net)]
         outputs.append(value)
 
     functions = make_functions(builder.functions, opset)
@@ -358,7 +384,7 @@ def _build_model(
         nodes=builder.nodes,
         initializers=list(builder.initializers.values()),
         opset_imports=imports,
-        name="explanation" if program.class_ids is not None else "prediction",
+        name="explanation" if program.targets is not None else "prediction",
         doc_string="Prediction and dynamic linear explanation of a B-cos network.",
     )
     _remove_unused(graph)
@@ -375,6 +401,13 @@ def _build_model(
     return model
 
 
+def _documented(output: str, program: Program, net: BcosNetwork) -> str:
+    """The entry of the table of documentation for an output."""
+    if output != "logits" or not isinstance(net.logit_layer, EmbeddingLayer):
+        return output
+    return "logits_of_embedding" if program.targets is None else "logits_of_texts"
+
+
 def _remove_unused(graph: ir.Graph) -> None:
     """Nodes and weights that no output needs (an index of a max-pool, a multiplier nobody multiplies with)."""
     outputs = set(graph.outputs)
@@ -388,8 +421,8 @@ def _remove_unused(graph: ir.Graph) -> None:
 
 def _axis_names(program: Program, multi: bool) -> dict[str, str]:
     names = {str(program.image.meta["val"].shape[0]): "batch"}
-    if multi and program.class_ids is not None:
-        names[str(program.class_ids.meta["val"].shape[1])] = "k"
+    if multi and program.targets is not None:
+        names[str(program.targets.meta["val"].shape[1])] = "k"
     return names
 
 

@@ -157,10 +157,8 @@ def verify(
     reference: Reference,
     truth: Callable[[], Reference],
     *,
-    classes: int,
     image_size: tuple[int, int],
-    multi: bool,
-    forward_only: bool,
+    targets: Callable[[int], Tensor] | None,
     images: Tensor | None,
     tolerances: Tolerances,
 ) -> Parity:
@@ -173,8 +171,10 @@ def verify(
     with PyTorch in float64; it must then be within :data:`OWN_ROUNDING` times PyTorch float32's distance from there.
 
     Args:
-        reference: ``(image, class_ids)`` to outputs by name, in float32; class ids are None for a forward pass alone.
+        reference: ``(image, targets)`` to outputs by name, in float32; targets are None for a forward pass alone.
         truth: makes the same in float64; called only where it is needed.
+        targets: what to explain of so many images, :func:`some_class_ids` or :func:`some_texts`; None for a forward
+            pass alone.
 
     Raises:
         ExportError: the file does not run, or an output is further from PyTorch's than the tolerances allow.
@@ -194,7 +194,7 @@ def verify(
     runs: list[Run] = []
     expected: list[Mapping[str, Tensor]] = []
     for batch in batches:
-        ids = None if forward_only else _class_ids(len(batch), classes, multi)
+        ids = None if targets is None else targets(len(batch))
         given, wanted = _run(session, batch, ids), reference(batch, ids)
         if ids is not None and "class_used" in given:
             ids = _settle_ties(given["class_used"], ids, wanted["logits"], tolerances)
@@ -217,7 +217,7 @@ def verify(
         wrong += _complaints(differences, tolerances, own)
     if wrong:
         raise ExportError("the file does not compute what PyTorch computes: " + "; ".join(wrong))
-    one, one_id = batches[0], (None if forward_only else _class_ids(1, classes, multi))
+    one, one_id = batches[0], (None if targets is None else targets(1))
     return Parity(
         f"onnxruntime {onnxruntime.__version__}",
         sum(map(len, batches)),
@@ -229,10 +229,17 @@ def verify(
     )
 
 
-def _class_ids(count: int, classes: int, multi: bool) -> Tensor:
+def some_class_ids(count: int, classes: int, multi: bool) -> Tensor:
     """Different class ids for a batch, every second one -1 (the top class); [count, 2] for K classes."""
     ids = torch.tensor([-1 if i % 2 else (i * (classes // 2 + 1)) % classes for i in range(count)])
     return torch.stack([ids, torch.full_like(ids, classes - 1)], 1) if multi else ids
+
+
+def some_texts(count: int, width: int, multi: bool, seed: int = 0) -> Tensor:
+    """Different embeddings for a batch, [count, width], of different norms; [count, 2, width] for K texts."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = torch.randn(count, 2, width, generator=generator) * torch.tensor([1.0, 3.0])[:, None]
+    return texts if multi else texts[:, 1]
 
 
 def _settle_ties(used: np.ndarray[Any, Any], ids: Tensor, logits: Tensor, tolerances: Tolerances) -> Tensor:
@@ -253,7 +260,7 @@ def _run(session: Any, batch: Tensor, ids: Tensor | None) -> dict[str, np.ndarra
     names = [o.name for o in session.get_outputs()]
     feed = {"image": batch.numpy()}
     if ids is not None:
-        feed["class_ids"] = ids.numpy()
+        feed["text_embedding" if ids.is_floating_point() else "class_ids"] = ids.numpy()
     try:
         values = session.run(names, feed)
     except Exception as error:
@@ -319,12 +326,15 @@ def _completeness(runs: Iterable[Run], tolerances: Tolerances) -> tuple[float | 
     worst: float | None = None
     wrong = []
     for _, ids, given in runs:
-        if ids is None or not {"logits", "contributions", "residual"} <= set(given) or bool((ids < 0).any()):
+        if ids is None or not {"logits", "contributions", "residual"} <= set(given):
+            continue
+        texts = ids.is_floating_point()
+        if not texts and bool((ids < 0).any()):
             continue
         logits = given["logits"].astype(np.float64)
         total = given["contributions"].astype(np.float64).sum((-2, -1)) + given["residual"].astype(np.float64)
-        columns = ids.numpy().reshape(len(logits), -1)
-        gap = float(np.abs(total.reshape(columns.shape) - np.take_along_axis(logits, columns, 1)).max())
+        explained = logits if texts else np.take_along_axis(logits, ids.numpy().reshape(len(logits), -1), 1)
+        gap = float(np.abs(total.reshape(explained.shape) - explained).max())
         worst = gap if worst is None else max(worst, gap)
         if not gap <= tolerances.completeness * max(float(np.abs(logits).max()), UNDERFLOW):
             wrong.append(f"contributions and residual miss their logit by {gap:.1e}")

@@ -316,8 +316,8 @@ def gather_class_rows(program: Program) -> int:
     ``seed``, reshaped, spread over the pooled positions and multiplied with ``m``, stays zero outside its class; a
     product with the head's weights then is the class's row times that one channel.
     """
-    if program.seed is None:
-        return 0
+    if program.seed is None or program.targets is None or program.targets.meta["val"].is_floating_point():
+        return 0  # a text's seed is not one-hot
     compared: Any = program.seed.args[0]
     head = _Head(program, compared.args[0])
     for node in list(program.graph.nodes):

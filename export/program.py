@@ -28,7 +28,7 @@ class Program(graph_program.Program):
     """The exported graph, with the two nodes the passes look for.
 
     Attributes:
-        seed: the one-hot seed of the adjoint; None for a forward pass alone.
+        seed: the adjoint's first node, one-hot where classes are explained; None for a forward pass alone.
         adjoint: the raw adjoint of the image, before any output is derived from it.
     """
 
@@ -60,13 +60,13 @@ def build_program(
         graph.output(graph.graph_copy(source.builder.graph, copies))
         constants, names = source.constants, source.parameter_names
         results: dict[str, Node] = {"logits": copies[source.logits]}
-        encoded, class_ids = copies[source.encoded], None
+        encoded, targets = copies[source.encoded], None
         parameter_nodes = [copies[n] for n in source.parameter_nodes]
     else:
         results = dict(graph.graph_copy(source.module.graph, copies))  # type: ignore[arg-type]
         graph.output(results)
         constants, names = source.constants, source.parameter_names
-        *parameter_nodes, encoded, class_ids = [n for n in graph.nodes if n.op == "placeholder"]
+        *parameter_nodes, encoded, targets = [n for n in graph.nodes if n.op == "placeholder"]
     values: dict[str, Tensor] = dict(net.named_parameters(remove_duplicate=False))
     values.update(net.named_buffers(remove_duplicate=False))
     parameters = [constants[name] if name in constants else values[name].detach() for name in names]
@@ -75,10 +75,10 @@ def build_program(
         dict(zip(parameter_nodes, parameters, strict=True)),
         dict(zip(parameter_nodes, names, strict=True)),
         encoded,
-        class_ids,
+        targets,
     )
-    if class_ids is not None:
-        program.seed = next(n for n in graph.nodes if _is_seed(n))
+    if targets is not None:
+        program.seed = next(n for n in graph.nodes if n.meta.get("seed"))
         adjoint: Any = results["weights"]
         while adjoint.target is aten.reshape.default:
             adjoint = adjoint.args[0]
@@ -89,14 +89,6 @@ def build_program(
     program.set_outputs({name: results[name] for name in OUTPUTS if name in results and name in outputs})
     fold_constants(program)
     return program
-
-
-def _is_seed(node: Node) -> bool:
-    """The one-hot rows: the comparison of class ids with all classes, as numbers."""
-    if node.target is not aten._to_copy.default or node.meta.get("side") != "adjoint":
-        return False
-    compared: Any = node.args[0]
-    return compared.target is aten.eq.Tensor and node.meta["val"].is_floating_point()
 
 
 def _add_image(program: Program, net: BcosNetwork) -> None:

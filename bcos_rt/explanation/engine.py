@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 from bcos_rt.errors import CheckpointError, InvalidArgumentError, InvalidTypeError, UnsupportedOpError, did_you_mean
 from bcos_rt.explanation.explain import as_network, class_ids_of, is_multi
 from bcos_rt.explanation.explanation import Explanation
-from bcos_rt.graph import serialize
+from bcos_rt.explanation.text import checked_texts, named_texts
+from bcos_rt.graph import TokenPooling, serialize
+from bcos_rt.graph.attention import Attention
 from bcos_rt.graph.backends import Runner
 from bcos_rt.graph.capture import module_of
 from bcos_rt.graph.fused import FusedPrograms, build_fused
 from bcos_rt.graph.program import MemoryPlan, Program, memory_plan
 from bcos_rt.kernels import cpu
-from bcos_rt.nn.network import InputEncoding, check_range
+from bcos_rt.nn.network import EmbeddingLayer, InputEncoding, check_range
 
 __all__ = ["Engine", "chosen_backend"]
 
@@ -54,12 +57,17 @@ class Engine:
             "auto": on a CUDA device triton; else native where it is built; else inductor where there is a compiler;
             else eager (33, 44 and 89 ms for an explanation by ResNet-18). :attr:`backend` says what it took.
         chunk: images that go through together (native only); None for the backend's own choice, two.
+        pooling, power: of a network with an embedding (``Recipe.clip()``), as for :func:`bcos_rt.explain_text`; None:
+            the mean. Such an engine predicts embeddings and explains texts, with :meth:`explain_text`.
+        attention: "store" each attention layer's softmax for the adjoint, "recompute" it there from queries, keys and
+            its log-sum-exp, or "auto": whichever keeps less (``docs/results/attention.md``).
 
     Attributes:
         backend: the backend taken.
         device: where it runs: images and results are there.
         image_size: (H, W).
         dtype, forward_dtype: as given; no None.
+        pooling: of tokens, where texts are explained; None where classes are.
         programs: the fused programs, for a look inside.
 
     Raises:
@@ -77,9 +85,18 @@ class Engine:
         device: str | torch.device | None = None,
         backend: Backend = "auto",
         chunk: int | None = None,
+        pooling: Literal["mean", "max", "cosine_power"] | None = None,
+        power: float | None = None,
+        attention: Attention = "auto",
     ) -> None:
         _check_chunk(chunk)
         network, label = as_network(net)
+        how: TokenPooling | None = None
+        if isinstance(network.logit_layer, EmbeddingLayer):
+            how = TokenPooling.of("mean" if pooling is None else pooling, power)
+        elif pooling is not None or power is not None:
+            got = f"{pooling!r}, {power!r} for a network that returns logits"
+            raise InvalidArgumentError("pooling, power", got, "None")
         like = next(network.parameters(), network.encoding.mean)
         place = _device_of(like.device if device is None else device)
         size, taken = _size_of(example), chosen_backend(backend, place)
@@ -99,13 +116,14 @@ class Engine:
         about = {
             "forward_float32": forward == torch.float32,
             "label": label,
+            "pooling": None if how is None else [how.kind, how.power],
             "class_names": network.class_names,
             "mean": encoding.mean.flatten().tolist(),
             "std": encoding.std.flatten().tolist(),
             "six_channels": encoding.six_channels,
         }
         scale = FLOAT16_SEED_SCALE if dtype == torch.float16 else 1.0
-        programs = build_fused(network, size, dtype, scale, forward_dtype=forward)
+        programs = build_fused(network, size, dtype, scale, forward_dtype=forward, pooling=how, attention=attention)
         self._start(programs, size, dtype, taken, place, about, chunk)
 
     def _start(
@@ -123,6 +141,7 @@ class Engine:
         self.forward_dtype = torch.float32 if about["forward_float32"] else dtype
         self._about = about
         self._label = str(about["label"])
+        self.pooling = None if about["pooling"] is None else TokenPooling(*about["pooling"])
         self._names = tuple(about["class_names"]) if about["class_names"] is not None else None
         self._encoding = InputEncoding(about["mean"], about["std"], about["six_channels"])
         self._classes = int(programs.predict.outputs["logits"].meta["val"].shape[1])
@@ -168,6 +187,7 @@ class Engine:
             programs = FusedPrograms(file.programs["predict"], file.programs["explain"], dict(file.meta["passes"]))
             about = {name: file.meta[name] for name in ("label", "class_names", "mean", "std", "six_channels")}
             about["forward_float32"] = bool(file.meta.get("forward_float32", False))
+            about["pooling"] = file.meta.get("pooling")
         except KeyError as error:
             raise CheckpointError(f"{path}: an engine file without {error}") from error
         engine = cls.__new__(cls)
@@ -177,7 +197,7 @@ class Engine:
     # Running -------------------------------------------------------------------------------------------------------
 
     def predict(self, images: Tensor) -> Tensor:
-        """Logits [N, classes] of images [N, 3, H, W] in [0, 1]; no multipliers are computed.
+        """Logits [N, classes], or embeddings [N, D], of images [N, 3, H, W] in [0, 1]; no multipliers are computed.
 
         Raises:
             InvalidArgumentError, InvalidTypeError: unusable images.
@@ -193,27 +213,62 @@ class Engine:
         K classes of each image share one forward pass.
 
         Raises:
-            InvalidArgumentError, InvalidTypeError: unusable images or targets.
+            InvalidArgumentError, InvalidTypeError: unusable images or targets; an engine that explains texts.
         """
+        if self.pooling is not None:
+            raise InvalidArgumentError(
+                "Engine", "of a network with an embedding", "its explain_text instead of explain"
+            )
         images = self._checked(images)
         multi, n = is_multi(targets), images.shape[0]
         # Checked on the CPU: a look at a GPU's numbers waits for all its work.
         ids = class_ids_of(targets, n, self._classes, torch.device("cpu")).to(self.device)
         names = self._names if self._names is not None and len(self._names) == self._classes else None
-        encoded = torch.cat([images, 1 - images], 1) if self._encoding.six_channels else images
         if n == 0:
-            lead = tuple(ids.shape)
-            zeros = (encoded.new_zeros(*lead, *shape) for shape in (encoded.shape[1:], encoded.shape[2:], ()))
-            weights, contributions, residual = zeros
-            return Explanation(
-                encoded.new_zeros(0, self._classes), ids, weights, contributions, residual, encoded, names, self._label
+            logits, used = images.new_zeros(0, self._classes), ids
+            result = self._empty(images, tuple(ids.shape))
+        else:
+            result = self._explain(images, ids if multi else ids[:, None])
+            if not multi:
+                result = {k: v if k == "logits" else v[:, 0] for k, v in result.items()}
+            logits, used = result["logits"], result["class_used"]
+        parts = (result["weights"], result["contributions"], result["residual"])
+        return Explanation(logits, used, *parts, self._encoded(images), names, self._label)
+
+    def explain_text(
+        self, images: Tensor, text_embeddings: Tensor, *, prompts: Sequence[str] | None = None
+    ) -> Explanation:
+        """Explanations of P texts on images [N, 3, H, W] in [0, 1]; arguments and result as
+        :func:`bcos_rt.explain_text`'s, with the engine's pooling.
+
+        Raises:
+            InvalidArgumentError, InvalidTypeError: unusable images or texts; an engine that explains classes.
+        """
+        if self.pooling is None:
+            raise InvalidArgumentError(
+                "Engine", "of a network that returns logits", "its explain instead of explain_text"
             )
-        result = self._explain(images, ids if multi else ids[:, None])
-        parts = [result[name] for name in ("class_used", "weights", "contributions", "residual")]
-        if not multi:
-            parts = [part[:, 0] for part in parts]
-        used, weights, contributions, residual = parts
-        return Explanation(result["logits"], used, weights, contributions, residual, encoded, names, self._label)
+        images = self._checked(images)
+        # Checked on the CPU, as class ids are.
+        texts = checked_texts(text_embeddings, self._classes, torch.device("cpu")).to(self.device, images.dtype)
+        n, count = images.shape[0], texts.shape[0]
+        names = named_texts(prompts, count)
+        target = torch.arange(count, device=self.device).expand(n, count).contiguous()
+        if n == 0:
+            result = {"logits": images.new_zeros(0, count), **self._empty(images, (0, count))}
+        else:
+            result = self._explain(images, texts.expand(n, *texts.shape).contiguous())
+        parts = (result["weights"], result["contributions"], result["residual"])
+        return Explanation(result["logits"], target, *parts, self._encoded(images), names, self._label, "texts")
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        return torch.cat([images, 1 - images], 1) if self._encoding.six_channels else images
+
+    def _empty(self, images: Tensor, lead: tuple[int, ...]) -> dict[str, Tensor]:
+        """What is explained of no image."""
+        height, width = self.image_size
+        shapes = {"weights": (self._encoding.channels, height, width), "contributions": (height, width), "residual": ()}
+        return {name: images.new_zeros(*lead, *shape) for name, shape in shapes.items()}
 
     def _checked(self, images: Any) -> Tensor:
         self._encoding.encode(images[:0] if isinstance(images, Tensor) and images.ndim == 4 else images)

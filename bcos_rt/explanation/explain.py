@@ -18,7 +18,7 @@ from bcos_rt.graph import explanation_graph
 from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.nn.network import BcosNetwork, check_range
 
-__all__ = ["as_network", "class_ids_of", "explain", "fingerprint", "is_multi"]
+__all__ = ["as_network", "class_ids_of", "encoded_images", "explain", "fingerprint", "is_multi"]
 
 # Equivalent conversions of conventional models are kept while the model lives; nothing is stored in the model itself.
 _EQUIVALENTS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, BcosNetwork]] = weakref.WeakKeyDictionary()
@@ -120,20 +120,12 @@ def explain(
         UnsupportedOpError: an op without a dynamic-linear rule, named with its module.
     """
     net, label = as_network(net)
-    like = next(net.parameters(), net.encoding.mean)
-    encoded = net.encode(images)
-    if encoded.device != like.device:
-        raise InvalidArgumentError("images", f"on {encoded.device}", f"the network's device, {like.device}")
-    if images.device.type != "cpu":
-        check_range(images)
-    encoded = encoded.detach().to(like.dtype)
+    encoded = encoded_images(net, images)
     n, channels, height, width = encoded.shape
-    if height == 0 or width == 0:
-        raise InvalidArgumentError("images", f"shape {tuple(images.shape)}", "at least one pixel")
     multi = is_multi(targets)
     graph = explanation_graph(net, (height, width), multi=multi)
     classes = graph.classes
-    class_ids = class_ids_of(targets, n, classes, like.device)
+    class_ids = class_ids_of(targets, n, classes, encoded.device)
     names = tuple(net.class_names) if net.class_names is not None and len(net.class_names) == classes else None
     if n == 0:
         lead = tuple(class_ids.shape)
@@ -158,6 +150,23 @@ def explain(
         names,
         label,
     )
+
+
+def encoded_images(net: BcosNetwork, images: Tensor) -> Tensor:
+    """Checked images, encoded, on the network's device and of its dtype, [N, C, H, W].
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: unusable images.
+    """
+    like = next(net.parameters(), net.encoding.mean)
+    encoded = net.encode(images)
+    if encoded.device != like.device:
+        raise InvalidArgumentError("images", f"on {encoded.device}", f"the network's device, {like.device}")
+    if images.device.type != "cpu":
+        check_range(images)
+    if 0 in encoded.shape[2:]:
+        raise InvalidArgumentError("images", f"shape {tuple(images.shape)}", "at least one pixel")
+    return encoded.detach().to(like.dtype)
 
 
 def is_multi(targets: Any) -> bool:

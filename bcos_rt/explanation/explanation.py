@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ class Explanation:
         images: [N, 6, H, W], the encoded images ``[x, 1 - x]`` in [0, 1].
         class_names: one name per class, or None.
         label: what to call it in pictures, e.g. "initial explanation" for a network that was not fine-tuned.
+        of: "classes", or "texts": then logits are scores of texts (no softmax makes probabilities of them), and
+            ``class_names`` the prompts.
     """
 
     logits: Tensor
@@ -50,6 +52,7 @@ class Explanation:
     images: Tensor
     class_names: tuple[str, ...] | None = None
     label: str = "explanation"
+    of: Literal["classes", "texts"] = "classes"
 
     def __len__(self) -> int:
         return self.logits.shape[0]
@@ -74,8 +77,10 @@ class Explanation:
         return rgba.reshape(n, k, *rgba.shape[1:])
 
     def class_name(self, index: int) -> str:
-        """The class's name, or ``class 7`` where there are no names."""
-        return self.class_names[index] if self.class_names is not None else f"class {index}"
+        """The class's name or the prompt, or ``class 7`` or ``text 7`` where there are no names."""
+        if self.class_names is not None:
+            return self.class_names[index]
+        return f"text {index}" if self.of == "texts" else f"class {index}"
 
     def plot(self, indices: Sequence[int] | None = None, smooth: int = 15, alpha_percentile: float = 99.5) -> Figure:
         """A matplotlib figure: per image and class the image, the colour explanation and the contribution map.
@@ -106,7 +111,11 @@ class Explanation:
             index = int(targets[i, j])
             axes[row, 0].imshow(image)
             best = int(self.logits[i].argmax())
-            axes[row, 0].set_title(f"image\npredicted: {_short(self.class_name(best))} ({probabilities[i, best]:.0%})")
+            if self.of == "texts":
+                said = f"fits best: {_short(self.class_name(best))}"
+            else:
+                said = f"predicted: {_short(self.class_name(best))} ({probabilities[i, best]:.0%})"
+            axes[row, 0].set_title(f"image\n{said}")
             if rgba is not None:
                 picture = (rgba[i] if single else rgba[i, j]).cpu().float().numpy()
                 axes[row, 1].imshow(np.ones_like(image))
@@ -115,7 +124,8 @@ class Explanation:
             axis = axes[row, -1]
             limit = float(np.percentile(np.abs(contributions), 99.5)) or 1.0
             mesh = axis.imshow(contributions, cmap="bwr", vmin=-limit, vmax=limit)
-            axis.set_title(f"contributions to logit {float(logits[i, j]):.2f}\n(red: for, blue: against)")
+            value = f"score {float(logits[i, j]):.3f}" if self.of == "texts" else f"logit {float(logits[i, j]):.2f}"
+            axis.set_title(f"contributions to {value}\n(red: for, blue: against)")
             figure.colorbar(mesh, ax=axis, shrink=0.8, format="%.1g")
         for axis in axes.flat:
             axis.set_xticks([])

@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bcos_rt.errors import UnsupportedOpError
+from bcos_rt.graph.attention import Attention
 from bcos_rt.graph.capture import Captured, capture, module_of
 from bcos_rt.graph.symbols import CLASSES, symbolic_size
+from bcos_rt.graph.texts import TokenPooling, text_seed
 from bcos_rt.nn.network import BcosNetwork
 
 __all__ = ["Adjoint", "ExplanationGraph", "build_explanation_graph", "class_seed"]
@@ -33,19 +35,22 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class ExplanationGraph:
-    """Image and class ids in; logits, W, contributions and residual out.
+    """Image and targets in; logits, W, contributions and residual out.
 
     Attributes:
         module: flat :class:`torch.fx.GraphModule` of ATen and ``bcos_rt`` ops; every node has a fake ``meta["val"]``
             with a symbolic batch and ``meta["side"]`` ("forward" or "adjoint").
         parameter_names: the first placeholders, as named in the network (or in :attr:`constants`). After them come
-            ``encoded`` [N, C, H, W] and ``class_ids`` int64 [N], or [N, K] where :attr:`multi`; -1 is the top class.
+            ``encoded`` [N, C, H, W] and ``class_ids`` int64 [N], or [N, K] where :attr:`multi`; -1 is the top class. Of
+            a graph that explains texts: ``text_embedding`` [N, D] or [N, K, D], of any norm.
         constants: lifted tensors that are neither parameter nor buffer.
         multi: whether each image has K classes: outputs then are [N, K, ...].
-        classes: number of logits.
+        classes: number of logits; of a graph that explains texts: of entries of an embedding, D.
+        texts: whether texts are explained, not classes.
 
     The module returns a dict with ``logits`` [N, classes], ``class_used`` [N(, K)], ``weights`` [N(, K), C, H, W],
-    ``contributions`` [N(, K), H, W] and ``residual`` [N(, K)].
+    ``contributions`` [N(, K), H, W] and ``residual`` [N(, K)]. Of texts, ``logits`` are the scores [N, K], and there is
+    no ``class_used``.
     """
 
     module: GraphModule
@@ -54,6 +59,7 @@ class ExplanationGraph:
     image_size: tuple[int, int]
     multi: bool
     classes: int
+    texts: bool = False
 
     def parameters(self, net: BcosNetwork) -> list[Tensor]:
         """The network's present values for the parameter placeholders, in order."""
@@ -61,10 +67,10 @@ class ExplanationGraph:
         values.update(net.named_buffers(remove_duplicate=False))
         return [self.constants[n] if n in self.constants else values[n].detach() for n in self.parameter_names]
 
-    def __call__(self, net: BcosNetwork, encoded: Tensor, class_ids: Tensor) -> dict[str, Tensor]:
+    def __call__(self, net: BcosNetwork, encoded: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Run the graph with the network's present parameters, without autograd and in the network's own dtype."""
         with torch.no_grad(), torch.autocast(encoded.device.type, enabled=False):
-            result: dict[str, Tensor] = self.module(*self.parameters(net), encoded, class_ids)
+            result: dict[str, Tensor] = self.module(*self.parameters(net), encoded, targets)
         return result
 
 
@@ -90,27 +96,45 @@ class Adjoint:
 
     # Inputs and seed -----------------------------------------------------------------------------------------------
 
-    def add_inputs(self) -> Node:
-        """Append the ``class_ids`` placeholder after the image's."""
-        n = self.captured.encoded.meta["val"].shape[0]
+    def add_targets(self, name: str, tail: tuple[int, ...], dtype: torch.dtype) -> Node:
+        """Append a placeholder after the image's, [N, *tail], or [N, K, *tail] where each image has K targets."""
+        image = self.captured.encoded.meta["val"]
         fake = self.builder.fake_mode
+        lead = [image.shape[0]]
         with fake:
             if self.multi:
                 # A symbol of its own: a fake tensor's size may come out as a plain number.
                 shapes: Any = fake.shape_env
-                k = symbolic_size(shapes, CLASSES)
-                value = torch.empty((n, k), dtype=torch.int64, device=self.captured.encoded.meta["val"].device)
-            else:
-                value = torch.empty((n,), dtype=torch.int64, device=self.captured.encoded.meta["val"].device)
+                lead.append(symbolic_size(shapes, CLASSES))
+            value = torch.empty((*lead, *tail), dtype=dtype, device=image.device)
         with self.builder.graph.inserting_after(self.captured.encoded):
-            class_ids = self.builder.placeholder("class_ids", value)
+            targets = self.builder.placeholder(name, value)
         self.batch = self.call(aten.sym_size.int, self.captured.encoded, 0)
         if self.multi:
-            self.k = self.call(aten.sym_size.int, class_ids, 1)
+            self.k = self.call(aten.sym_size.int, targets, 1)
             self.rows = self.call(operator.mul, self.batch, self.k)
         else:
             self.rows = self.batch
-        return class_ids
+        return targets
+
+    def begin(self, pooling: TokenPooling | None) -> tuple[Node, dict[str, Node], Node]:
+        """What is explained: its placeholder, the outputs that say what came of it, and the seed of the adjoint.
+
+        Args:
+            pooling: None explains classes; else the captured tokens are explained, for texts.
+        """
+        logits = self.captured.logits
+        if pooling is None:
+            targets = self.add_targets("class_ids", (), torch.int64)
+            used, seed = class_seed(self, targets)
+            outputs = {"logits": logits, "class_used": used}
+        else:
+            value = logits.meta["val"]
+            targets = self.add_targets("text_embedding", (int(value.shape[2]),), value.dtype)
+            scores, seed = text_seed(self, targets, pooling)
+            outputs = {"logits": scores}
+        seed.meta["seed"] = True
+        return targets, outputs, seed
 
     # Shapes --------------------------------------------------------------------------------------------------------
 
@@ -280,6 +304,8 @@ def build_explanation_graph(
     image_size: tuple[int, int],
     *,
     multi: bool = False,
+    pooling: TokenPooling | None = None,
+    attention: Attention = "store",
     rules: dict[Any, Callable[[Adjoint, Node, Node], None]] | None = None,
 ) -> ExplanationGraph:
     """Capture a network and append its adjoint.
@@ -288,6 +314,9 @@ def build_explanation_graph(
         net: the network; captured in evaluation mode, whatever mode it is in.
         image_size: (H, W) the graph is made for; the batch stays free.
         multi: explain K classes of each image with one forward pass.
+        pooling: explain scores of texts, of a network with an embedding, with its tokens pooled like this.
+        attention: "store" every layer's softmax (standard ops alone, as an exporter needs), "recompute" it in the
+            adjoint, or "auto", whichever takes less memory; see :mod:`bcos_rt.graph.attention`.
         rules: a rule table in place of the registered one.
 
     Raises:
@@ -296,14 +325,12 @@ def build_explanation_graph(
     """
     from bcos_rt.graph.rules import RULES
 
-    captured = capture(net, image_size)
+    captured = capture(net, image_size, tokens=pooling is not None, attention=attention)
     adjoint = Adjoint(captured, multi)
     call = adjoint.call
     forward = list(captured.builder.graph.nodes)
     captured.builder.begin_adjoint()
-    class_ids = adjoint.add_inputs()
-
-    used, seed = class_seed(adjoint, class_ids)
+    _, outputs, seed = adjoint.begin(pooling)
 
     weights = adjoint.run(RULES if rules is None else rules, seed, forward)
     encoded = captured.encoded
@@ -322,8 +349,7 @@ def build_explanation_graph(
         residual = call(aten.mul.Scalar, call(aten.sum.dim_IntList, contributions, [-2, -1]), 0.0)
     captured.builder.graph.output(
         {
-            "logits": captured.logits,
-            "class_used": used,
+            **outputs,
             "weights": weights,
             "contributions": contributions,
             "residual": residual,
@@ -338,5 +364,6 @@ def build_explanation_graph(
         {**captured.constants, **adjoint.constants},
         image_size,
         multi,
-        int(captured.logits.meta["val"].shape[1]),
+        int(captured.logits.meta["val"].shape[-1]),
+        pooling is not None,
     )

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from bcos_rt.graph.adjoint import ExplanationGraph, build_explanation_graph
+from bcos_rt.graph.attention import Attention
+from bcos_rt.graph.texts import TokenPooling
 from bcos_rt.nn.exponent import exponents
 from bcos_rt.nn.network import BcosNetwork
 
@@ -28,16 +30,23 @@ def _structure(net: nn.Module) -> Any:
     return repr(net), tuple(exponents(net).values()), tuple((n, t.shape, t.dtype, t.device) for n, t in tensors)
 
 
-def explanation_graph(net: BcosNetwork, image_size: tuple[int, int], *, multi: bool = False) -> ExplanationGraph:
+def explanation_graph(
+    net: BcosNetwork,
+    image_size: tuple[int, int],
+    *,
+    multi: bool = False,
+    pooling: TokenPooling | None = None,
+    attention: Attention = "auto",
+) -> ExplanationGraph:
     """The kept explanation graph of a network for one image size; see :func:`build_explanation_graph`.
 
     The graph reads the network's parameters when it runs; changed weights need no new graph, changed layers get one.
     """
-    key = (image_size, multi, _structure(net))
+    key = (image_size, multi, pooling, attention, _structure(net))
     with _LOCK:
         graphs = _GRAPHS.setdefault(net, OrderedDict())
         if key not in graphs:
-            graphs[key] = build_explanation_graph(net, image_size, multi=multi)
+            graphs[key] = build_explanation_graph(net, image_size, multi=multi, pooling=pooling, attention=attention)
             while len(graphs) > GRAPHS_PER_NETWORK:
                 graphs.popitem(last=False)
         graphs.move_to_end(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 
 from bcos_rt.errors import InvalidArgumentError, UnsupportedOpError
+from bcos_rt.graph.attention import Attention, check_attention, lower_attention
 from bcos_rt.nn.network import BcosNetwork
 
 __all__ = ["Captured", "GraphBuilder", "bound_arguments", "capture", "eval_mode", "image_dependent", "module_of"]
@@ -38,12 +40,12 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 class _Encoded(nn.Module):
-    def __init__(self, net: BcosNetwork) -> None:
+    def __init__(self, net: BcosNetwork, tokens: bool) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.tokens = net, tokens
 
     def forward(self, encoded: Tensor) -> Tensor:
-        return self.net.forward_encoded(encoded)
+        return self.net.tokens_encoded(encoded) if self.tokens else self.net.forward_encoded(encoded)
 
 
 class GraphBuilder:
@@ -112,7 +114,7 @@ class Captured:
         parameter_names: one name per parameter placeholder, as in ``net.named_parameters()``/``named_buffers()``.
         constants: values of the names that are neither parameter nor buffer.
         encoded: the image placeholder, [N, C, H, W] with a symbolic N.
-        logits: the output node, [N, classes].
+        logits: the output node, [N, classes], or unit tokens [N, T, D] where those were captured.
         depends: forward nodes whose value depends on the image.
         stem: the op that encodes and normalises the image, once a fusion pass has made one.
         entry: the encoded image where a pass computes it in the graph: the adjoint ends there, else at ``encoded``.
@@ -167,6 +169,12 @@ def _lower_linear(builder: GraphBuilder, a: Mapping[str, Any]) -> Node:
     return builder.call(aten.mul.Tensor, z, m)
 
 
+def _lower_type_as(builder: GraphBuilder, a: Mapping[str, Any]) -> Node:
+    """A cast; the dtypes of a captured network are known."""
+    x, dtype = a["self"], a["other"].meta["val"].dtype
+    return x if x.meta["val"].dtype == dtype else builder.call(aten._to_copy.default, x, dtype=dtype)
+
+
 def _lower_flatten(builder: GraphBuilder, a: Mapping[str, Any]) -> Node:
     x = a["self"]
     shape = list(x.meta["val"].shape)
@@ -175,34 +183,12 @@ def _lower_flatten(builder: GraphBuilder, a: Mapping[str, Any]) -> Node:
     return builder.call(aten.reshape.default, x, [-1 if isinstance(size, torch.SymInt) else size for size in merged])
 
 
-def _lower_attention(builder: GraphBuilder, a: Mapping[str, Any]) -> Node:
-    """``softmax(s q k^T + mask) v`` in its parts, so that the adjoint can hold the softmax constant."""
-    query, key, value, mask = a["query"], a["key"], a["value"], a["attn_mask"]
-    if a["dropout_p"]:
-        raise UnsupportedOpError(f"{aten.scaled_dot_product_attention.default}: dropout is active in evaluation mode")
-    if a["enable_gqa"] and query.meta["val"].shape[-3] != key.meta["val"].shape[-3]:
-        groups = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
-        key, value = (builder.call(aten.repeat_interleave.self_int, n, groups, -3) for n in (key, value))
-    scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(query.meta["val"].shape[-1])
-    transposed = builder.call(aten.transpose.int, key, -2, -1)
-    scores = builder.call(aten.matmul.default, builder.call(aten.mul.Scalar, query, float(scale)), transposed)
-    if a["is_causal"]:
-        rows, columns = (int(size) for size in scores.meta["val"].shape[-2:])
-        device = query.meta["val"].device
-        ones = builder.call(aten.ones.default, [rows, columns], dtype=torch.bool, device=device, pin_memory=False)
-        mask = builder.call(aten.tril.default, ones)
-    if mask is not None and mask.meta["val"].dtype == torch.bool:
-        scores = builder.call(aten.masked_fill.Scalar, scores, builder.call(aten.logical_not.default, mask), -math.inf)
-    elif mask is not None:
-        scores = builder.call(aten.add.Tensor, scores, mask)
-    return builder.call(aten.matmul.default, builder.call(aten.softmax.int, scores, -1), value)
-
-
 LOWERINGS: dict[Any, Callable[[GraphBuilder, Mapping[str, Any]], Node]] = {
     torch.ops.bcos_rt.conv2d.default: _lower_conv2d,
     torch.ops.bcos_rt.linear.default: _lower_linear,
     aten.flatten.using_ints: _lower_flatten,
-    aten.scaled_dot_product_attention.default: _lower_attention,
+    aten.type_as.default: _lower_type_as,
+    aten.scaled_dot_product_attention.default: lower_attention,
 }
 
 
@@ -263,31 +249,45 @@ def _is_view(node: Node) -> bool:
     return not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
 
 
-def capture(net: BcosNetwork, image_size: tuple[int, int]) -> Captured:
+def capture(
+    net: BcosNetwork, image_size: tuple[int, int], *, tokens: bool = False, attention: Attention = "store"
+) -> Captured:
     """Capture ``net.forward_encoded`` in evaluation mode for images of one size and any batch.
 
     B-cos ops become ``z``, norm, multiplier ``m`` and ``z * m``, so that the adjoint can hold ``m`` constant.
 
+    Args:
+        tokens: capture ``net.tokens_encoded`` instead, of a network with an embedding.
+        attention: how the softmax of ``scaled_dot_product_attention`` is had in the adjoint; see
+            :mod:`bcos_rt.graph.attention`. "store" leaves standard ops alone.
+
     Raises:
         UnsupportedOpError: ``torch.export`` could not capture the network; the message carries its reason.
-        InvalidArgumentError: the network's own, of what it does not take.
+        InvalidArgumentError: the network's own, of what it does not take; another name for ``attention``.
     """
+    check_attention(attention)
     like = next(net.parameters(), net.encoding.mean)
     example = torch.rand(2, net.encoding.channels, *image_size, dtype=like.dtype, device=like.device)
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     try:
         # Autocast around the call would be captured as casts; the graph is made for the network's own dtype.
         with eval_mode(net), torch.autocast(like.device.type, enabled=False):
-            program = torch.export.export(_Encoded(net).eval(), (example,), dynamic_shapes=({0: batch},), strict=False)
+            program = torch.export.export(
+                _Encoded(net, tokens).eval(), (example,), dynamic_shapes=({0: batch},), strict=False
+            )
             if not _functionalize(program.graph):
                 program = program.run_decompositions({})
     except InvalidArgumentError:
         raise  # the network itself says what it does not take, such as an image size
     except Exception as error:  # torch.export raises many kinds; the user needs its first line and the whole as cause
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        size = f"{image_size[0]}x{image_size[1]}"
+        refusal = _refusal(_Encoded(net, tokens), example)
+        if refusal is not None:
+            got = f"size {size}, on which the network fails ({_first_line(refusal)})"
+            raise InvalidArgumentError("images", got, "a size that it takes") from refusal
         raise UnsupportedOpError(
-            f"the network cannot be captured by torch.export for {image_size[0]}x{image_size[1]} images with a dynamic "
-            f"batch: {reason}"
+            f"the network cannot be captured by torch.export for {size} images with a dynamic batch: "
+            f"{_first_line(error)}"
         ) from error
 
     values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"]
@@ -314,13 +314,18 @@ def capture(net: BcosNetwork, image_size: tuple[int, int]) -> Captured:
     if encoded is None:
         raise UnsupportedOpError("the captured network does not use its image")
 
+    images = encoded.meta["val"].shape[0].node.expr
+    lowerings = LOWERINGS
+    if attention != "store":
+        chosen = functools.partial(lower_attention, choice=attention, batch=images)
+        lowerings = {**LOWERINGS, aten.scaled_dot_product_attention.default: chosen}
     logits: Node | None = None
     for node in program.graph.nodes:
         if node.op == "call_function":
             builder.origin = node
-            if node.target in LOWERINGS:
+            if node.target in lowerings:
                 arguments = torch.fx.node.map_arg(bound_arguments(node), lambda n: mapping[n])
-                mapping[node] = LOWERINGS[node.target](builder, arguments)
+                mapping[node] = lowerings[node.target](builder, arguments)
             elif node.target in (aten._assert_tensor_metadata.default, aten._assert_scalar.default):
                 continue
             elif _does_nothing(node):
@@ -330,8 +335,9 @@ def capture(net: BcosNetwork, image_size: tuple[int, int]) -> Captured:
                 mapping[node].meta["side"] = "forward"
         elif node.op == "output":
             outputs = node.args[0]
-            if len(outputs) != 1 or outputs[0].meta["val"].ndim != 2:
-                raise UnsupportedOpError("the network must return one tensor of logits, [N, classes]")
+            if len(outputs) != 1 or outputs[0].meta["val"].ndim != (3 if tokens else 2):
+                expected = "unit tokens, [N, T, D]" if tokens else "logits, [N, classes]"
+                raise UnsupportedOpError(f"the network must return one tensor of {expected}")
             logits = mapping[outputs[0]]
     builder.origin = None
     if logits is None:
@@ -339,6 +345,21 @@ def capture(net: BcosNetwork, image_size: tuple[int, int]) -> Captured:
 
     depends = image_dependent(builder.graph, encoded)
     return Captured(builder, tuple(names), tuple(parameter_nodes), constants, encoded, logits, depends)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _refusal(net: nn.Module, encoded: Tensor) -> Exception | None:
+    """What a network raises for images by itself, without torch.export."""
+    try:
+        with eval_mode(net), torch.no_grad():
+            net(encoded)
+    except Exception as error:  # whatever its layers raise
+        return error
+    return None
 
 
 def image_dependent(graph: Graph, image: Node) -> set[Node]:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from bcos_rt.graph.adjoint import Adjoint, class_seed
+from bcos_rt.graph.adjoint import Adjoint
+from bcos_rt.graph.attention import Attention
 from bcos_rt.graph.capture import Captured, capture
 from bcos_rt.graph.fuse import fuse_adjoint, fuse_forward
 from bcos_rt.graph.fused_rules import FUSED_RULES
 from bcos_rt.graph.program import Program, fold_constants
 from bcos_rt.graph.rules import RULES
 from bcos_rt.graph.storage import store_adjoint_as, store_as
+from bcos_rt.graph.texts import TokenPooling
 from bcos_rt.nn.network import BcosNetwork
 
 __all__ = ["FusedPrograms", "build_fused"]
@@ -28,7 +30,7 @@ bcos = torch.ops.bcos_rt
 @dataclass(frozen=True)
 class FusedPrograms:
     """Attributes:
-    predict: image -> ``logits``; computes no multipliers.
+    predict: image -> ``logits`` (of a network with an embedding: that); computes no multipliers.
     explain: image, class ids [N, K] (-1: the top class) -> ``logits`` [N, classes], ``class_used`` [N, K], ``weights``
         [N, K, C, H, W], ``contributions`` [N, K, H, W], ``residual`` [N, K], and if asked for ``colour`` [N K, 4, H,
         W] (the colour picture's terms, where the image has six channels).
@@ -47,6 +49,8 @@ def build_fused(
     seed_scale: float = 1.0,
     colour: bool = False,
     forward_dtype: torch.dtype | None = None,
+    pooling: TokenPooling | None = None,
+    attention: Attention = "auto",
 ) -> FusedPrograms:
     """Capture a network, fuse its forward pass, derive the adjoint in fused ops, and fuse that.
 
@@ -58,12 +62,16 @@ def build_fused(
         forward_dtype: what the forward pass is stored in, ``dtype`` then being the adjoint's; ``dtype`` or the
             network's dtype. None: ``dtype``.
         colour: whether the explanation has an output ``colour``.
+        pooling: explain scores of texts, of a network with an embedding, with its tokens pooled like this; the
+            prediction then is the embedding.
+        attention: whether each layer's softmax is stored for the adjoint or made again there; "auto": whichever takes
+            less memory. See :mod:`bcos_rt.graph.attention`.
         seed_scale: factor on the adjoint while it runs (half of |W| lies below fp16's smallest normal number).
 
     Raises:
         UnsupportedOpError: as :func:`bcos_rt.graph.build_explanation_graph`.
     """
-    captured = capture(net, image_size)
+    captured = capture(net, image_size, tokens=pooling is not None, attention=attention)
     six = net.encoding.six_channels
     passes = fuse_forward(captured, six)
     values: dict[str, Tensor] = dict(net.named_parameters(remove_duplicate=False))
@@ -71,7 +79,7 @@ def build_fused(
     # Copies: the network may be trained further.
     values = {name: values[name].detach().clone() for name in captured.parameter_names if name in values}
 
-    def program(outputs: dict[str, Node], class_ids: Node | None, made: dict[str, Tensor]) -> Program:
+    def program(outputs: dict[str, Node], targets: Node | None, made: dict[str, Tensor]) -> Program:
         """The graph so far with other outputs, in nodes of its own."""
         given = {**captured.constants, **made}
         graph, copies = Graph(), dict[Node, Node]()
@@ -84,12 +92,12 @@ def build_fused(
         for node, name in named.items():
             constants[copies[node]] = given[name] if name in given else values[name]
             names[copies[node]] = name
-        ids = None if class_ids is None else copies[class_ids]
-        result = Program(graph, constants, names, copies[captured.encoded], ids)
+        asked = None if targets is None else copies[targets]
+        result = Program(graph, constants, names, copies[captured.encoded], asked)
         result.set_outputs({name: copies[node] for name, node in outputs.items()})
         fold_constants(result)
         if forward_dtype not in (None, dtype):
-            if class_ids is not None:
+            if targets is not None:
                 store_adjoint_as(result, dtype, copies[start])
         elif dtype != values_dtype:
             store_as(result, dtype, stored)
@@ -98,25 +106,25 @@ def build_fused(
     stored: dict[int, tuple[Tensor, Tensor]] = {}
     values_dtype = captured.encoded.meta["val"].dtype
     constant_nodes: dict[Node, str] = {}
-    predict = program({"logits": captured.logits}, None, {})
+    predicted = captured.logits if pooling is None else captured.builder.call(aten.mean.dim, captured.logits, [1])
+    predict = program({"logits": predicted}, None, {})
 
     adjoint = Adjoint(captured, multi=True)
     forward = list(captured.builder.graph.nodes)
     captured.builder.begin_adjoint()
-    class_ids = adjoint.add_inputs()
-    used, seed = class_seed(adjoint, class_ids)
+    targets, told, seed = adjoint.begin(pooling)
     start = seed
     if seed_scale != 1:
         seed = adjoint.call(aten.mul.Scalar, seed, seed_scale)
     grad = adjoint.run({**RULES, **FUSED_RULES}, seed, forward)
-    outputs = {"logits": captured.logits, "class_used": used, **_tail(adjoint, captured, grad, seed_scale, colour)}
+    outputs = {**told, **_tail(adjoint, captured, grad, seed_scale, colour)}
     captured.builder.graph.output(outputs)
     passes.update(fuse_adjoint(captured.builder))
     output = next(iter(reversed(captured.builder.graph.nodes)))
     rewritten: Any = output.args[0]
     outputs = dict(rewritten)
     constant_nodes = {node: name for name, node in adjoint.constant_nodes.items()}
-    explain = program(outputs, class_ids, adjoint.constants)
+    explain = program(outputs, targets, adjoint.constants)
     return FusedPrograms(predict, explain, passes)
 
 

@@ -73,8 +73,8 @@ def _placeholder(low: Lowering, program: Program, node: Node) -> Node:
         low.program.names[copy] = program.names[node]
     elif node is program.image:
         low.program.image = copy
-    elif node is program.class_ids:
-        low.program.class_ids = copy
+    elif node is program.targets:
+        low.program.targets = copy
     return copy
 
 

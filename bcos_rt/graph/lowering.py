@@ -206,7 +206,7 @@ class Lowering:
         if isinstance(m, int) and isinstance(n, int):
             return images, m // n if n else 1, many
         # A -1 would be ambiguous for an empty batch.
-        ids = self.program.class_ids
+        ids = self.program.targets
         return images, self.size(ids, 1) if ids is not None and ids.meta["val"].ndim == 2 else -1, many
 
     def realised(self, x: Node) -> Node:

@@ -1,4 +1,4 @@
-"""A program: a flat graph from image and class ids to named outputs, with the values of its constants."""
+"""A program: a flat graph from image and targets to named outputs, with the values of its constants."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ class Program:
     """A flat graph, the values of its constants, and what goes in and out.
 
     Attributes:
-        graph: placeholders are the constants, then ``image``, then ``class_ids``; every node has a fake
+        graph: placeholders are the constants, then ``image``, then ``targets``; every node has a fake
             ``meta["val"]`` with a symbolic batch N (and K classes per image).
         constants: value of each constant placeholder.
         names: a name for each constant, for a reader.
         image: the image placeholder.
-        class_ids: its placeholder, int64; None for a forward pass alone.
+        targets: the placeholder of what is explained, class ids int64 [N(, K)] or text embeddings [N(, K), D]; None for
+            a forward pass alone.
         outputs: node by output name.
     """
 
@@ -36,7 +37,7 @@ class Program:
     constants: dict[Node, Tensor]
     names: dict[Node, str]
     image: Node
-    class_ids: Node | None
+    targets: Node | None
     outputs: dict[str, Node] = field(default_factory=dict)
     _made: int = 0
 
@@ -91,23 +92,23 @@ class Program:
             {copies[node]: value for node, value in self.constants.items()},
             {copies[node]: name for node, name in self.names.items()},
             copies[self.image],
-            None if self.class_ids is None else copies[self.class_ids],
+            None if self.targets is None else copies[self.targets],
             outputs,
             self._made,
         )
 
-    def feed(self, image: Tensor, class_ids: Tensor | None) -> list[Tensor | None]:
+    def feed(self, image: Tensor, targets: Tensor | None) -> list[Tensor | None]:
         """What the graph's placeholders take, in their order."""
-        given = {self.image: image, self.class_ids: class_ids}
+        given = {self.image: image, self.targets: targets}
         return [self.constants.get(n, given.get(n)) for n in self.graph.nodes if n.op == "placeholder"]
 
     def run(
-        self, image: Tensor, class_ids: Tensor | None, watch: Callable[[Node, Any], None] | None = None
+        self, image: Tensor, targets: Tensor | None, watch: Callable[[Node, Any], None] | None = None
     ) -> dict[str, Tensor]:
         """Run in PyTorch, op by op; ``watch`` sees every node's value."""
         runner = Watched(GraphModule(torch.nn.Module(), self.graph), watch)
         with torch.no_grad():
-            result: dict[str, Tensor] = runner.run(*self.feed(image, class_ids))
+            result: dict[str, Tensor] = runner.run(*self.feed(image, targets))
         return result
 
 
@@ -139,7 +140,7 @@ def propagate(graph: Graph, fake_mode: FakeTensorMode) -> None:
 
 
 def fold_constants(program: Program) -> None:
-    """Evaluate, with the real parameters, everything that does not depend on image or class ids."""
+    """Evaluate, with the real parameters, everything that does not depend on image or targets."""
     known: dict[Node, Any] = dict(program.constants)
     for node in list(program.graph.nodes):
         if node.op != "call_function" or not all(n in known for n in node.all_input_nodes):
@@ -250,9 +251,9 @@ def _dimensions(program: Program, batch: int, classes: int) -> dict[Any, int]:
     size = program.image.meta["val"].shape[0]
     if isinstance(size, torch.SymInt):
         symbols[size.node.expr] = batch
-    if program.class_ids is not None:
-        shape = program.class_ids.meta["val"].shape
-        if len(shape) == 2 and isinstance(shape[1], torch.SymInt):
+    if program.targets is not None:
+        shape = program.targets.meta["val"].shape
+        if len(shape) > 1 and isinstance(shape[1], torch.SymInt):
             symbols[shape[1].node.expr] = classes
     return symbols
 

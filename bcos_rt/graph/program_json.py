@@ -70,7 +70,7 @@ def program_to_json(program: Program, constant_key: Callable[[Node], str]) -> Js
     Raises:
         FormatError: an op, an argument or a size that the format has no form for.
     """
-    names = symbol_names(program.image, program.class_ids)
+    names = symbol_names(program.image, program.targets)
     writer = _Writer(names, program.image.meta["val"].device)
     nodes = []
     for node in program.graph.nodes:
@@ -93,11 +93,11 @@ def _node_to_json(program: Program, node: Node, writer: _Writer, constant_key: C
         entry: dict[str, Json] = {"op": "placeholder", "name": node.name, "target": str(node.target)}
         if node in program.constants:
             entry |= {"is": "constant", "constant": constant_key(node), "label": program.names[node]}
-        elif node in (program.image, program.class_ids):
-            kind = "image" if node is program.image else "class_ids"
+        elif node in (program.image, program.targets):
+            kind = "image" if node is program.image else _kind_of_targets(node.meta["val"])
             entry |= {"is": kind, "value": writer.value(node.meta["val"])}
         else:
-            raise ValueError("a placeholder that is neither image nor class ids nor a constant")
+            raise ValueError("a placeholder that is neither image nor targets nor a constant")
     elif node.op == "call_function":
         entry = {"op": "call", "name": node.name, "target": _target_name(node.target)}
         entry["args"] = [writer.argument(a) for a in node.args]
@@ -239,7 +239,7 @@ def program_from_json(
         raise FormatError(str(error)) from error
     reader.sizes.mode.cache_enabled = True
     graph.output(dict(outputs))
-    return Program(graph, inputs.values, inputs.labels, inputs.image, inputs.class_ids, outputs, made)
+    return Program(graph, inputs.values, inputs.labels, inputs.image, inputs.targets, outputs, made)
 
 
 # What making nodes and fake tensors of unsuitable numbers and names raises.
@@ -250,9 +250,9 @@ _UNREADABLE = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError
 class _Inputs:
     values: dict[Node, Tensor] = field(default_factory=dict)
     labels: dict[Node, str] = field(default_factory=dict)
-    targets: set[str] = field(default_factory=set)
+    taken: set[str] = field(default_factory=set)
     image: Node | None = None
-    class_ids: Node | None = None
+    targets: Node | None = None
 
 
 def _read_node(graph: Graph, reader: _Reader, inputs: _Inputs, entry: Json, constants: Mapping[str, Tensor]) -> Node:
@@ -285,9 +285,9 @@ def _placeholder(
     constants: Mapping[str, Tensor],
 ) -> Node:
     target = _identifier(_entry(entry, "target"))
-    if target in inputs.targets:
+    if target in inputs.taken:
         raise ValueError(f"a second input {target}")
-    inputs.targets.add(target)
+    inputs.taken.add(target)
     node = graph.create_node("placeholder", target, (), {}, name)
     kind = _entry(entry, "is")
     if kind == "constant":
@@ -300,12 +300,22 @@ def _placeholder(
     elif kind == "image" and inputs.image is None:
         inputs.image = node
         node.meta["val"] = _input_value(reader, entry, 4)
-    elif kind == "class_ids" and inputs.class_ids is None:
-        inputs.class_ids = node
-        node.meta["val"] = _input_value(reader, entry, 2)
+    elif kind in _TARGET_DIMENSIONS and inputs.targets is None:
+        inputs.targets = node
+        node.meta["val"] = _input_value(reader, entry, _TARGET_DIMENSIONS[kind])
+        if _kind_of_targets(node.meta["val"]) != kind:
+            raise ValueError(f"{kind} of dtype {node.meta['val'].dtype}")
     else:
         raise ValueError(f"an input of kind {kind!r}")
     return node
+
+
+# What may be explained: class ids [N, K], text embeddings [N, K, D].
+_TARGET_DIMENSIONS = {"class_ids": 2, "text_embedding": 3}
+
+
+def _kind_of_targets(value: Tensor) -> str:
+    return "text_embedding" if value.is_floating_point() else "class_ids"
 
 
 def _input_value(reader: _Reader, entry: dict[str, Json], dimensions: int) -> Any:

@@ -38,8 +38,8 @@ def specialise(
     result = program.copy()
     sizes: dict[Any, int] = {}
     _bind(sizes, result.image, 0, batch)
-    if result.class_ids is not None and classes is not None:
-        _bind(sizes, result.class_ids, 1, classes)
+    if result.targets is not None and classes is not None:
+        _bind(sizes, result.targets, 1, classes)
     mode = FakeTensorMode()
 
     def number(value: Any) -> Any:

@@ -34,12 +34,13 @@ def symbolic_size(shapes: ShapeEnv, name: str) -> torch.SymInt:
 # --- as text ---------------------------------------------------------------------------------------------------------
 
 
-def symbol_names(image: Node, class_ids: Node | None) -> dict[sympy.Symbol, str]:
+def symbol_names(image: Node, targets: Node | None) -> dict[sympy.Symbol, str]:
     """``N`` and ``K`` by a program's symbols; a fixed size has none."""
     names: dict[sympy.Symbol, str] = {}
-    pairs = ((image, 0, BATCH), (class_ids, 1, CLASSES))
+    pairs = ((image, 0, BATCH), (targets, 1, CLASSES))
     for node, dim, name in pairs:
-        size = None if node is None else node.meta["val"].shape[dim]
+        shape = () if node is None else node.meta["val"].shape
+        size = shape[dim] if len(shape) > dim else None
         if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
             names[size.node.expr] = name
     return names

@@ -72,7 +72,7 @@ def code(program):
 
 def shapes(program):
     """Every node's value in symbols N and K."""
-    names = symbol_names(program.image, program.class_ids)
+    names = symbol_names(program.image, program.targets)
 
     def text(value):
         if isinstance(value, torch.Tensor):
@@ -118,7 +118,7 @@ def inputs_of(program, n=2, k=3):
     generator = torch.Generator().manual_seed(n)
     size = program.image.meta["val"].shape[2:]
     images = torch.rand(n, 3, *size, generator=generator)
-    return images, None if program.class_ids is None else torch.randint(-1, 4, (n, k), generator=generator)
+    return images, None if program.targets is None else torch.randint(-1, 4, (n, k), generator=generator)
 
 
 # --- programs come back ----------------------------------------------------------------------------------------------

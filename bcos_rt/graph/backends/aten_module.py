@@ -1,4 +1,4 @@
-"""A lowered program as a module of its own: constants as buffers, images and class ids as its only inputs."""
+"""A lowered program as a module of its own: constants as buffers, images and targets as its only inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["aten_module", "check_inputs"]
 
 
 def aten_module(program: Program) -> GraphModule:
-    """``module(images[, class_ids])`` -> the outputs as a tuple, in the order of ``program.outputs``.
+    """``module(images[, targets])`` -> the outputs as a tuple, in the order of ``program.outputs``.
 
     The constants are buffers, so that a compiler may freeze them; generated code lets go of a value after its last
     use.
@@ -32,11 +32,11 @@ def aten_module(program: Program) -> GraphModule:
     return GraphModule(root, graph)
 
 
-def check_inputs(program: Program, images: Tensor, class_ids: Tensor | None) -> None:
+def check_inputs(program: Program, images: Tensor, targets: Tensor | None) -> None:
     """What a compiled graph takes on trust.
 
     Raises:
-        InvalidArgumentError, InvalidTypeError: images or class ids that the program was not made for.
+        InvalidArgumentError, InvalidTypeError: images or targets that the program was not made for.
     """
     value = program.image.meta["val"]
     if images.ndim != 4 or tuple(images.shape[1:]) != tuple(value.shape[1:]):
@@ -45,10 +45,14 @@ def check_inputs(program: Program, images: Tensor, class_ids: Tensor | None) -> 
         )
     if images.dtype not in (torch.uint8, value.dtype):
         raise InvalidTypeError("images", f"dtype {images.dtype}", f"{value.dtype} or torch.uint8")
-    if (class_ids is None) != (program.class_ids is None):
-        wanted = "None: this program only predicts" if program.class_ids is None else "int64 [N, K]"
-        raise InvalidArgumentError("class_ids", "None" if class_ids is None else "a tensor", wanted)
-    if class_ids is not None and (class_ids.ndim != 2 or class_ids.shape[0] != images.shape[0]):
-        raise InvalidArgumentError("class_ids", f"shape {tuple(class_ids.shape)}", f"[{images.shape[0]}, K]")
-    if class_ids is not None and class_ids.dtype != torch.int64:
-        raise InvalidTypeError("class_ids", f"dtype {class_ids.dtype}", "torch.int64")
+    if (targets is None) != (program.targets is None):
+        wanted = "None: this program only predicts" if program.targets is None else "a tensor"
+        raise InvalidArgumentError("targets", "None" if targets is None else "a tensor", wanted)
+    if targets is not None and program.targets is not None:
+        expected = program.targets.meta["val"]
+        tail = tuple(expected.shape[2:])
+        if targets.ndim != expected.ndim or targets.shape[0] != images.shape[0] or tuple(targets.shape[2:]) != tail:
+            wanted = ", ".join(map(str, (images.shape[0], "K", *tail)))
+            raise InvalidArgumentError("targets", f"shape {tuple(targets.shape)}", f"[{wanted}]")
+        if targets.dtype != expected.dtype:
+            raise InvalidTypeError("targets", f"dtype {targets.dtype}", str(expected.dtype))

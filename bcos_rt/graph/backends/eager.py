@@ -28,11 +28,11 @@ class Eager:
         self._modules: dict[torch.dtype, GraphModule] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, images: Tensor, class_ids: Tensor | None = None) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
         """See :data:`bcos_rt.graph.backends.Runner`; ``images`` of the program's dtype or uint8 (0 to 255)."""
-        check_inputs(self._program, images, class_ids)
+        check_inputs(self._program, images, targets)
         module = self._module(images.dtype)
-        given = (images.contiguous(memory_format=torch.channels_last), *(() if class_ids is None else (class_ids,)))
+        given = (images.contiguous(memory_format=torch.channels_last), *(() if targets is None else (targets,)))
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             return dict(zip(self._names, module(*given), strict=True))
 

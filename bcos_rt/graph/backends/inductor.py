@@ -29,7 +29,7 @@ from bcos_rt.graph.specialise import specialise
 
 __all__ = ["Inductor", "Package", "build", "load_package", "package"]
 
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 def _require_compiler() -> None:
@@ -65,11 +65,11 @@ class Inductor:
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, images: Tensor, class_ids: Tensor | None = None) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
         """See :data:`bcos_rt.graph.backends.Runner`; ``images`` of the program's dtype or uint8 (0 to 255)."""
-        check_inputs(self._program, images, class_ids)
-        given = (images.contiguous(), *(() if class_ids is None else (class_ids.contiguous(),)))
-        classes = None if class_ids is None else class_ids.shape[1]
+        check_inputs(self._program, images, targets)
+        given = (images.contiguous(), *(() if targets is None else (targets.contiguous(),)))
+        classes = None if targets is None else targets.shape[1]
         key = (images.shape[0], classes, images.dtype, images.device, torch.get_num_threads())
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             function = self._compiled.get(key)
@@ -132,8 +132,8 @@ def package(
     path = os.fspath(path)
     if not path.endswith(".pt2"):
         raise InvalidArgumentError("path", path, "a file name that ends in .pt2")
-    if (classes is None) != (program.class_ids is None):
-        wanted = "None: this program only predicts" if program.class_ids is None else "a number of classes"
+    if (classes is None) != (program.targets is None):
+        wanted = "None: this program only predicts" if program.targets is None else "a number of classes"
         raise InvalidArgumentError("classes", classes, wanted)
     value = program.image.meta["val"]
     if value.device.type == "cpu":
@@ -143,13 +143,15 @@ def package(
     module = aten_module(lower_to_aten(fixed, compiled=True))
     images = torch.zeros(batch, *value.shape[1:], dtype=dtype, device=value.device)
     example: tuple[Tensor, ...] = (images,)
-    if classes is not None:
-        example += (torch.zeros(batch, classes, dtype=torch.int64, device=value.device),)
+    given = None if fixed.targets is None else fixed.targets.meta["val"]
+    if given is not None:
+        example += (torch.zeros(tuple(given.shape), dtype=given.dtype, device=value.device),)
     about = {
         "format": _FORMAT,
         "outputs": list(program.outputs),
         "images": [batch, *value.shape[1:]],
-        "classes": classes,
+        "targets": None if given is None else list(given.shape),
+        "targets_dtype": None if given is None else str(given.dtype).removeprefix("torch."),
         "dtype": str(dtype).removeprefix("torch."),
     }
     # Loops are cut for the threads of the process that runs them, not of this one.
@@ -177,27 +179,28 @@ class Package:
         if about.get("format") != _FORMAT:
             raise InvalidArgumentError("path", os.fspath(path), f"a package of this library, format {_FORMAT}")
         self.images: tuple[int, ...] = tuple(about["images"])
-        self.classes: int | None = about["classes"]
+        self._targets = None if about["targets"] is None else tuple(about["targets"])
+        self._targets_dtype = None if about["targets"] is None else getattr(torch, about["targets_dtype"])
+        self.classes: int | None = None if self._targets is None else self._targets[1]
         self._names: list[str] = about["outputs"]
         self._dtype: torch.dtype = getattr(torch, about["dtype"])
         # The model's own call parses its signature from text every time.
         self._run = model.loader.boxed_run
 
-    def __call__(self, images: Tensor, class_ids: Tensor | None = None) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
         """See :data:`bcos_rt.graph.backends.Runner`; shapes and dtype must be the package's."""
         if tuple(images.shape) != self.images:
             raise InvalidArgumentError("images", f"shape {tuple(images.shape)}", str(self.images))
         if images.dtype != self._dtype:
             raise InvalidTypeError("images", f"dtype {images.dtype}", str(self._dtype))
-        wanted = None if self.classes is None else (self.images[0], self.classes)
-        shape = None if class_ids is None else tuple(class_ids.shape)
-        if shape != wanted:
-            raise InvalidArgumentError("class_ids", "None" if shape is None else f"shape {shape}", str(wanted))
+        shape = None if targets is None else tuple(targets.shape)
+        if shape != self._targets:
+            raise InvalidArgumentError("targets", "None" if shape is None else f"shape {shape}", str(self._targets))
         given = [images.contiguous()]
-        if class_ids is not None:
-            if class_ids.dtype != torch.int64:
-                raise InvalidTypeError("class_ids", f"dtype {class_ids.dtype}", "torch.int64")
-            given.append(class_ids.contiguous())
+        if targets is not None:
+            if targets.dtype != self._targets_dtype:
+                raise InvalidTypeError("targets", f"dtype {targets.dtype}", str(self._targets_dtype))
+            given.append(targets.contiguous())
         with torch.no_grad():
             return dict(zip(self._names, self._run(given), strict=True))
 

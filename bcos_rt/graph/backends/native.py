@@ -63,17 +63,17 @@ def build(programs: Sequence[Program], chunk: int | None = None) -> list[Runner]
 def _runner(module: GraphModule, constants: list[Tensor], together: int) -> Runner:
     forward = module.forward
 
-    def once(images: Tensor, class_ids: Tensor | None) -> dict[str, Tensor]:
-        given = (images,) if class_ids is None else (images, class_ids)
+    def once(images: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
+        given = (images,) if targets is None else (images, targets)
         result: dict[str, Tensor] = forward(*constants, *given)
         return result
 
-    def run(images: Tensor, class_ids: Tensor | None) -> dict[str, Tensor]:
+    def run(images: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
         with torch.inference_mode():
             if images.shape[0] <= together:
-                return once(images, class_ids)
+                return once(images, targets)
             parts = [
-                once(images[i : i + together], None if class_ids is None else class_ids[i : i + together])
+                once(images[i : i + together], None if targets is None else targets[i : i + together])
                 for i in range(0, images.shape[0], together)
             ]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

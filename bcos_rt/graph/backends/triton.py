@@ -63,13 +63,13 @@ class TritonRunner:
         self._module = GraphModule(torch.nn.Module(), program.graph)
         self._scale_bytes = any(user.target not in _READ_BYTES for user in program.image.users)
 
-    def __call__(self, images: Tensor, class_ids: Tensor | None = None) -> Outputs:
+    def __call__(self, images: Tensor, targets: Tensor | None = None) -> Outputs:
         """Outputs by name for images [N, 3, H, W], of the program's dtype or uint8, and class ids [N, K].
 
         Returns tensors of the caller's own, ready for work on the current stream of the device.
         """
-        check_inputs(self.program, images, class_ids)
-        given = (images, *(() if class_ids is None else (class_ids,)))
+        check_inputs(self.program, images, targets)
+        given = (images, *(() if targets is None else (targets,)))
         with torch.no_grad():
             return self._captures.call(self._owner, self._run, tuple(t.to(self.device) for t in given))
 
@@ -81,12 +81,12 @@ class TritonRunner:
         for _ in range(self._captures.capture_at):
             self(images, ids)
 
-    def _run(self, images: Tensor, class_ids: Tensor | None = None) -> Outputs:
+    def _run(self, images: Tensor, targets: Tensor | None = None) -> Outputs:
         """Kernel by kernel."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), ops.use_backend("triton"):
             if self._scale_bytes and images.dtype == torch.uint8:
                 images = images.to(self.program.image.meta["val"].dtype) / 255
-            result: Outputs = self._module(*self.program.feed(images, class_ids))
+            result: Outputs = self._module(*self.program.feed(images, targets))
             return result
 
 
