@@ -52,7 +52,7 @@ def _end(result: dict[str, Any], as_json: bool) -> None:
 
 
 def _checked(names: list[str] | None) -> tuple[str, ...]:
-    known = (*networks.NETWORKS, networks.TINY)
+    known = (*networks.NETWORKS, *networks.TRANSFORMERS, networks.CLIP, networks.TINY)
     for name in names or ():
         if name not in known:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint="--network")

@@ -30,7 +30,8 @@ FORWARD, EXPLAIN, TRAIN = "forward", "explain", "train"
 MODES = (FORWARD, EXPLAIN, TRAIN)
 
 # Whose results a contender must reproduce: the B-cos network's, or the network's it was made from.
-BCOS, PLAIN = "bcos", "plain"
+# Of one with an embedding, explanations are of texts' scores, and the embedding is what its forward pass gives.
+BCOS, PLAIN, EMBEDDING = "bcos", "plain", "embedding"
 
 
 class UnsupportedError(Exception):

@@ -14,7 +14,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bcos_rt.benchmark.contender import BCOS, EXPLAIN, FORWARD, PLAIN, Contender, Prepared, UnsupportedError
+from bcos_rt.benchmark.contender import (
+    BCOS,
+    EMBEDDING,
+    EXPLAIN,
+    FORWARD,
+    PLAIN,
+    Contender,
+    Prepared,
+    UnsupportedError,
+)
 
 __all__ = [
     "EngineContender",
@@ -22,8 +31,10 @@ __all__ = [
     "OnnxContender",
     "PlainContender",
     "fastest_layout",
+    "forward_reference",
     "gradients",
     "start_torch",
+    "texts_of",
     "torch_images",
     "torch_module",
 ]
@@ -130,9 +141,13 @@ class EngineContender(Contender):
         engine, targets = self.engine, _targets(self)
         facts = {"note": f"backend {engine.backend}"} if self.options["backend"] == "auto" else {}
         if mode == FORWARD:
-            return Prepared(lambda: engine.predict(images), lambda logits: {"logits": _float(logits)}, BCOS, facts)
+            reference = forward_reference(self)
+            return Prepared(lambda: engine.predict(images), lambda logits: {"logits": _float(logits)}, reference, facts)
         if mode != EXPLAIN:
             raise UnsupportedError(f"an engine has no mode {mode!r}")
+        texts = texts_of(self)
+        if texts is not None:
+            return Prepared(lambda: engine.explain_text(images, texts), _of_texts(self), BCOS, facts)
         return Prepared(lambda: engine.explain(images, targets), _explained, BCOS, facts)
 
 
@@ -164,6 +179,32 @@ def _targets(contender: Contender) -> Any:
     if setting.classes == 1:
         return None
     return torch.arange(setting.classes).expand(setting.batch, -1).contiguous()
+
+
+def texts_of(contender: Contender) -> Any:
+    """Text embeddings [K, D] that are explained by a network with an embedding; None for a classifier."""
+    import torch
+
+    found = contender.setting.arrays("texts")
+    return torch.from_numpy(found["texts"]) if found else None
+
+
+def forward_reference(contender: Contender) -> str:
+    """Whose results a forward pass of the B-cos network must reproduce: its logits or its embedding."""
+    return EMBEDDING if contender.setting.arrays("texts") else BCOS
+
+
+def _of_texts(contender: Contender) -> Callable[[Any], dict[str, Any]]:
+    """The answer of an explanation of texts; with one text there is no dimension for them."""
+    several = contender.setting.classes > 1
+
+    def answer(explanation: Any) -> dict[str, Any]:
+        found = _explained(explanation)
+        if not several:
+            found |= {name: found[name][:, 0] for name in ("weights", "contributions")}
+        return found
+
+    return answer
 
 
 def _explained(explanation: Any) -> dict[str, Any]:
@@ -213,7 +254,12 @@ class OnnxContender(Contender):
         feed = {session.get_inputs()[0].name: images}
         if mode == EXPLAIN:
             n, k = self.setting.batch, self.setting.classes
-            feed["class_ids"] = np.tile(np.arange(k), (n, 1)) if k > 1 else np.full(n, -1)
+            texts = self.setting.arrays("texts")
+            if texts:
+                rows = texts["texts"][None] if k > 1 else texts["texts"]
+                feed["text_embedding"] = np.repeat(rows, n, axis=0)
+            else:
+                feed["class_ids"] = np.tile(np.arange(k), (n, 1)) if k > 1 else np.full(n, -1)
         names = ["logits", "weights", "contributions"]
         if mode == FORWARD:
             names, outputs = names[:1], [session.get_outputs()[0].name]
@@ -222,7 +268,7 @@ class OnnxContender(Contender):
         return Prepared(
             lambda: session.run(outputs, feed),
             lambda values: dict(zip(names, values, strict=True)),
-            PLAIN if plain else BCOS,
+            PLAIN if plain else BCOS if mode == EXPLAIN else forward_reference(self),
             {"note": f"file written in {self.setting.facts().get(path.name, 0):.1f} s"},
         )
 

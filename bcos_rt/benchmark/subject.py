@@ -5,7 +5,8 @@ file                                    what
 ======================================= ================================================================================
 ``net.pt``, ``plain.pt``                the B-cos network and the one it was made from (where there is one)
 ``reference-{batch}-{size}-{K}.npz``    images, and the results of both networks on them: ``bcos.*`` by
-                                        :func:`bcos_rt.explain` (the un-fused graph), ``plain.*`` by autograd
+                                        :func:`bcos_rt.explain` (the un-fused graph), ``plain.*`` by autograd. Of a
+                                        network with an embedding: ``texts``, and ``bcos.*`` of their scores
 ``forward-{size}.onnx`` ...             exports: ``explain-``, ``explain-...-multi``, ``plain-``
 ``facts.json``                          mean and std of the plain network; seconds an export took, or why it failed
 ======================================= ================================================================================
@@ -31,10 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bcos_rt.benchmark.contender import BCOS, PLAIN, Setting
+from bcos_rt.benchmark.contender import BCOS, EMBEDDING, PLAIN, Setting
 from bcos_rt.benchmark.contenders import gradients
 from bcos_rt.benchmark.worker import resolve
-from bcos_rt.nn.network import BcosNetwork
+from bcos_rt.nn.network import BcosNetwork, EmbeddingLayer
 
 __all__ = ["Subject", "by_name", "export", "made_up_images", "make", "reference"]
 
@@ -85,27 +86,37 @@ def make(folder: str, function: str, arguments: Mapping[str, Any]) -> dict[str, 
 
 def reference(setting: Mapping[str, Any]) -> None:
     """Write a setting's images and expected results, unless they are there."""
-    from bcos_rt.explanation import explain
+    from bcos_rt.explanation import explain, explain_text
 
     where = Setting.from_json(setting)
     if where.reference_file.exists():
         return
     torch.set_num_threads(where.threads)
     images = made_up_images(where.batch, where.size)
-    targets = None
-    if where.classes > 1:
-        targets = torch.arange(where.classes).expand(where.batch, -1)
-    expected = explain(torch.load(where.folder / "net.pt", weights_only=False), images, targets)
+    net: BcosNetwork = torch.load(where.folder / "net.pt", weights_only=False)
     arrays = {"images": images}
-    arrays |= {f"{BCOS}.{name}": getattr(expected, name) for name in ("logits", "weights", "contributions")}
+    if isinstance(net.logit_layer, EmbeddingLayer):
+        with torch.no_grad():
+            embedding = net(images)
+        generator = torch.Generator().manual_seed(2)
+        texts = torch.randn(where.classes, embedding.shape[1], generator=generator)
+        arrays |= {"texts": texts, f"{EMBEDDING}.logits": embedding}
+        expected = explain_text(net, images, texts)
+    else:
+        targets = torch.arange(where.classes).expand(where.batch, -1) if where.classes > 1 else None
+        expected = explain(net, images, targets)
+    results = {name: getattr(expected, name) for name in ("logits", "weights", "contributions")}
+    if expected.of == "texts" and where.classes == 1:
+        results |= {name: results[name][:, 0] for name in ("weights", "contributions")}
+    arrays |= {f"{BCOS}.{name}": value for name, value in results.items()}
     if (where.folder / "plain.pt").exists():
         facts = where.facts()
         mean, std = (torch.tensor(facts[name])[:3, None, None] for name in ("mean", "std"))
         x = ((images - mean) / std).requires_grad_()
         logits = torch.load(where.folder / "plain.pt", weights_only=False)(x)
         grads, maps = gradients(logits, x, where.classes)
-        results = {"images": x, "logits": logits, "weights": grads, "contributions": maps}
-        arrays |= {f"{PLAIN}.{name}": value for name, value in results.items()}
+        of_plain = {"images": x, "logits": logits, "weights": grads, "contributions": maps}
+        arrays |= {f"{PLAIN}.{name}": value for name, value in of_plain.items()}
     temporary = where.reference_file.with_suffix(".tmp.npz")
     # Typed as if further arrays were options.
     np.savez(temporary, **{name: value.detach().numpy() for name, value in arrays.items()})  # type: ignore[arg-type]

