@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 from bcos_rt import Engine, Recipe, bcosify, explain, recalibrate
+from bcos_rt.errors import InvalidArgumentError, UnsupportedOpError
 from bcos_rt.models.simple_vit import SimpleViT
 from bcos_rt.nn import BcosLinear
 from bcos_rt.nn.attention import AttentionPool, MultiheadAttention, call_projections
@@ -28,7 +29,7 @@ def timm_model(name, **options):
 def hf_model(name, attn_implementation="sdpa", **options):
     transformers = pytest.importorskip("transformers")
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIZE, "patch_size": 16}
-    config = getattr(transformers, f"{name}Config")(**size, num_labels=10, **options)
+    config = getattr(transformers, f"{name}Config")(**{**size, "num_labels": 10, **options})
     config._attn_implementation = attn_implementation
     return getattr(transformers, f"{name}ForImageClassification")(config)
 
@@ -334,3 +335,87 @@ def test_clip_image_tower_gives_the_published_tokens():
     assert relative(tokens.transpose(0, 1), golden["tokens"]) < TOLERANCES["logits_b2"]
     text = torch.tensor(golden["text_embedding"]).float()
     assert relative(embedding @ text, golden["score"]) < TOLERANCES["logits_b2"]
+
+
+# --- gates, activations, sizes of images -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_gated_mlp(activation):
+    """GEGLU and SwiGLU as one packed projection (Shazeer 2020, arXiv 2002.05202): W by hand, the gate constant."""
+
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.packed, self.out = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 24), nn.Linear(12, 8)
+            self.scale, self.head = nn.Parameter(torch.ones(8)), nn.Linear(8, 5)
+
+        def forward(self, x, hold=lambda gate: gate):
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            value, gate = self.packed(x).chunk(2, dim=-1)
+            x = x + self.out(value * hold(getattr(nn.functional, activation)(gate))) * self.scale
+            return self.head(x.mean(1))
+
+    source, x = filled(Mlp()), images(size=16).double()
+    net, report = bcosify(source, Recipe(head="after_pool"))
+    assert isinstance(net.backbone.packed, BcosLinear)
+    assert report.weights_copied.complete
+    net = net.double().eval()
+    explanation = explain(net, x)
+    held = copy.deepcopy(net)
+    forward = type(net.backbone).forward
+    held.backbone.forward = lambda x: forward(held.backbone, x, torch.Tensor.detach)
+    _, weights = oracle(held, net.encode(x), explanation.target)
+    assert float((explanation.weights - weights).abs().max() / weights.abs().max()) < TOLERANCES["oracle64"]
+    assert float(explanation.completeness_error().max()) < 1e-12
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu_new", "gelu_pytorch_tanh", "relu"])
+def test_activations_of_transformers(activation):
+    net = bcosify(filled(hf_model("ViT", hidden_act=activation, num_hidden_layers=1)))[0].double().eval()
+    assert float(explain(net, images().double()).completeness_error().max()) < 1e-12
+
+
+def test_an_op_without_a_rule_is_named():
+    net, _ = bcosify(filled(hf_model("ViT", hidden_act="relu2", num_hidden_layers=1)))
+    with pytest.raises(UnsupportedOpError, match=r"aten\.square\.default in backbone\.vit\.layers\.0\.mlp"):
+        explain(net.eval(), images())
+
+
+SIZES = {
+    # Position embeddings that are interpolated, windows that are padded.
+    "hf vit": (lambda: hf_model("ViT", num_hidden_layers=1), (96, 64)),
+    "hf dinov2": (lambda: hf_model("Dinov2", num_hidden_layers=1), (80, 96)),
+    "timm vit": (lambda: timm_model("vit_tiny_patch16_224", img_size=SIZE, depth=1, dynamic_img_size=True), (96, 80)),
+    "torchvision swin": (
+        lambda: torchvision.models.SwinTransformer([4, 4], 16, [2], [2], [4, 4], num_classes=10), (48, 40),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_other_image_sizes(name):
+    build, size = SIZES[name]
+    source = filled(build())
+    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(3))
+    _, report = bcosify(source, Recipe.equivalent(), verify_images=x)
+    assert report.equivalence.within(TOLERANCES["equivalence"])
+    net = bcosify(source)[0].double().eval()
+    explanation = explain(net, x.double())
+    assert explanation.weights.shape[-2:] == size
+    assert float(explanation.completeness_error().max()) < 1e-12
+    _, weights = oracle(net, net.encode(x.double()), explanation.target)
+    assert float((explanation.weights - weights).abs().max() / weights.abs().max()) < TOLERANCES["oracle64"]
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: timm_model("vit_tiny_patch16_224", img_size=SIZE, depth=1), "Input height"),
+        (lambda: torchvision.models.VisionTransformer(SIZE, 16, 1, 4, 64, 128, num_classes=10), "Wrong image height"),
+    ],
+)
+def test_image_sizes_a_network_does_not_take(build, reason):
+    net = bcosify(filled(build()))[0].eval()
+    with pytest.raises(InvalidArgumentError, match=rf"images: got size 96x80, on which the network fails \({reason}"):
+        explain(net, torch.rand(1, 3, 96, 80))
