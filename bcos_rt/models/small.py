@@ -10,7 +10,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-__all__ = ["SMALL_MEAN", "SMALL_NETWORKS", "SMALL_STD", "SmallResNet", "small_densenet", "small_resnet"]
+from bcos_rt.models.simple_vit import SimpleViT
+
+__all__ = ["SMALL_MEAN", "SMALL_NETWORKS", "SMALL_STD", "SmallResNet", "small_densenet", "small_resnet", "small_vit"]
 
 # CIFAR-10's training images, RGB in [0, 1].
 SMALL_MEAN = (0.4914, 0.4822, 0.4465)
@@ -106,8 +108,22 @@ def small_densenet(growth: int = 12, blocks: tuple[int, ...] = (4, 4, 4)) -> Cal
     return lambda num_classes: _SmallDenseNet(growth, blocks, num_classes)
 
 
+def small_vit(depth: int = 6, dim: int = 96, conv_stem: tuple[int, ...] = ()) -> Callable[[int], nn.Module]:
+    """A constructor of a :class:`SimpleViT` with 8 x 8 tokens of 32 x 32 pixels.
+
+    Patches of 4 x 4 pixels; with ``conv_stem``, channels of two strided convolutions of which the last has ``dim``,
+    each place of their result.
+    """
+    return lambda num_classes: SimpleViT(
+        patch_size=1 if conv_stem else 4, dim=dim, depth=depth, heads=dim // 32, mlp_dim=2 * dim, conv_stem=conv_stem,
+        num_classes=num_classes,
+    )  # fmt: skip
+
+
 SMALL_NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "resnet20": small_resnet(3, 16),
     "resnet20_w32": small_resnet(3, 32),
     "densenet31": small_densenet(12, (4, 4, 4)),
+    "vit6": small_vit(6, 96),
+    "vitc5": small_vit(5, 96, (48, 96)),
 }

@@ -20,6 +20,8 @@ _COMMON: dict[str, Any] = {
 }  # fmt: skip
 # One recipe a kind, chosen before the runs that count and the same for all networks and seeds.
 STANDARD = TrainingRecipe.standard(**_COMMON, weight_decay=5e-4, warmup_epochs=1.0)
+# Transformers are not trained by SGD (arXiv 2205.01580).
+STANDARD_VIT = STANDARD.replace(optimizer="adamw", lr=1e-3, weight_decay=0.05)
 SCRATCH = TrainingRecipe.bcos(**_COMMON, lr=1e-3, agc=None)
 COSIFIED = TrainingRecipe.bcosify(**_COMMON, lr=1e-3, loss="bce", agc=None)
 
@@ -80,12 +82,15 @@ STUDY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def runs() -> list[Run]:
     """All runs, in the order in which they are done; a run comes after the one whose weights it needs."""
     made: list[Run] = []
-    for network, seeds in (("resnet20", (0, 1)), ("densenet31", (0,))):
+    for network, seeds in (("resnet20", (0, 1)), ("densenet31", (0,)), ("vit6", (0,)), ("vitc5", (0,))):
+        vit = network.startswith("vit")
+        # B-cos v2 classifies a SimpleViT's mean token.
+        scratch = published_recipe("bcos_v2", "simple_vit_ti_patch16_224" if vit else "resnet18")
         for seed in seeds:
             made += [
-                Run(network, "standard", seed, STANDARD.replace(seed=seed)),
+                Run(network, "standard", seed, (STANDARD_VIT if vit else STANDARD).replace(seed=seed)),
                 Run(network, "bcosified", seed, COSIFIED.replace(seed=seed)),
-                Run(network, "bcos", seed, SCRATCH.replace(seed=seed), published_recipe("bcos_v2")),
+                Run(network, "bcos", seed, SCRATCH.replace(seed=seed), scratch),
             ]
     short = COSIFIED.replace(epochs=STUDY_EPOCHS)
     study = [
