@@ -64,7 +64,7 @@ def attention_transposed(
     classes = grad.shape[0] // images
     wide = torch.promote_types(norm_dtype(grad), norm_dtype(query))
     # [N, H, tokens, K, E]: the classes of an image side by side.
-    given, result = (t.unflatten(0, (images, classes)).permute(0, 2, 3, 1, 4) for t in (grad, out))
+    given, result = (torch.unflatten(t, 0, (images, classes)).permute(0, 2, 3, 1, 4) for t in (grad, out))
     for at, head in _heads(query, key):
         total: Tensor | None = None
         for row in _rows(query, key):
@@ -73,7 +73,7 @@ def attention_transposed(
             part = torch.matmul(probabilities.transpose(-2, -1), given[at, head, row].flatten(3).to(wide))
             total = part if total is None else total.add_(part)
         if total is not None:
-            result[at, head] = total.unflatten(-1, (classes, columns)).to(out.dtype)
+            result[at, head] = torch.unflatten(total, -1, (classes, columns)).to(out.dtype)
     return out
 
 

@@ -1149,7 +1149,7 @@ def _check_attention_transposed(
 
 
 def _attention_shapes(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    images, heads, tokens, _ = query.shape
+    images, heads, tokens = query.shape[:3]
     out = query.new_empty((images, tokens, heads, value.shape[3])).transpose(1, 2)
     return out, query.new_empty((images, heads, tokens), dtype=reference.norm_dtype(query))
 

@@ -416,6 +416,42 @@ def _norms() -> Iterator[_Problem]:
     yield _untiled("32 groups, identity", lambda d: norms.group_norm_transposed(x(d, 96), group_rstd, c, 32, x(d, 96)))
 
 
+def _attention() -> Iterator[_Problem]:
+    """Head sizes from 32 to 128; one and three classes of an image; masks."""
+    from bcos_rt.kernels.triton import attention
+
+    def parts(dtype: torch.dtype, size: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as one projection of the tokens gives them."""
+        query, key, value = _tensor(32, 197, 3, heads, size, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+        return query, key, value
+
+    def forward(size: int, heads: int, mask: Tensor | None = None) -> Callable[[torch.dtype], object]:
+        return lambda dtype: attention.attention(*parts(dtype, size, heads), mask, size**-0.5)
+
+    def transposed(
+        size: int, heads: int, classes: int, mask: Tensor | None = None, forward_dtype: torch.dtype | None = None
+    ) -> Callable[[torch.dtype], object]:
+        def call(dtype: torch.dtype) -> object:
+            query, key, _ = parts(forward_dtype or dtype, size, heads)
+            grad = _tensor(32 * classes, 197, heads, size, dtype=dtype).transpose(1, 2)
+            return attention.attention_transposed(grad, query, key, _tensor(32, heads, 197), mask, size**-0.5)
+
+        return call
+
+    mask = _tensor(12, 197, 197)
+    yield _untiled("64 channels a head", forward(64, 12))
+    yield _untiled("64 channels a head, mask", forward(64, 12, mask))
+    yield _untiled("128 channels a head, mask", forward(128, 6, mask[:6]))
+    yield _untiled("32 channels a head, mask", forward(32, 12, mask), _FEWER)
+    yield _untiled("80 channels a head", forward(80, 12), _ONE)
+    yield _untiled("64 channels a head, 1 class", transposed(64, 12, 1))
+    yield _untiled("64 channels a head, 3 classes, mask", transposed(64, 12, 3, mask))
+    yield _untiled("128 channels a head, 3 classes, mask", transposed(128, 6, 3, mask[:6]))
+    yield _untiled("32 channels a head, 3 classes, mask", transposed(32, 12, 3, mask), _FEWER)
+    yield _untiled("80 channels a head, 1 class", transposed(80, 12, 1), _ONE)
+    yield _untiled("64 channels a head, 3 classes, fp32 forward pass", transposed(64, 12, 3, None, FP32), _ONE)
+
+
 def _training() -> Iterator[_Problem]:
     """Weight gradients, on the table's tiles, and what turns grad_y into grad_z; see also "training" above."""
     from bcos_rt.kernels.triton import training
@@ -473,6 +509,7 @@ def _depthwise() -> Iterator[_Problem]:
 
 _SOURCES: tuple[Callable[[], Iterator[_Problem]], ...] = (
     _gemms, _contributions, _training, _depthwise, _square_sums, _stem, _pools, _pointwise, _norms,
+    _attention,
 )  # fmt: skip
 
 

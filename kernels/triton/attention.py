@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bcos_rt.kernels.triton import tune
 from bcos_rt.kernels.triton.common import dot_precision, empty, split_columns
 from bcos_rt.kernels.triton.launch import Config, current_arch, launch
 
@@ -220,7 +221,7 @@ def attention_transposed_kernel(
 
 def _padded(size: int) -> int:
     """A head size as a tile has it: what ``tl.dot`` sums over is a power of two of at least 16."""
-    return max(triton.next_power_of_2(size), 16)
+    return max(int(triton.next_power_of_2(size)), 16)
 
 
 # Columns of gradients in a program: at most so many classes times (padded) head size, by bits of an operand.
@@ -235,11 +236,15 @@ def _tile(arch: str, width: int, bits: int, transposed: bool) -> Config:
     """
     if arch == "interpreter":
         return Config(32, 32)
+    place = tune.family(arch)
+    # Mma instructions of sm_80 and sm_120 keep every operand in registers.
+    few = place in ("sm_80", "sm_120")
     if bits == 32:
-        return Config(64 if width <= 64 else 32, 32, num_warps=8, num_stages=2)
+        return Config(64 if width <= 64 and (transposed or not few) else 32, 32, num_warps=8, num_stages=2)
     if transposed:
         return Config(32, 64, num_warps=4 if width <= 64 else 8, num_stages=2)
-    return Config(128, 64 if width <= 64 else 32, num_warps=8, num_stages=2)
+    keys = 32 if width > 64 or place == "gfx942" else 64
+    return Config(64 if few else 128, keys, num_warps=8, num_stages=2)
 
 
 def _parts(arch: str) -> int:

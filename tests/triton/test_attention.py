@@ -2,7 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
+from bcos_rt import bcosify
+from bcos_rt.graph import build_explanation_graph
+from bcos_rt.graph.backends import triton as backend
+from bcos_rt.graph.fused import build_fused
 from bcos_rt.kernels import ops, reference
 from bcos_rt.kernels.triton.attention import attention, attention_transposed
 from bcos_rt.kernels.triton.launch import Config
@@ -142,3 +147,31 @@ def test_through_the_ops(device):
         grad.double(), query.double(), key.double(), true_lse, mask.double(), SCALE
     )
     check(back, true_back, torch.float32, "grad_v")
+
+
+def test_a_networks_explanation(device):
+    """The triton backend's program of a network that attends, against stored softmaxes in float64."""
+
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.qkv, self.head = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 48), nn.Linear(16, 5)
+
+        def forward(self, x):
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+            x = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.head(x.transpose(1, 2).flatten(2).mean(1))
+
+    torch.manual_seed(3)
+    net = bcosify(Attends())[0].eval()
+    images = torch.rand(2, 3, 24, 16, generator=torch.Generator().manual_seed(1))
+    targets = torch.tensor([[1, 4, -1], [-1, 2, 2]])
+    program = build_fused(net, (24, 16), attention="recompute").explain
+    found = backend.build(program, device)(images.to(device), targets.to(device))
+    wide = net.double()
+    stored = build_explanation_graph(wide, (24, 16), multi=True)
+    expected = stored(wide, wide.encode(images.double()), targets)
+    for name, value in expected.items():
+        ours = found[name].double().cpu()
+        assert float((ours - value).abs().max()) <= 2e-5 * max(float(value.abs().max()), 1e-3), name
