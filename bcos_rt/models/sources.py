@@ -1,4 +1,4 @@
-"""Source models by name: ``torchvision:``, ``timm:``, ``hf:``, ``simple_vit:``, ``small:``, ``efficientnet-lite0``."""
+"""Source models by name: ``torchvision:``, ``timm:``, ``hf:``, ``open_clip:``, ``simple_vit:`` and others."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from bcos_rt.errors import (
     MissingDependencyError,
     did_you_mean,
 )
-from bcos_rt.models import huggingface, lite0
+from bcos_rt.models import huggingface, lite0, openclip
 from bcos_rt.models.huggingface import HF
+from bcos_rt.models.openclip import OPEN_CLIP
 from bcos_rt.models.simple_vit import SIMPLE_VIT_MEAN, SIMPLE_VIT_STD, SIMPLE_VIT_WEIGHTS, SIMPLE_VITS
 from bcos_rt.models.small import SMALL_MEAN, SMALL_NETWORKS, SMALL_STD
 from bcos_rt.models.weights import load_strict, read_state_dict, strip_prefixes
@@ -39,10 +40,10 @@ Triple = tuple[float, float, float]
 LITE0 = "efficientnet-lite0"
 SMALL = "small"
 SIMPLE_VIT = "simple_vit"
-_KINDS = ("torchvision", "timm", LITE0, SMALL, SIMPLE_VIT, HF)
+_KINDS = ("torchvision", "timm", LITE0, SMALL, SIMPLE_VIT, HF, OPEN_CLIP)
 # Kinds whose networks are built here: constructors by name.
 _OURS: dict[str, Mapping[str, Callable[[int], nn.Module]]] = {SMALL: SMALL_NETWORKS, SIMPLE_VIT: SIMPLE_VITS}
-_NAMES = "'torchvision:NAME', 'timm:NAME', 'hf:NAME', 'simple_vit:NAME', 'small:NAME'"
+_NAMES = "'torchvision:NAME', 'timm:NAME', 'hf:NAME', 'open_clip:NAME', 'simple_vit:NAME', 'small:NAME'"
 # Training-only heads, which are no part of the classifier; torchvision builds them by default.
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
@@ -85,9 +86,10 @@ def load_model(
 
     Args:
         name: ``torchvision:NAME``, ``timm:NAME``, ``hf:NAME`` (an image classifier of transformers, on the Hugging Face
-            hub or in a folder that ``save_pretrained`` wrote), ``efficientnet-lite0``, ``simple_vit:NAME`` (see
-            :mod:`bcos_rt.models.simple_vit`), or ``small:NAME`` (see :mod:`bcos_rt.models.small`; no published
-            weights).
+            hub or in a folder that ``save_pretrained`` wrote), ``open_clip:NAME`` or ``open_clip:NAME:TAG`` (the image
+            tower of a CLIP model, see :func:`bcos_rt.models.clip.load_clip`), ``efficientnet-lite0``,
+            ``simple_vit:NAME`` (see :mod:`bcos_rt.models.simple_vit`), or ``small:NAME`` (see
+            :mod:`bcos_rt.models.small`; no published weights).
         weights: None (or ``"default"``) for the published weights, which are downloaded on first use;
             ``"random"`` for the constructor's initialisation (seed it with :func:`torch.manual_seed`); or a file,
             ``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt``, loaded strictly.
@@ -95,9 +97,11 @@ def load_model(
             weights and another number of classes the classifier alone keeps its random initialisation.
 
     Raises:
-        InvalidArgumentError: an unknown name, with the closest known ones; a B-cos checkpoint instead of a name.
+        InvalidArgumentError: an unknown name, with the closest known ones; a B-cos checkpoint instead of a name;
+            ``num_classes`` for an image tower.
         CheckpointError: weights that cannot be downloaded or read, or do not fit; the message lists the keys.
-        MissingDependencyError: timm, transformers, or the package with EfficientNet-Lite0's weights, is not installed.
+        MissingDependencyError: timm, transformers, open_clip, or the package with EfficientNet-Lite0's weights, is not
+            installed.
     """
     if not isinstance(name, str):
         raise InvalidTypeError("name", type(name).__name__, "a string such as 'torchvision:resnet18'")
@@ -111,6 +115,12 @@ def load_model(
         huggingface.require_transformers()  # sets its logger's level when it is imported
         with _quiet("transformers"), _quiet("huggingface_hub"):
             return _describe(huggingface.load_hf(architecture, weights, num_classes), kind, architecture)
+    if kind == OPEN_CLIP:
+        from bcos_rt.models.clip import load_clip  # which needs LoadedModel
+
+        if num_classes is not None:
+            raise InvalidArgumentError("num_classes", num_classes, f"None: {name!r} returns an embedding")
+        return load_clip(architecture, weights=weights).image_tower
     if weights is None or weights == "default":
         module = _pretrained(kind, architecture, num_classes)
     elif weights == "random":
@@ -137,17 +147,22 @@ def rebuild_source(source: Mapping[str, Any]) -> nn.Module:
     except InvalidArgumentError as error:
         raise CheckpointError(f"cannot rebuild a model from source {dict(source)!r}: {error}") from error
     with torch.random.fork_rng(devices=[]):
-        module = huggingface.rebuild_hf(source) if kind == HF else _build(kind, name, num_classes)
+        if kind == HF:
+            module = huggingface.rebuild_hf(source)
+        elif kind == OPEN_CLIP:
+            module = openclip.rebuild_tower(source)
+        else:
+            module = _build(kind, name, num_classes)
     return module.eval()
 
 
 def metadata_of(module: nn.Module) -> tuple[Triple, Triple] | None:
     """Mean and std a model says it was trained with, or None.
 
-    Those of timm's ``pretrained_cfg``, or of the image processor in the folder (or cache) that a Hugging Face model was
-    loaded from; nothing is downloaded.
+    Those of timm's ``pretrained_cfg`` or open_clip's ``preprocess_cfg``, or of the image processor in the folder (or
+    cache) that a Hugging Face model was loaded from; nothing is downloaded.
     """
-    cfg = getattr(module, "pretrained_cfg", None)
+    cfg = getattr(module, "pretrained_cfg", None) or getattr(module, "preprocess_cfg", None)
     if cfg is None:
         name = getattr(module, "name_or_path", None)
         if not isinstance(name, str) or not name or not type(module).__module__.startswith("transformers."):
@@ -163,11 +178,12 @@ def metadata_of(module: nn.Module) -> tuple[Triple, Triple] | None:
 
 
 def known_models() -> list[str]:
-    """Every name :func:`load_model` takes, timm's only when it is installed; tags of timm are left out."""
+    """Every name :func:`load_model` takes, timm's and open_clip's only where they are installed; tags are left out."""
     names = [LITE0, *(f"{kind}:{n}" for kind, networks in _OURS.items() for n in networks)]
     names += [f"torchvision:{n}" for n in _torchvision_names()]
     if importlib.util.find_spec("timm") is not None:
         names += [f"timm:{n}" for n in _timm().list_models()]
+    names += [f"{OPEN_CLIP}:{n}" for n in openclip.known_clips()]
     return names
 
 
@@ -210,7 +226,7 @@ def _parse(name: str) -> tuple[str, str]:
         if tag and tag not in tags:
             raise InvalidArgumentError("name", repr(name), f"a tag of {base}", did_you_mean(tag, tags))
         return kind, architecture
-    if kind == HF and colon and architecture:
+    if kind in (HF, OPEN_CLIP) and colon and architecture:
         return kind, architecture
     if os.path.exists(name):
         raise InvalidArgumentError(
@@ -230,10 +246,13 @@ def _parse(name: str) -> tuple[str, str]:
 def _closest(name: str) -> str:
     """Suggestions for a name without a valid ``kind:`` in front."""
     bare = name.rpartition(":")[2]
-    exact = [full for full in (f"{kind}:{bare}" for kind in ("torchvision", "timm", *_OURS)) if full in known_models()]
+    known = known_models()
+    exact = [
+        full for full in (f"{kind}:{bare}" for kind in ("torchvision", "timm", OPEN_CLIP, *_OURS)) if full in known
+    ]
     if exact:
         return f" (did you mean {' or '.join(map(repr, exact))}?)"
-    return did_you_mean(name, known_models())
+    return did_you_mean(name, known)
 
 
 def _torchvision_names() -> list[str]:
