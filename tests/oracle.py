@@ -59,6 +59,8 @@ class _Detached(TorchFunctionMode):
             return func(*args).detach()
         if func in (F.elu, F.selu, F.celu, F.rrelu, torch.Tensor.tanh):
             return x * _ratio(func(*args, **kwargs), x, 1.0)
+        if func is torch.linalg.vector_norm:
+            return func(*args, **kwargs).detach()
         if func in (torch.softmax, F.softmax, torch.Tensor.softmax):
             return func(*args, **kwargs).detach()
         if func is F.scaled_dot_product_attention:

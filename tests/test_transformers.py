@@ -26,11 +26,14 @@ def timm_model(name, **options):
     return pytest.importorskip("timm").create_model(name, num_classes=10, **options)
 
 
-def hf_model(name, attn_implementation="sdpa", **options):
+def hf_model(name, attn_implementation=None, **options):
     transformers = pytest.importorskip("transformers")
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIZE, "patch_size": 16}
-    config = getattr(transformers, f"{name}Config")(**{**size, "num_labels": 10, **options})
-    config._attn_implementation = attn_implementation
+    given = {"image_size": SIZE, "patch_size": 16, "num_labels": 10}
+    if "depths" not in options:  # a transformer of one stage
+        given |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{name}Config")(**{**given, **options})
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
     return getattr(transformers, f"{name}ForImageClassification")(config)
 
 
@@ -380,6 +383,35 @@ def test_an_op_without_a_rule_is_named():
     net, _ = bcosify(filled(hf_model("ViT", hidden_act="relu2", num_hidden_layers=1)))
     with pytest.raises(UnsupportedOpError, match=r"aten\.square\.default in backbone\.vit\.layers\.0\.mlp"):
         explain(net.eval(), images())
+
+
+FAMILIES = {
+    # Relative positions; the view of the attention's result relies on its strides.
+    "Beit": {"num_hidden_layers": 1}, "Data2VecVision": {"num_hidden_layers": 1},
+    # Windows; a pool over the last dimension of [N, C, T].
+    "Swin": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "patch_size": 4},
+    # Global response normalisation, a factor that is a quotient.
+    "ConvNextV2": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 4},
+    # Keys and values of fewer tokens than queries.
+    "Segformer": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_attention_heads": [1, 2], "num_encoder_blocks": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(family):
+    source, x = filled(hf_model(family, **FAMILIES[family])), images()
+    _, report = bcosify(source, Recipe.equivalent(), verify_images=x)
+    assert report.equivalence.within(TOLERANCES["equivalence"])
+    assert report.weights_copied.complete
+    net, report = bcosify(source)
+    assert report.weights_copied.complete
+    # What is kept is a projection (attention is linear), or a norm of a kind of its own with a bias.
+    assert all("attention" in e.reason or "of its own kind" in e.reason for e in report.kept)
+    net = net.double().eval()
+    explanation = explain(net, x.double())
+    assert float(explanation.completeness_error().max()) < 1e-12
+    _, weights = oracle(net, net.encode(x.double()), explanation.target)
+    assert float((explanation.weights - weights).abs().max() / weights.abs().max()) < TOLERANCES["oracle64"]
 
 
 SIZES = {

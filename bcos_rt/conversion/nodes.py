@@ -101,6 +101,7 @@ _ATTRIBUTES = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "i
 _SQUASHING: set[Any] = {torch.sigmoid, F.sigmoid, F.hardsigmoid, torch.softmax, F.softmax, torch.tanh, F.tanh}
 _SQUASHING |= {torch.special.expit, torch.sigmoid_, torch.tanh_}
 _SQUASHING |= {"sigmoid", "sigmoid_", "softmax", "tanh", "tanh_"}
+_SQUASHING |= {torch.linalg.vector_norm, torch.linalg.norm, torch.norm, "norm"}
 _ACTIVATIONS: set[Any] = {F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.prelu}
 _ACTIVATIONS |= {torch.prelu, F.rrelu, F.rrelu_, F.gelu, F.silu, F.mish, F.hardswish, F.elu, F.elu_, F.selu, F.selu_}
 _ACTIVATIONS |= {F.celu, F.celu_, "relu", "relu_", "prelu"}
@@ -172,7 +173,7 @@ def _is_call_of(node: fx.Node, modules: dict[str, nn.Module], classes: tuple[typ
 
 
 def _gate_strength(node: fx.Node, modules: dict[str, nn.Module], depends: set[fx.Node]) -> int:
-    """2 when the value ends in a sigmoid, softmax or tanh, 1 when it ends in an activation, else 0."""
+    """2 when the value ends in a sigmoid, softmax, tanh or norm, 1 when it ends in an activation, else 0."""
     squashing = _SQUASHING_MODULES + timm_classes(*_TIMM_SQUASHING)
     while True:
         inputs = [n for n in value_inputs(node) if n in depends]
@@ -190,7 +191,9 @@ def _gate_strength(node: fx.Node, modules: dict[str, nn.Module], depends: set[fx
             passes = node.target in _PASSING or node.target in _SUMS | PRODUCTS | QUOTIENTS
         else:
             return 0
-        if not passes or len(inputs) != 1:
+        # A quotient of two such values is what its numerator is (a norm over the mean of norms).
+        quotient = node.op != "call_module" and node.target in QUOTIENTS and len(inputs) == 2
+        if not passes or (len(inputs) != 1 and not quotient):
             return 0
         node = inputs[0]
 
@@ -220,7 +223,7 @@ def live_nodes(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[fx.Node]:
     """Nodes through which the output is (held) linear in the image: all image-dependent ones but the gate branches.
 
     Walks from the output backwards. At a product of two image-dependent values the operand that ends in a sigmoid,
-    softmax or tanh, or else in an activation, is a gate and not entered; a quotient is entered at its numerator,
+    softmax, tanh or norm, or else in an activation, is a gate and not entered; a quotient is entered at its numerator,
     attention at its values.
     """
     depends = image_dependent(graph)

@@ -169,6 +169,24 @@ def _lower_linear(builder: GraphBuilder, a: Mapping[str, Any]) -> Node:
     return builder.call(aten.mul.Tensor, z, m)
 
 
+def _lower_view(builder: GraphBuilder, a: Mapping[str, Any]) -> Node:
+    """A reshape: ops that are split into their parts may return other strides than the network's own view relies on."""
+    return builder.call(aten.reshape.default, a["self"], a["size"])
+
+
+def _lower_shaped_as(builder: GraphBuilder, a: Mapping[str, Any]) -> Node:
+    """``view_as`` and ``reshape_as``; at most the batch is symbolic."""
+    shape = [-1 if isinstance(size, torch.SymInt) else size for size in a["other"].meta["val"].shape]
+    return builder.call(aten.reshape.default, a["self"], shape)
+
+
+def _lower_average(builder: GraphBuilder, a: Mapping[str, Any]) -> Node:
+    """``adaptive_avg_pool1d``: to one value it is the mean, other sizes stay."""
+    if list(a["output_size"]) != [1]:
+        return builder.call(aten.adaptive_avg_pool1d.default, a["self"], list(a["output_size"]))
+    return builder.call(aten.mean.dim, a["self"], [-1], True)
+
+
 def _lower_type_as(builder: GraphBuilder, a: Mapping[str, Any]) -> Node:
     """A cast; the dtypes of a captured network are known."""
     x, dtype = a["self"], a["other"].meta["val"].dtype
@@ -188,6 +206,10 @@ LOWERINGS: dict[Any, Callable[[GraphBuilder, Mapping[str, Any]], Node]] = {
     torch.ops.bcos_rt.linear.default: _lower_linear,
     aten.flatten.using_ints: _lower_flatten,
     aten.type_as.default: _lower_type_as,
+    aten.view.default: _lower_view,
+    aten.view_as.default: _lower_shaped_as,
+    aten.reshape_as.default: _lower_shaped_as,
+    aten.adaptive_avg_pool1d.default: _lower_average,
     aten.scaled_dot_product_attention.default: lower_attention,
 }
 

@@ -236,7 +236,9 @@ def _gate_rank(adjoint: Adjoint, node: Node) -> int:
         if node.target in _ACTIVATIONS:
             return 1
         inputs = [n for n in node.all_input_nodes if adjoint.depends(n)]
-        if len(inputs) != 1 or node.target not in _TRANSPARENT | _AFFINE:
+        # A quotient of two such values is what its numerator is (a norm over the mean of norms).
+        quotient = node.target is aten.div.Tensor and len(inputs) == 2 and inputs[0] is node.args[0]
+        if (len(inputs) != 1 and not quotient) or node.target not in _TRANSPARENT | _AFFINE:
             return 0
         node = inputs[0]
 

@@ -42,6 +42,12 @@ def network(function, modules=None, channels=8, **kwargs):
     return BcosNetwork(body, encoding, LogitLayer(-1.5, 2.0), Recipe(), {}, **kwargs).double().eval()
 
 
+def _response(x):
+    """Global response normalisation's factor (ConvNeXt V2, arXiv 2301.00808, section 3)."""
+    norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+    return norm / (norm.mean(1, keepdim=True) + 1e-6)
+
+
 CASES = {
     "conv_stride": (lambda p, x: p["m"](x), lambda: nn.Conv2d(8, 4, 3, 2, 1)),
     "conv_dilated": (lambda p, x: p["m"](x), lambda: nn.Conv2d(8, 4, (3, 2), 2, (2, 1), dilation=(2, 3))),
@@ -139,6 +145,10 @@ CASES = {
     "index": (lambda p, x: x[:, [0, 2, 2, 5]], None),
     "index_select": (lambda p, x: x.index_select(2, torch.tensor([1, 4, 1])), None),
     "expand": (lambda p, x: x.mean((2, 3), keepdim=True).expand(-1, -1, 3, 4), None),
+    "reshape_as": (lambda p, x: (x.flatten(2).reshape_as(x) * 2).view_as(x), None),
+    "type_as": (lambda p, x: x.type_as(x) * torch.full((2,), 1.5, dtype=torch.float32)[:1].type_as(x), None),
+    "adaptive_avg_pool1d": (lambda p, x: F.adaptive_avg_pool1d(x.flatten(2), 1).flatten(1), None),
+    "response_norm": (lambda p, x: F.relu(x) * _response(F.relu(x)), None),
 }  # fmt: skip
 
 
