@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -24,14 +24,20 @@ def main_output(output: Any) -> Tensor:
     Raises:
         InvalidTypeError: neither.
     """
-    if isinstance(output, Tensor | fx.Proxy):  # a proxy: the model is being traced
-        return output
-    for name in _ANSWERS:
-        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(value, Tensor | fx.Proxy):
+    for value in _candidates(output):
+        if isinstance(value, Tensor):
             return value
+        if isinstance(value, fx.Proxy):  # the model is being traced
+            proxy: Any = value
+            return proxy  # type: ignore[no-any-return]
     expected = "a tensor of logits [N, classes], or an object with them as its attribute 'logits'"
     raise InvalidTypeError("model", f"an output of type {type(output).__name__}", expected)
+
+
+def _candidates(output: Any) -> Iterator[Any]:
+    yield output
+    for name in _ANSWERS:
+        yield output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 def takes_other_sizes(model: nn.Module) -> bool:
