@@ -121,7 +121,16 @@ def every_op(device: str, dtype: torch.dtype, kernels: Any = ops) -> dict[str, C
         y, rstd, _ = k.group_norm(x, 4, one_per_channel, one_per_channel, 1e-5, want_squares=True)
         return k.group_norm_transposed(y, rstd, one_per_channel, 4)
 
+    def attended() -> Any:
+        # Queries, keys and values as one projection gives them; two classes of each image; a mask for each head.
+        query, key, value = tensor(2, 50, 3, 3, 24).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = parameter(3, 50, 50)
+        out, lse = k.attention(query, key, value, mask, 0.2)
+        back = k.attention_transposed(tensor(4, 50, 3, 24).transpose(1, 2), query, key, lse, mask, 0.2)
+        return out, lse, back
+
     calls: dict[str, Callable[[], Any]] = {
+        "attention": attended,
         "square_sum": lambda: k.square_sum(x, 4),
         "conv2d_fused grouped": lambda: k.conv2d_fused(
             x, wg, None, stride=stride, padding=padding, groups=4, activation="silu", **wants

@@ -7,7 +7,8 @@ says so, in the thread that compiles, with gradients off. Shapes are static: one
 number of classes, image dtype and number of threads (which the loops are cut for).
 
 :func:`package` does the same ahead of time: a file that :func:`load_package` (or a C++ program) runs without tracing
-or compiling anything.
+or compiling anything. Recomputed attention stays an op of ours in it, which only Python has: a program for C++ is built
+with ``attention="store"``.
 """
 
 from __future__ import annotations
