@@ -7,7 +7,8 @@ The fused forms (``conv2d_fused``, ``conv2d_transposed``, ...) are what an engin
 one kernel each, inference only.
 
 Dispatch: CUDA tensors in fp16, bf16 and fp32 go to the Triton kernels, everything else to :mod:`.reference` (attention
-to :mod:`.blocked_attention`); :func:`use_backend` chooses by hand. Under autocast the layers compute in autocast's dtype, their norms in fp32.
+to :mod:`.blocked_attention`); :func:`use_backend` chooses by hand. Under autocast the layers compute in autocast's
+dtype, their norms in fp32.
 
 Layout: images are [N, C, H, W]. The Triton kernels work on channels-last memory and return it, so that an NCHW image is
 rearranged once, at the network's first layer.
