@@ -8,7 +8,8 @@
 
 Weights and states lie in --work (build/cifar10); logs and numbers are copied to bench/results/cifar10, and the weights
 of finished runs outside the study, so that other runs can begin with them on another machine. A run that was stopped,
-or killed, goes on at its last epoch. Two processes with one thread each (OMP_NUM_THREADS=1, --name) train more images a
+or killed, goes on at its last epoch; one that was told to stop (SIGTERM) leaves its state beside its logs too, where
+another machine goes on with it. Two processes with one thread each (OMP_NUM_THREADS=1, --name) train more images a
 second here than one with two.
 """
 
@@ -110,9 +111,12 @@ def _localise(one: Run, data: Path, work: Path, grids: int = GRIDS) -> None:
 def _train(one: Run, data: Path, work: Path) -> None:
     from bcos_rt.training import finetune
 
-    folder = work / one.name
+    folder, kept = work / one.name, _logs(one) / "state.pt"
     if _finished(one, work):
         return
+    if kept.exists() and not (folder / kept.name).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(kept, folder / kept.name)
     console.print(f"[bold]{one.name}")
     images = load_images(data, work / "cifar10.npz")
     net = build(one, work, RESULTS)
@@ -132,7 +136,10 @@ def _train(one: Run, data: Path, work: Path) -> None:
         )  # fmt: skip
     except TrainingInterruptedError as error:
         console.print(str(error))
+        copy_logs(folder, _logs(one))
+        shutil.copy(folder / kept.name, kept)
         raise typer.Exit(143) from error
+    kept.unlink(missing_ok=True)
     if not one.variant:
         shutil.copy(folder / "last.safetensors", _logs(one) / COMMITTED_WEIGHTS)
 
