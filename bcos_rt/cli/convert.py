@@ -48,7 +48,7 @@ def convert(
             "--model",
             "-m",
             metavar="NAME",
-            help="torchvision:NAME, timm:NAME, hf:NAME, simple_vit:NAME or efficientnet-lite0.",
+            help="torchvision:NAME, timm:NAME, hf:NAME, open_clip:NAME, simple_vit:NAME or efficientnet-lite0.",
         ),
     ],
     images: Annotated[
@@ -62,8 +62,9 @@ def convert(
         typer.Option(
             "--recipe",
             "-r",
-            metavar="default|equivalent|FILE.json",
-            help="'default' is the published CNN recipe; 'equivalent' keeps the function as it is (B = 1).",
+            metavar="default|clip|equivalent|FILE.json",
+            help="'default' is the published CNN recipe, 'clip' that of CLIP's image towers; 'equivalent' keeps the "
+            "function as it is (B = 1).",
         ),
     ] = "default",
     verify: Annotated[
@@ -186,18 +187,21 @@ def convert(
 
 
 def named_recipe(text: str) -> Recipe:
+    """The recipe behind ``--recipe``; of ``clip`` mean and std are the model's own."""
     from bcos_rt.conversion import Recipe
 
     if text == "default":
         return Recipe()
     if text == "equivalent":
         return Recipe.equivalent()
+    if text == "clip":
+        return Recipe.clip(mean=None, std=None)
     if not Path(text).is_file():
         raise InvalidArgumentError(
             "--recipe",
             repr(text),
-            "'default', 'equivalent' or an existing JSON file",
-            did_you_mean(text, ["default", "equivalent"]),
+            "'default', 'clip', 'equivalent' or an existing JSON file",
+            did_you_mean(text, ["default", "clip", "equivalent"]),
         )
     return Recipe.from_dict(read_recipe_file(text))
 

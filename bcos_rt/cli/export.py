@@ -10,17 +10,22 @@ from rich.text import Text
 
 from bcos_rt.cli.inputs import (
     Checkpoint,
+    Clip,
     Json,
     Model,
     NumClasses,
+    Pooling,
+    Power,
     Size,
     Weights,
     check_output,
     check_photos,
+    load_clip_network,
     load_network,
     load_photos,
 )
 from bcos_rt.cli.output import Outcome, Progress, run
+from bcos_rt.errors import InvalidArgumentError
 
 __all__ = ["export"]
 
@@ -35,9 +40,15 @@ def export(
     checkpoint: Checkpoint = None,
     weights: Weights = None,
     num_classes: NumClasses = None,
+    clip: Clip = None,
+    pooling: Pooling = None,
+    power: Power = None,
     size: Size = None,
     multi: Annotated[
-        bool, typer.Option("--multi", help="class_ids is [N, K]: several classes of each image at one forward pass.")
+        bool,
+        typer.Option(
+            "--multi", help="Several classes (or texts) of each image at one forward pass: class_ids is [N, K]."
+        ),
     ] = False,
     forward_only: Annotated[bool, typer.Option("--forward-only", help="Logits only, no explanation.")] = False,
     outputs: Annotated[
@@ -58,7 +69,8 @@ def export(
 ) -> None:
     """Write prediction and explanation as one ONNX file.
 
-    A conventional --model is first converted to an equivalent B-cos network (B = 1).
+    A conventional --model is first converted to an equivalent B-cos network (B = 1). The file of an image tower, that
+    of --clip or a checkpoint, explains the texts whose embeddings it is given.
     """
     photos = images or []
 
@@ -68,7 +80,13 @@ def export(
         with progress.working("loading the network"):
             from bcos_rt.export import to_onnx
 
-            network = load_network(model, checkpoint, weights, num_classes)
+            if clip is None:
+                network = load_network(model, checkpoint, weights, num_classes)
+            elif checkpoint is not None:
+                expected = "one of them: a checkpoint is exported without the text tower"
+                raise InvalidArgumentError("--clip, --checkpoint", "both", expected)
+            else:
+                network, _ = load_clip_network(clip, None, weights, model=model, num_classes=num_classes)
         side = size or network.input_size
         batch = load_photos(photos, side) if photos else None
         with progress.working("exporting" + (" and verifying" if verify else "")):
@@ -77,6 +95,8 @@ def export(
                 output,
                 side,
                 multi=multi,
+                pooling=pooling,  # type: ignore[arg-type]
+                power=power,
                 outputs=outputs,
                 forward_only=forward_only,
                 precision="fp16" if fp16 else "fp32",

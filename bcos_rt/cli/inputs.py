@@ -19,21 +19,28 @@ if TYPE_CHECKING:
 
     from bcos_rt.conversion import ConversionReport, Recipe
     from bcos_rt.models import LoadedModel
+    from bcos_rt.models.clip import ClipModel
     from bcos_rt.nn.network import BcosNetwork
 
 __all__ = [
     "Checkpoint",
+    "Clip",
     "Json",
     "Model",
     "Network",
     "NumClasses",
+    "Pooling",
+    "Power",
     "Size",
     "Weights",
+    "check_classifier",
     "check_output",
     "check_photos",
     "check_writable_place",
     "convert_source",
     "find_class",
+    "has_embedding",
+    "load_clip_network",
     "load_network",
     "load_photos",
     "load_source",
@@ -55,6 +62,26 @@ Model = Annotated[
         help="Pretrained model: torchvision:NAME, timm:NAME, hf:NAME, simple_vit:NAME or efficientnet-lite0.",
     ),
 ]
+Clip = Annotated[
+    str | None,
+    typer.Option(
+        "--clip",
+        metavar="NAME[:TAG]",
+        help="A CLIP model of open_clip: RN50, ViT-B-16, ...; a tag says which of its published weights. Instead of "
+        "--model, or beside the --checkpoint of an image tower.",
+    ),
+]
+Pooling = Annotated[
+    str | None,
+    typer.Option(
+        "--pooling",
+        metavar="mean|max|cosine_power",
+        help="How a text's cosines with the places of an image become its score. Default: mean.",
+    ),
+]
+Power = Annotated[
+    float | None, typer.Option("--power", help="Of --pooling cosine_power: a cosine c counts |c|^(POWER - 1) times.")
+]
 Checkpoint = Annotated[
     Path | None, typer.Option("--checkpoint", "-c", metavar="PATH", help="A saved B-cos network, instead of --model.")
 ]
@@ -64,7 +91,8 @@ Weights = Annotated[
         "--weights",
         "-w",
         metavar="FILE|random",
-        help="Weights of --model: a .safetensors, .pth or .ckpt file, or 'random'. Default: the published weights.",
+        help="Weights of --model or --clip: a .safetensors, .pth or .ckpt file, or 'random'. Default: the published "
+        "weights.",
     ),
 ]
 NumClasses = Annotated[
@@ -100,11 +128,15 @@ def load_source(name: str, weights: str | None, num_classes: int | None) -> Load
     """The conventional model behind ``--model``, ``--weights`` and ``--num-classes``."""
     from bcos_rt.models import load_model
 
+    _check_weights(weights)
+    return load_model(name, weights=weights, num_classes=num_classes)
+
+
+def _check_weights(weights: str | None) -> None:
     if weights is not None and weights not in ("random", "default") and not Path(weights).is_file():
         raise InvalidArgumentError(
             "--weights", repr(weights), "an existing file, or 'random'", did_you_mean(weights, ["random"])
         )
-    return load_model(name, weights=weights, num_classes=num_classes)
 
 
 def convert_source(
@@ -138,16 +170,86 @@ def load_network(
         from bcos_rt.checkpoint import load
 
         net = load(checkpoint)
-        side = SMALL_SIZE if net.source.get("kind") == "small" else DEFAULT_SIZE
-        return Network(net.eval(), False, side, {"checkpoint": str(checkpoint), "source": dict(net.source)})
+        return Network(net.eval(), False, _side_of(net), {"checkpoint": str(checkpoint), "source": dict(net.source)})
 
     if model is None:
         raise InvalidArgumentError("--model, --checkpoint", "neither", "one of them")
+    check_classifier(model)
     from bcos_rt.conversion import Recipe
 
     source = load_source(model, weights, num_classes)
     net, _ = convert_source(source, Recipe.equivalent())
     return Network(net.eval(), True, source.input_size, {"model": model, "weights": weights, "source": source.source})
+
+
+def load_clip_network(
+    clip: str,
+    checkpoint: Path | None,
+    weights: str | None,
+    *,
+    model: str | None = None,
+    num_classes: int | None = None,
+) -> tuple[Network, ClipModel]:
+    """The image tower and the CLIP model behind ``--clip``.
+
+    The tower is that of ``--checkpoint``, else the model's own, converted to an equivalent one (B = 1).
+
+    Args:
+        model, num_classes: options that do not go with it, to be refused.
+
+    Raises:
+        InvalidArgumentError: options that do not go together, a checkpoint that returns logits.
+        CheckpointError: unreadable or unfitting weights.
+    """
+    if model is not None:
+        raise InvalidArgumentError("--clip, --model", "both", "one of them")
+    if num_classes is not None:
+        raise InvalidArgumentError(
+            "--num-classes", f"{num_classes} with --clip", "no such option: texts are no classes"
+        )
+    _check_weights(weights)
+    from bcos_rt.conversion import Recipe
+    from bcos_rt.models.clip import load_clip
+
+    net: BcosNetwork | None = None
+    if checkpoint is not None:
+        from bcos_rt.checkpoint import load
+
+        net = load(checkpoint)
+        if not has_embedding(net):
+            expected = "an image tower, as `bcos-rt convert --model open_clip:NAME --recipe clip` saves it"
+            raise InvalidArgumentError("--checkpoint", f"{str(checkpoint)!r}, which returns logits", expected)
+    source = load_clip(clip, weights=weights)
+    described = {"clip": source.name, "weights": weights, "source": source.image_tower.source}
+    if net is not None:
+        described |= {"checkpoint": str(checkpoint), "source": dict(net.source)}
+        return Network(net.eval(), False, _side_of(net), described), source
+    net, _ = convert_source(source.image_tower, Recipe.equivalent(output="embedding"))
+    return Network(net.eval(), True, source.image_tower.input_size, described), source
+
+
+def check_classifier(model: str) -> None:
+    """Refuse an image tower where a classifier is needed."""
+    if model.startswith("open_clip:"):
+        hint = f" (an image tower and texts: --clip {model.partition(':')[2]})"
+        raise InvalidArgumentError("--model", repr(model), "a classifier", hint)
+
+
+def has_embedding(net: BcosNetwork) -> bool:
+    """Whether a network is an image tower, whose output is an embedding instead of logits."""
+    from bcos_rt.nn.network import EmbeddingLayer
+
+    return isinstance(net.logit_layer, EmbeddingLayer)
+
+
+def _side_of(net: BcosNetwork) -> int:
+    """The side of the images that a loaded network's source was made for, where its checkpoint says so."""
+    if net.source.get("kind") == "small":
+        return SMALL_SIZE
+    if net.source.get("kind") == "open_clip":
+        side = net.source.get("config", {}).get("vision_cfg", {}).get("image_size", DEFAULT_SIZE)
+        return int(max(side) if isinstance(side, list | tuple) else side)
+    return DEFAULT_SIZE
 
 
 def read_recipe_file(path: str) -> dict[str, Any]:

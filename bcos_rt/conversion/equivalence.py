@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bcos_rt.errors import InvalidArgumentError
-from bcos_rt.nn import BcosNetwork
+from bcos_rt.nn.network import BcosNetwork, EmbeddingLayer
 from bcos_rt.nn.outputs import main_output, takes_other_sizes, with_options
 
 __all__ = ["EquivalenceResult", "check_equivalence", "evaluating"]
@@ -77,6 +77,8 @@ def check_equivalence(source: nn.Module, net: BcosNetwork, images: Tensor) -> Eq
         images_in = (images - mean) / std
         options = with_options(source, images) if takes_other_sizes(source) else {}
         expected, got = main_output(source(images_in, **options)), net(images)
+        if isinstance(net.logit_layer, EmbeddingLayer):  # an image tower's own output has any norm
+            expected = net.logit_layer(expected)
     if expected.shape != got.shape:
         raise InvalidArgumentError("net", f"logits {tuple(got.shape)}", f"the source's {tuple(expected.shape)}")
     # A source that answers 0 everywhere has no scale of its own.

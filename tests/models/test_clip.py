@@ -383,3 +383,13 @@ def test_names_of_models_are_converted(folder, monkeypatch):
 def test_sources_that_cannot_be_rebuilt(config):
     with pytest.raises(CheckpointError, match="cannot rebuild open_clip:x"):
         rebuild_source({"kind": "open_clip", "name": "x", "num_classes": 4, "config": config})
+
+
+def test_verification_compares_embeddings(file):
+    """``bcosify`` scales the source's embeddings to norm 1 before it compares, as the network does."""
+    name, path = file
+    recipe = Recipe.equivalent(output="embedding")
+    _, report = bcosify(load_model(f"open_clip:{name}", weights=path), recipe, verify_images=photos(4))
+    assert report.equivalence.within(TOLERANCES["equivalence"])
+    _, report = bcosify(load_model(f"open_clip:{name}", weights=path), recipe.replace(b=1.5), verify_images=photos(4))
+    assert not report.equivalence.within(TOLERANCES["equivalence"])
