@@ -63,47 +63,47 @@ MODELS = {
         "features.1.1.attn.proj", ("features.1.1.attn.qkv",),
     ),
     "timm vit small": (
-        lambda: timm_model("vit_small_patch16_224", img_size=SIZE, depth=2, embed_dim=48, num_heads=4),
-        "blocks.1.attn.proj", ("blocks.1.attn.qkv",),
+        lambda: timm_model("vit_small_patch16_224", img_size=SIZE, depth=1, embed_dim=48, num_heads=4),
+        "blocks.0.attn.proj", ("blocks.0.attn.qkv",),
     ),
     "timm deit": (
-        lambda: timm_model("deit_tiny_patch16_224", img_size=SIZE, depth=2, embed_dim=48),
+        lambda: timm_model("deit_tiny_patch16_224", img_size=SIZE, depth=1, embed_dim=48),
         "blocks.0.attn.proj", ("blocks.0.attn.qkv",),
     ),
     "timm convnext": (  # no attention: layer scale, LayerNorm over channels, the MLP's last layer
-        lambda: timm_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(16, 24, 32, 48)),
+        lambda: timm_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 16, 24)),
         "stages.0.blocks.0.mlp.fc2", (),
     ),
     "timm eva02": (  # rotary embeddings, SwiGLU, biases of its own beside the projection
-        lambda: timm_model("eva02_tiny_patch14_224", img_size=SIZE, patch_size=16, depth=2, embed_dim=48, num_heads=4),
-        "blocks.1.attn.proj", ("blocks.1.attn.qkv",),
+        lambda: timm_model("eva02_tiny_patch14_224", img_size=SIZE, patch_size=16, depth=1, embed_dim=48, num_heads=4),
+        "blocks.0.attn.proj", ("blocks.0.attn.qkv",),
     ),
     "timm dinov2, registers": (  # layer scale, register tokens
-        lambda: timm_model("vit_small_patch14_reg4_dinov2", img_size=SIZE, patch_size=16, depth=2, embed_dim=48,
+        lambda: timm_model("vit_small_patch14_reg4_dinov2", img_size=SIZE, patch_size=16, depth=1, embed_dim=48,
                            num_heads=4),
         "blocks.0.attn.proj", ("blocks.0.attn.qkv",),
     ),
     "timm swin v2": (  # cosine attention, continuous position bias
         lambda: timm_model(
-            "swinv2_tiny_window8_256", img_size=SIZE, window_size=4, depths=(1, 2), num_heads=(2, 4), embed_dim=32
+            "swinv2_tiny_window8_256", img_size=SIZE, window_size=4, depths=(1, 1), num_heads=(2, 4), embed_dim=32
         ),
-        "layers.1.blocks.1.attn.proj", ("layers.1.blocks.1.attn.qkv",),
+        "layers.1.blocks.0.attn.proj", ("layers.1.blocks.0.attn.qkv",),
     ),
     "hf vit": (
         lambda: hf_model("ViT"),
         "vit.layers.0.attention.o_proj", tuple(f"vit.layers.0.attention.{p}_proj" for p in "qkv"),
     ),
     "hf vit, eager attention": (
-        lambda: hf_model("ViT", attn_implementation="eager"),
-        "vit.layers.1.attention.o_proj", tuple(f"vit.layers.1.attention.{p}_proj" for p in "qkv"),
+        lambda: hf_model("ViT", attn_implementation="eager", num_hidden_layers=1),
+        "vit.layers.0.attention.o_proj", tuple(f"vit.layers.0.attention.{p}_proj" for p in "qkv"),
     ),
     "hf dinov2": (  # layer scale; the classifier takes the class token and the mean of the others
-        lambda: hf_model("Dinov2"),
+        lambda: hf_model("Dinov2", num_hidden_layers=1),
         "dinov2.encoder.layer.0.attention.o_proj", ("dinov2.encoder.layer.0.attention.v_proj",),
     ),
     "hf dinov2, swiglu": (
-        lambda: hf_model("Dinov2", use_swiglu_ffn=True),
-        "dinov2.encoder.layer.1.mlp.down_proj", ("dinov2.encoder.layer.1.attention.q_proj",),
+        lambda: hf_model("Dinov2", use_swiglu_ffn=True, num_hidden_layers=1),
+        "dinov2.encoder.layer.0.mlp.down_proj", ("dinov2.encoder.layer.0.attention.q_proj",),
     ),
     "simple vit": (
         lambda: SimpleViT(patch_size=16, dim=32, depth=2, heads=2, mlp_dim=64, num_classes=10),
