@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,13 +12,19 @@ from rich.text import Text
 
 from bcos_rt.cli.inputs import (
     Checkpoint,
+    Clip,
     Json,
     Model,
     NumClasses,
+    Pooling,
+    Power,
     Size,
     Weights,
+    check_classifier,
     check_output,
     check_writable_place,
+    has_embedding,
+    load_clip_network,
     load_network,
     load_source,
 )
@@ -25,9 +32,19 @@ from bcos_rt.cli.output import Outcome, Progress, run
 from bcos_rt.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from bcos_rt.data.image_data import ImageData
+    from bcos_rt.evaluation import Evaluation
+    from bcos_rt.models.clip import ClipModel
 
 __all__ = ["evaluate", "localise"]
+
+# ImageNet's names of class folders.
+WORDNET = re.compile(r"n\d{8}")
+_TOWERS = "Image towers"
 
 Data = Annotated[
     str, typer.Option("--data", "-d", metavar="DATA", help="Images: a folder of class folders, tar files, hf:NAME.")
@@ -52,6 +69,42 @@ def evaluate(
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     explained: Annotated[int, typer.Option(min=0, help="Images explained for the completeness error.")] = 256,
+    clip: Clip = None,
+    zero_shot: Annotated[
+        bool,
+        typer.Option(
+            "--zero-shot", help="With --clip: the class whose text fits an image best.", rich_help_panel=_TOWERS
+        ),
+    ] = False,
+    templates: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--template",
+            metavar="TEXT",
+            rich_help_panel=_TOWERS,
+            help="A text of --zero-shot with {} for the class, e.g. 'a photo of a {}.'; repeatable. Default: the 80 of "
+            "OpenAI's classifier of ImageNet.",
+        ),
+    ] = None,
+    pooling: Pooling = None,
+    power: Power = None,
+    linear_probe: Annotated[
+        bool,
+        typer.Option(
+            "--linear-probe",
+            rich_help_panel=_TOWERS,
+            help="With --clip, or an image tower's --checkpoint: logistic regression on its embeddings.",
+        ),
+    ] = False,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            "--train",
+            metavar="DATA",
+            help="What --linear-probe is fitted to. Default: the split 'train' of --data.",
+            rich_help_panel=_TOWERS,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -62,10 +115,13 @@ def evaluate(
 ) -> None:
     """Accuracy, calibration, and whether explanations add up, on labelled images.
 
-    A --model is evaluated as it is, conventional, or with --convert as a B-cos network; a --checkpoint is one.
+    A --model is evaluated as it is, conventional, or with --convert as a B-cos network; a --checkpoint is one. So is
+    the image tower of --clip, by --zero-shot or --linear-probe.
     """
+    towers = zero_shot or linear_probe
 
     def work(progress: Progress) -> Outcome:
+        _check_options(clip, checkpoint, zero_shot, linear_probe, templates, train, pooling, power)
         if output is not None:
             if output.suffix.lower() == ".png" and not output.is_dir():
                 check_output(output)
@@ -78,38 +134,44 @@ def evaluate(
 
             if output is not None:
                 check_place(output, "--output")
-            net, side, described = _network(model, checkpoint, weights, num_classes, convert)
+            source: ClipModel | None = None
+            if clip is not None:
+                net, side, described, source = _clip_network(clip, checkpoint, weights, convert, model, num_classes)
+            else:
+                net, side, described = _network(model, checkpoint, weights, num_classes, convert)
+            _check_protocol(net, towers)
         with progress.working(f"looking at {data}"):
             images = open_data(data, size=size or side, split=split)
-        with progress.bar() as tell:
-            found = measure(
-                net, images, batch_size=batch_size, workers=workers, completeness_images=explained, tell=tell
-            )
+            others = _training_images(train, data, size or side, images) if linear_probe else None
         about = {"command": "evaluate", "network": described, "data": data}
+        with progress.bar() as tell:
+            if others is not None:
+                from bcos_rt.evaluation import linear_probe as fit
+
+                probe = fit(net, others, images, batch_size=batch_size, workers=workers, tell=tell)
+                found = probe.evaluation
+                fitted = {"c": probe.c, "tried": probe.tried, "images": probe.images, "train": train or data}
+                about |= {"protocol": "linear probe", "probe": fitted}
+            elif source is not None:
+                from bcos_rt.evaluation import zero_shot as classify
+
+                names, texts = _class_texts(source, images, templates)
+                found = classify(
+                    net, images, texts, pooling or "mean",  # type: ignore[arg-type]
+                    power=power, logit_scale=source.logit_scale, batch_size=batch_size, workers=workers,
+                    completeness_images=explained, tell=tell,
+                )  # fmt: skip
+                about |= {"protocol": "zero shot", "pooling": pooling or "mean", "power": power, "texts": list(names)}
+            else:
+                found = measure(
+                    net, images, batch_size=batch_size, workers=workers, completeness_images=explained, tell=tell
+                )
         if output is not None:
             found.save(output, about)
         report = {**about, "results": found.to_dict()}
 
         def shown() -> list[Any]:
-            table = Table("figure", "value")
-            table.add_row("images", str(found.images))
-            table.add_row("top-1", f"{found.top1:.2%}")
-            if found.top5 is not None:
-                table.add_row("top-5", f"{found.top5:.2%}")
-            table.add_row("negative log-likelihood", f"{found.loss:.4f}")
-            table.add_row(
-                "calibration error, softmax; sigmoid", f"{found.softmax.error:.4f}; {found.sigmoid.error:.4f}"
-            )
-            table.add_row(
-                "mean confidence, softmax; sigmoid", f"{found.softmax.confidence:.4f}; {found.sigmoid.confidence:.4f}"
-            )
-            if found.completeness is not None:
-                error = found.completeness
-                values = "; ".join(f"{v:.1e}" for v in (error.mean, error.median, error.q90, error.q99, error.largest))
-                table.add_row(
-                    "completeness error, mean; median; 90 %; 99 %; largest", f"{values} logits ({error.images} images)"
-                )
-            return [table, *([Text(f"wrote {output}")] if output is not None else [])]
+            return [_results(found), *([Text(f"wrote {output}")] if output is not None else [])]
 
         return Outcome(report, shown)
 
@@ -213,6 +275,115 @@ def localise(
     run(work, as_json)
 
 
+def _results(found: Evaluation) -> Table:
+    table = Table("figure", "value")
+    table.add_row("images", str(found.images))
+    table.add_row("top-1", f"{found.top1:.2%}")
+    if found.top5 is not None:
+        table.add_row("top-5", f"{found.top5:.2%}")
+    table.add_row("negative log-likelihood", f"{found.loss:.4f}")
+    table.add_row("calibration error, softmax; sigmoid", f"{found.softmax.error:.4f}; {found.sigmoid.error:.4f}")
+    table.add_row(
+        "mean confidence, softmax; sigmoid", f"{found.softmax.confidence:.4f}; {found.sigmoid.confidence:.4f}"
+    )
+    if found.completeness is not None:
+        error = found.completeness
+        values = "; ".join(f"{v:.1e}" for v in (error.mean, error.median, error.q90, error.q99, error.largest))
+        table.add_row(
+            "completeness error, mean; median; 90 %; 99 %; largest", f"{values} logits ({error.images} images)"
+        )
+    return table
+
+
+def _check_options(
+    clip: str | None,
+    checkpoint: Path | None,
+    zero_shot: bool,
+    linear_probe: bool,
+    templates: Sequence[str] | None,
+    train: str | None,
+    pooling: str | None,
+    power: float | None,
+) -> None:
+    """Refuse options of image towers that do not go together, before anything is loaded."""
+    if zero_shot and linear_probe:
+        raise InvalidArgumentError("--zero-shot, --linear-probe", "both", "one of them")
+    if zero_shot and clip is None:
+        raise InvalidArgumentError("--zero-shot", "no --clip", "--clip NAME, the CLIP model whose text tower is used")
+    if linear_probe and clip is None and checkpoint is None:
+        raise InvalidArgumentError("--linear-probe", "no image tower", "--clip NAME, or the --checkpoint of one")
+    if clip is not None and not zero_shot and not linear_probe:
+        raise InvalidArgumentError("--clip", f"{clip!r} alone", "--zero-shot or --linear-probe beside it")
+    for option, given in (("--template", templates), ("--pooling", pooling), ("--power", power)):
+        if given and not zero_shot:
+            raise InvalidArgumentError(option, "no --zero-shot", "--zero-shot, which it belongs to")
+    if train is not None and not linear_probe:
+        raise InvalidArgumentError("--train", "no --linear-probe", "--linear-probe, which it belongs to")
+    if zero_shot:
+        from bcos_rt.graph import TokenPooling
+
+        TokenPooling.of(pooling or "mean", power)
+
+
+def _check_protocol(net: nn.Module, towers: bool) -> None:
+    from bcos_rt.nn.network import BcosNetwork
+
+    if isinstance(net, BcosNetwork) and has_embedding(net) != towers:
+        if towers:
+            raise InvalidArgumentError("--linear-probe", "a network that returns logits", "an image tower")
+        raise InvalidArgumentError("--checkpoint", "an image tower", "--clip and --zero-shot, or --linear-probe")
+
+
+def _training_images(train: str | None, data: str, side: int, images: ImageData) -> ImageData:
+    """The images of ``--train``, or of the split 'train' of ``--data``; not those that are measured."""
+    import torch
+
+    from bcos_rt.data import open_data
+
+    found = open_data(data if train is None else train, size=side, split="train")
+    if len(found) == 0:
+        raise InvalidArgumentError("--train", "no image", "images with labels")
+    if len(found) == len(images) and all(torch.equal(found[i][0], images[i][0]) for i in (0, len(images) - 1)):
+        # Data without parts is taken whole for every split.
+        raise InvalidArgumentError("--train", "the images that are measured", "others, to fit the classifier to")
+    from bcos_rt.data import check_numbers
+
+    check_numbers(images.class_names, found.class_names, "--data", "the training data has it")
+    return found
+
+
+def _class_texts(source: ClipModel, images: ImageData, templates: Sequence[str] | None) -> tuple[Sequence[str], Tensor]:
+    """The classes as texts, and their embeddings [classes, D]."""
+    from bcos_rt.models import imagenet_class_names
+    from bcos_rt.models.clip import clip_imagenet_class_names, clip_imagenet_templates
+
+    names: Sequence[str] | None = images.class_names
+    if names is None:
+        raise InvalidArgumentError("--data", "classes without names", "class folders, whose names --zero-shot reads")
+    if tuple(names) == imagenet_class_names() or (len(names) == 1000 and all(WORDNET.fullmatch(n) for n in names)):
+        names = clip_imagenet_class_names()
+    else:
+        names = [name.replace("_", " ") for name in names]
+    return names, source.encode_text(names, templates or clip_imagenet_templates())
+
+
+def _clip_network(
+    clip: str,
+    checkpoint: Path | None,
+    weights: str | None,
+    convert: bool,
+    model: str | None,
+    num_classes: int | None,
+) -> tuple[nn.Module, int, dict[str, Any], ClipModel]:
+    """An image tower, the side of its images, what to call it, and the CLIP model it belongs to."""
+    if convert and checkpoint is not None:
+        raise InvalidArgumentError("--convert", "a checkpoint", "a conventional tower to convert")
+    network, source = load_clip_network(clip, checkpoint, weights, model=model, num_classes=num_classes)
+    if checkpoint is not None or convert:
+        return network.net, network.input_size, network.described, source
+    return source.image_tower.conventional().eval(), network.input_size, network.described, source
+
+
 def _network(
     model: str | None, checkpoint: Path | None, weights: str | None, num_classes: int | None, convert: bool = False
 ) -> tuple[nn.Module, int, dict[str, Any]]:
@@ -222,6 +393,7 @@ def _network(
     if model is None or checkpoint is not None or convert:
         network = load_network(model, checkpoint, weights, num_classes)
         return network.net, network.input_size, network.described
+    check_classifier(model)
     source = load_source(model, weights, num_classes)
     described = {"model": model, "weights": weights, "source": source.source}
     return source.conventional().eval(), source.input_size, described

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from bcos_rt.nn.network import BcosNetwork
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Calibration", "Completeness", "Evaluation", "check_place", "evaluate", "reliability"]
+__all__ = ["Calibration", "Completeness", "Evaluation", "check_place", "evaluate", "judged", "reliability"]
 
 _FOREIGN_SUFFIXES = (".pdf", ".svg", ".jpg", ".jpeg", ".npz", ".csv", ".json", ".txt", ".html", ".gif", ".webp")
 
@@ -227,7 +227,21 @@ def evaluate(
                 scales.append(explanation.logits.double().abs().amax(1).cpu())
             if tell is not None:
                 tell("evaluating", batch[-1] + 1, len(images))
-    logits, truth = torch.cat(rows), torch.cat(labels_seen)
+    return judged(torch.cat(rows), torch.cat(labels_seen), errors, scales, bins)
+
+
+def judged(
+    logits: Tensor, truth: Tensor, errors: Sequence[Tensor] = (), scales: Sequence[Tensor] = (), bins: int = 15
+) -> Evaluation:
+    """The results of logits [N, classes] for labels ``truth`` [N].
+
+    Args:
+        errors, scales: of explained images, in parts: their completeness errors, and the largest magnitudes of logits.
+        bins: of the calibration.
+
+    Raises:
+        InvalidArgumentError: images without labels, or labels without a logit.
+    """
     count, classes = logits.shape
     if int(truth.min()) < 0:
         raise InvalidArgumentError("data", "images without labels", "labels")
@@ -243,8 +257,8 @@ def evaluate(
         per_class.append(float(right[mine].double().mean()) if bool(mine.any()) else None)
     completeness = None
     if errors:
-        error = torch.cat(errors)
-        relative = error / torch.cat(scales).clamp(min=torch.finfo(torch.float64).tiny)
+        error = torch.cat(list(errors))
+        relative = error / torch.cat(list(scales)).clamp(min=torch.finfo(torch.float64).tiny)
         median, q90, q99, largest = (float(error.quantile(q)) for q in (0.5, 0.9, 0.99, 1.0))
         mean, relatively = float(error.mean()), float(relative.max())
         completeness = Completeness(len(error), mean, median, q90, q99, largest, relatively)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bcos_rt import Recipe, bcosify, explain_text, load, save
+from bcos_rt.data import open_data
 from bcos_rt.images import load_image
 from bcos_rt.models.clip import load_clip
 from tests.clip_models import NAMES, SIZE, WIDTH, register, seeded_weights
@@ -194,3 +195,104 @@ def test_export_of_a_checkpoint(bcos, options, tower, checkpoint, tmp_path):
         assert result.code == 2
         assert message in result.err
     assert [p.name for p in tmp_path.iterdir()] == ["tower.onnx"]
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Splits of class folders, three images each, of one colour and noise."""
+    root = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(1)
+    for split in ("train", "val"):
+        for name, colour in (("red_panda", (200, 60, 30)), ("tree_frog", (40, 180, 70))):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(3):
+                noise = random.integers(-30, 31, (SIZE, SIZE, 3))
+                Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+def test_zero_shot(bcos, options, model, tower, data):
+    """Of the tower as it is, by hand; and of a checkpoint."""
+    result = bcos("evaluate", *options, "--zero-shot", "--data", data, "--template", "a photo of a {}.", "--json")
+    assert result.code == 0, result.err
+    found = result.json
+    assert (found["protocol"], found["texts"]) == ("zero shot", ["red panda", "tree frog"])
+    images = open_data(data, size=SIZE, split="val")
+    batch = torch.stack([image for image, _ in images])
+    texts = model.encode_text(["red panda", "tree frog"], ["a photo of a {}."])
+    with torch.no_grad():
+        cosines = F.normalize(model.image_tower.conventional()(batch), dim=1) @ texts.T
+    logits, labels = model.logit_scale * cosines, torch.tensor([0, 0, 0, 1, 1, 1])
+    assert found["results"]["images"] == 6
+    assert found["results"]["completeness"] is None
+    assert found["results"]["loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-4)
+    assert found["results"]["top1"] == float((logits.argmax(1) == labels).double().mean())
+
+    result = bcos("evaluate", *options, "-c", tower, "--zero-shot", "--data", data, "--explained", 1)
+    assert result.code == 0, result.err
+    assert "top-1" in result.out
+    assert "(1 images)" in result.out
+
+
+def test_linear_probe(bcos, tower, data):
+    result = bcos("evaluate", "-c", tower, "--linear-probe", "--data", data, "--json")
+    assert result.code == 0, result.err
+    found = result.json
+    assert found["protocol"] == "linear probe"
+    assert found["probe"]["images"] == 6
+    assert found["probe"]["c"] in [c for c, _ in found["probe"]["tried"]]
+    assert found["results"]["top1"] == 1.0, "red and green"
+
+
+def test_imagenet_s_classes_are_read_by_their_words():
+    from bcos_rt.cli.evaluate import _class_texts
+    from bcos_rt.models.clip import clip_imagenet_class_names
+
+    class Names:
+        def encode_text(self, names, templates):
+            return len(names), len(templates)
+
+    class Images:
+        class_names = tuple(f"n{i:08d}" for i in range(1000))
+
+    names, encoded = _class_texts(Names(), Images(), None)
+    assert names == clip_imagenet_class_names()
+    assert encoded == (1000, 80)
+    Images.class_names = ("n00000001", "n00000002")
+    assert _class_texts(Names(), Images(), ["{}"]) == (["n00000001", "n00000002"], (2, 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--clip", NAME), "--zero-shot or --linear-probe beside it"),
+        (("--zero-shot",), "--zero-shot: got no --clip"),
+        (("--linear-probe",), "--linear-probe: got no image tower"),
+        (("--clip", NAME, "--zero-shot", "--linear-probe"), "--zero-shot, --linear-probe: got both"),
+        (("--clip", NAME, "--linear-probe", "--pooling", "max"), "--pooling"),
+        (("--clip", NAME, "--zero-shot", "--train", "x"), "--train"),
+        (("--clip", NAME, "--zero-shot", "--pooling", "meen"), "did you mean 'mean'"),
+        (("--clip", NAME, "--zero-shot", "-w", "random", "--template", "a photo"), "'a photo'"),
+        (("--clip", NAME, "--zero-shot", "-w", "random", "-m", "timm:resnet18"), "--clip, --model"),
+        (("-m", "open_clip:RN50"), "--clip RN50"),
+    ],
+)
+def test_bad_input_of_evaluate_is_named(bcos, folder, data, arguments, message):
+    result = bcos("evaluate", *arguments, "--data", data)
+    assert (result.code, message in result.err) == (2, True), result.err
+
+
+def test_protocols_and_networks_that_do_not_go_together(bcos, tower, checkpoint, data):
+    for arguments, message in (
+        (("-c", tower), "an image tower, expected --clip and --zero-shot, or --linear-probe"),
+        (("-c", checkpoint, "--linear-probe"), "returns logits"),
+        (("-c", tower, "--linear-probe", "--train", data / "val"), "the images that are measured"),
+    ):
+        result = bcos("evaluate", *arguments, "--data", data)
+        assert (result.code, message in result.err) == (2, True), result.err
+    result = bcos("evaluate", "-c", tower, "--linear-probe", "--data", data / "val")
+    assert (result.code, "the images that are measured" in result.err) == (2, True), result.err
