@@ -16,6 +16,7 @@ from bcos_rt.cli.convert import named_recipe
 from bcos_rt.cli.inputs import (
     DEFAULT_SIZE,
     Checkpoint,
+    Clip,
     Json,
     Model,
     NumClasses,
@@ -23,6 +24,7 @@ from bcos_rt.cli.inputs import (
     check_photos,
     check_writable_place,
     convert_source,
+    has_embedding,
     load_photos,
     load_source,
     read_recipe_file,
@@ -56,7 +58,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="
 RecipeOption = Annotated[
     str | None,
     typer.Option(
-        "--recipe", "-r", metavar="bcosify|bcos|standard|FILE.json", help="Training recipe.", rich_help_panel=_HOW
+        "--recipe", "-r", metavar="bcosify|clip|bcos|standard|FILE.json", help="Training recipe.", rich_help_panel=_HOW
     ),
 ]
 Changes = Annotated[
@@ -90,9 +92,12 @@ def finetune(
     checkpoint: Checkpoint = None,
     weights: Weights = None,
     num_classes: NumClasses = None,
+    clip: Clip = None,
     conversion: Annotated[
         str,
-        typer.Option(metavar="default|equivalent|FILE.json", help="How --model is converted, as in `bcos-rt convert`."),
+        typer.Option(
+            metavar="default|clip|equivalent|FILE.json", help="How --model is converted, as in `bcos-rt convert`."
+        ),
     ] = "default",
     teacher: Annotated[
         bool, typer.Option("--teacher", help="Distil from --model itself, before its conversion.")
@@ -114,13 +119,21 @@ def finetune(
 ) -> None:
     """Convert a pretrained model to a B-cos network and fine-tune it; or go on with a saved one.
 
+    The image tower of --clip (or a --checkpoint of one) learns its embeddings anew from the tower before its
+    conversion, on images that need no labels.
+
     Runs on several devices, and under torchrun and SLURM. Ctrl-C and SIGTERM save the state; --resume goes on.
     """
-    chosen = _recipe(recipe or "bcosify", changes, epochs, batch_size, lr, size)
+    chosen = _recipe(recipe or ("bcosify" if clip is None else "clip"), changes, epochs, batch_size, lr, size)
 
     def build(classes: int | None, names: Sequence[str] | None) -> tuple[nn.Module, nn.Module | None, dict[str, Any]]:
         from bcos_rt.checkpoint import load
 
+        if clip is not None:
+            for option, given in (("--model", model), ("--num-classes", num_classes)):
+                if given is not None:
+                    raise InvalidArgumentError(f"--clip, {option}", "both", "one of them")
+            return _clip_towers(clip, checkpoint, weights, conversion)
         if (model is None) == (checkpoint is None):
             raise InvalidArgumentError(
                 "--model, --checkpoint", "both" if model is not None else "neither", "one of them"
@@ -185,6 +198,23 @@ def train(
     _run("train", build, chosen, data, val, output, resume, photos, (accelerator, devices, strategy, workers), as_json)
 
 
+def _clip_towers(
+    clip: str, checkpoint: Path | None, weights: str | None, conversion: str
+) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """The student, converted or a checkpoint, and the tower as it was: its teacher."""
+    from bcos_rt.checkpoint import load
+
+    source = load_source(f"open_clip:{clip}", weights, None)
+    about = {"clip": clip, "weights": weights, "source": source.source}
+    if checkpoint is not None:
+        net = load(checkpoint)
+        if not has_embedding(net):
+            raise InvalidArgumentError("--checkpoint", f"{str(checkpoint)!r}, which returns logits", "an image tower")
+        return net, source.conventional(), {**about, "checkpoint": str(checkpoint)}
+    net, _ = convert_source(source, named_recipe("clip" if conversion == "default" else conversion))
+    return net, source.conventional(), about
+
+
 def _run(
     command: str,
     build: Any,
@@ -246,7 +276,10 @@ def _recipe(
 ) -> TrainingRecipe:
     from bcos_rt.training import TrainingRecipe
 
-    presets = {"bcosify": TrainingRecipe.bcosify, "bcos": TrainingRecipe.bcos, "standard": TrainingRecipe.standard}
+    presets = {
+        "bcosify": TrainingRecipe.bcosify, "clip": TrainingRecipe.clip, "bcos": TrainingRecipe.bcos,
+        "standard": TrainingRecipe.standard,
+    }  # fmt: skip
     if name in presets:
         recipe = presets[name]()
     elif Path(name).is_file():
@@ -254,7 +287,7 @@ def _recipe(
         # A run's own recipe.json holds more than the recipe.
         recipe = TrainingRecipe.from_dict(values.get("recipe", values))
     else:
-        expected = "'bcosify', 'bcos', 'standard' or an existing JSON file"
+        expected = "'bcosify', 'clip', 'bcos', 'standard' or an existing JSON file"
         raise InvalidArgumentError("--recipe", repr(name), expected, did_you_mean(name, presets))
     given: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "augmentation.size": size}
     given = {k: v for k, v in given.items() if v is not None}
@@ -272,7 +305,10 @@ def _recipe(
 
 def _table(history: Sequence[dict[str, Any]]) -> Table:
     """The last epochs, one row each."""
-    known = ("epoch", "lr", "b", "train_loss", "train_top1", "val_loss", "val_top1", "ema_top1", "seconds")
+    known = (
+        "epoch", "lr", "b", "train_loss", "train_top1", "train_cosine", "val_loss", "val_top1", "val_cosine",
+        "ema_top1", "ema_cosine", "seconds",
+    )  # fmt: skip
     columns = [c for c in known if any(c in row for row in history)]
     table = Table(*(c.replace("_", " ") for c in columns))
     for row in history[-10:]:

@@ -16,6 +16,7 @@ from bcos_rt.training.recipe import Distillation, TrainingRecipe
 __all__ = [
     "SigLip",
     "Teaching",
+    "agreement",
     "bce",
     "distance_of_features",
     "distance_of_logits",
@@ -105,19 +106,40 @@ def distance_of_features(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
     return distance.sum() / there.sum().clamp(min=1)
 
 
+def agreement(student: Tensor, teacher: Tensor) -> Tensor:
+    """The cosines [N] of a student's embeddings [N, D] with a teacher's."""
+    _check_embeddings(student, teacher)
+    return F.cosine_similarity(student.float(), teacher.float(), dim=1)
+
+
+def _check_embeddings(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape or student.ndim != 2:
+        raise InvalidArgumentError(
+            "teacher", f"outputs of shape {tuple(teacher.shape)}", f"the student's embeddings, {tuple(student.shape)}"
+        )
+
+
 class SigLip(nn.Module):
     """Pairwise sigmoid loss between embeddings (SigLIP, Zhai et al. 2023, eq. 1).
 
     ``-mean_i sum_j log sigmoid(z_ij (t <s_i, t_j> + b))``, z_ij = 1 where i = j and -1 elsewhere, embeddings of norm 1;
-    t = exp(``scale``) and b are learned and start at 10 and -10. Pairs are those of one process's batch.
+    t = exp(``scale``) and b start at 10 and -10, and stay there unless ``learned``. Pairs are those of one process's
+    batch.
     """
 
-    def __init__(self) -> None:
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, learned: bool = True) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor(10.0).log())
-        self.bias = nn.Parameter(torch.tensor(-10.0))
+        for name, value in (("scale", torch.tensor(10.0).log()), ("bias", torch.tensor(-10.0))):
+            if learned:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        _check_embeddings(student, teacher)
         cosines = F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).T
         logits = self.scale.exp() * cosines + self.bias
         signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
@@ -138,7 +160,7 @@ class Teaching(nn.Module):
     def __init__(self, student: nn.Module, teacher: nn.Module, settings: Distillation) -> None:
         super().__init__()
         self.settings = settings
-        self.siglip = SigLip() if settings.siglip > 0 else None
+        self.siglip = SigLip(settings.siglip_learned) if settings.siglip > 0 else None
         # In a tuple: the teacher is no submodule, its weights are neither trained nor saved.
         self._teacher = (teacher.eval(),)
         wanted = settings.modules if settings.features > 0 else ()
@@ -167,14 +189,19 @@ class Teaching(nn.Module):
             for handle in handles:
                 handle.remove()
 
-    def forward(self, logits: Tensor, images: Tensor, seen: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The weighted parts of the loss by name, for the student's ``logits`` of ``images``.
-
-        To be called inside :meth:`watching`, after the student's forward pass.
-        """
-        settings = self.settings
+    def teach(self, images: Tensor) -> Tensor:
+        """The teacher's outputs, without gradients; inside :meth:`watching` its modules are seen."""
         with torch.no_grad():
             taught: Tensor = self.teacher(images)
+        return taught
+
+    def forward(self, logits: Tensor, taught: Tensor, seen: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The weighted parts of the loss by name, for the student's ``logits`` (or embeddings) and the teacher's.
+
+        Args:
+            seen: what :meth:`watching` saw of both passes; empty dictionaries leave features out.
+        """
+        settings = self.settings
         # fp16's and bf16's sums are too coarse for a loss.
         logits, taught = logits.float(), taught.float()
         parts: dict[str, Tensor] = {}
@@ -183,6 +210,8 @@ class Teaching(nn.Module):
             parts["distill_logits"] = settings.logits * distance
         if self.siglip is not None:
             parts["distill_siglip"] = settings.siglip * self.siglip(logits, taught)
+        if settings.embedding:
+            parts["distill_embedding"] = settings.embedding * (1 - agreement(logits, taught)).mean()
         total: Tensor | None = None
         for name, theirs in seen["teacher"].items():
             ours = seen["student"][name]

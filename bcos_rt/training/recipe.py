@@ -61,6 +61,8 @@ class Distillation:
             square error over the teacher's mean square, so that it needs no scale of its own.
         siglip: weight of the pairwise sigmoid loss (SigLIP, Zhai et al. 2023, eq. 1) between the two networks' outputs,
             for networks whose output is an embedding.
+        siglip_learned: whether its scale and bias are learned; otherwise they stay at 10 and -10.
+        embedding: weight of one minus the cosine of the two networks' outputs, for embeddings likewise.
     """
 
     logits: float = 1.0
@@ -70,17 +72,24 @@ class Distillation:
     modules: tuple[str, ...] = ()
     feature_loss: Literal["cosine", "mse"] = "cosine"
     siglip: float = 0.0
+    siglip_learned: bool = True
+    embedding: float = 0.0
 
     def __post_init__(self) -> None:
         _check_choices(self)
         unbounded = (0.0, math.inf)
-        _check_numbers(self, logits=unbounded, features=unbounded, siglip=unbounded, temperature=(1e-6, math.inf))
+        _check_numbers(
+            self, logits=unbounded, features=unbounded, siglip=unbounded, embedding=unbounded,
+            temperature=(1e-6, math.inf),
+        )  # fmt: skip
+        if not isinstance(self.siglip_learned, bool):
+            raise InvalidTypeError("Distillation.siglip_learned", repr(self.siglip_learned), "True or False")
         if isinstance(self.modules, str) or not all(isinstance(m, str) for m in self.modules):
             raise InvalidTypeError("Distillation.modules", repr(self.modules), "a sequence of module names")
         object.__setattr__(self, "modules", tuple(self.modules))
         if self.features > 0 and not self.modules:
             raise InvalidArgumentError("Distillation.modules", "()", "module names, for features > 0")
-        if self.logits == self.features == self.siglip == 0:
+        if self.logits == self.features == self.siglip == self.embedding == 0:
             raise InvalidArgumentError("Distillation", "all weights 0", "a weight > 0, or no distillation")
 
 
@@ -126,7 +135,8 @@ class TrainingRecipe:
         channels_last: the images' memory format; what convolutions here are fastest in.
         sync_norms: uncentred BatchNorms take their statistics over all processes.
         seed: of the order of images, augmentation, dropout.
-        select: metric that decides which epoch is best: ``"top1"`` or ``"loss"``, of the validation data.
+        select: metric that decides which epoch is best: ``"top1"``, ``"loss"``, or for networks whose output is an
+            embedding ``"cosine"``, the mean agreement with the teacher; of the validation data.
         validate_every: epochs between validations; the last epoch is always validated.
         log_every: steps between rows of the step log.
     """
@@ -167,7 +177,7 @@ class TrainingRecipe:
     channels_last: bool = True
     sync_norms: bool = False
     seed: int = 0
-    select: Literal["top1", "loss"] = "top1"
+    select: Literal["top1", "loss", "cosine"] = "top1"
     validate_every: int = 1
     log_every: int = 50
 
@@ -209,6 +219,20 @@ class TrainingRecipe:
         return cls(**changes)
 
     @classmethod
+    def clip(cls, **changes: Any) -> TrainingRecipe:
+        """Fine-tuning the B-cosified image tower of a CLIP model, on images without labels.
+
+        As published for CLIP (arXiv 2411.00715, section 3.3, and its code): the teacher is the tower before its
+        conversion, the loss SigLIP's between the two towers' embeddings at a fixed scale of 10 and bias of -10; the
+        rest is as for classifiers, and the images are ImageNet's.
+        """
+        defaults: dict[str, Any] = {
+            "loss": "none", "distillation": Distillation(logits=0.0, siglip=1.0, siglip_learned=False),
+            "select": "cosine",
+        }  # fmt: skip
+        return cls(**{**defaults, **changes})
+
+    @classmethod
     def bcos(cls, **changes: Any) -> TrainingRecipe:
         """A B-cos network from scratch (B-cos v2, arXiv 2306.10898): Adam, 1e-3, binary cross-entropy."""
         defaults: dict[str, Any] = {"lr": 1e-3, "loss": "bce"}
@@ -226,23 +250,32 @@ class TrainingRecipe:
     def replace(self, **changes: Any) -> TrainingRecipe:
         """A copy with some fields changed; ``"distillation.logits"`` and the like change a field of a field."""
         own: dict[str, Any] = {}
+        inner: dict[str, dict[str, Any]] = {}
         for name, value in changes.items():
             first, _, rest = name.partition(".")
             if first not in _FIELDS:
                 raise InvalidArgumentError("TrainingRecipe", f"field {first!r}", "a known field", _suggest(first))
-            own[first] = self._inside(first, own.get(first, getattr(self, first)), rest, value) if rest else value
+            if rest:
+                inner.setdefault(first, {})[rest] = value
+            else:
+                own[first] = value
+        # Fields of one field all at once: one by one they may not go together.
+        for name, values in inner.items():
+            own[name] = self._inside(name, own.get(name, getattr(self, name)), values)
         return dataclasses.replace(self, **own)
 
     @staticmethod
-    def _inside(name: str, current: Any, rest: str, value: Any) -> Any:
+    def _inside(name: str, current: Any, values: Mapping[str, Any]) -> Any:
         if name not in _NESTED:
+            rest = next(iter(values))
             raise InvalidArgumentError("TrainingRecipe", f"field {name}.{rest}", f"a field with parts, {name} has none")
         current = _NESTED[name]() if current is None else current
         known = [entry.name for entry in fields(current)]
-        if rest not in known:
-            raise InvalidArgumentError(f"TrainingRecipe.{name}", f"field {rest!r}", "a known field",
-                                       did_you_mean(rest, known))  # fmt: skip
-        return dataclasses.replace(current, **{rest: value})
+        for rest in values:
+            if rest not in known:
+                raise InvalidArgumentError(f"TrainingRecipe.{name}", f"field {rest!r}", "a known field",
+                                           did_you_mean(rest, known))  # fmt: skip
+        return dataclasses.replace(current, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""

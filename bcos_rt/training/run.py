@@ -99,7 +99,8 @@ class RunFolder:
             raise CheckpointError(f"{self.state}: not the state of a bcos-rt training run")
         if state["version"] != STATE_VERSION:
             raise CheckpointError(f"{self.state}: version {state['version']}, expected {STATE_VERSION}")
-        then, now = state["recipe"], _plain(recipe.to_dict())
+        # Fields that a recipe did not have yet when the run began are at their defaults.
+        then, now = _plain(TrainingRecipe.from_dict(state["recipe"]).to_dict()), _plain(recipe.to_dict())
         other = [k for k in now if k not in FREE_FIELDS and then.get(k) != now[k]]
         if other:
             changed = ", ".join(f"{k}={now[k]!r} (was {then.get(k)!r})" for k in other)

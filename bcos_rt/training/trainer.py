@@ -33,9 +33,9 @@ from bcos_rt.errors import (
 )
 from bcos_rt.files import replacing
 from bcos_rt.nn.exponent import bcos_layers, exponents, fix_exponents, fixed_exponents, learn_exponents, set_exponents
-from bcos_rt.nn.network import BcosNetwork
+from bcos_rt.nn.network import BcosNetwork, EmbeddingLayer
 from bcos_rt.nn.norms import BatchNormUncentered2d
-from bcos_rt.training.losses import Teaching, label_loss
+from bcos_rt.training.losses import Teaching, agreement, label_loss
 from bcos_rt.training.optim import clip_adaptively, make_optimizers
 from bcos_rt.training.recipe import TrainingRecipe
 from bcos_rt.training.run import Progress, RunFolder, save_network
@@ -58,7 +58,9 @@ class TrainingResult:
         net: the network after the last epoch, in evaluation mode: the one that was given.
         averaged: its exponential moving average, in evaluation mode; None without ``recipe.ema``.
         history: a row an epoch: ``epoch``, ``lr``, ``train_loss``, ``train_top1`` (shares), ``val_loss``, ``val_top1``,
-            ``val_top5``, ``ema_top1``, ``b`` (mean), ``images_per_s``, ``seconds``.
+            ``val_top5``, ``ema_top1``, ``b`` (mean), ``images_per_s``, ``seconds``. Of networks whose output is an
+            embedding ``train_cosine``, ``val_cosine`` and ``ema_cosine`` in place of ``top1``: the mean cosine of their
+            embeddings with the teacher's.
         best: the best epoch's row, by ``recipe.select``; None without validation data.
         output: the run's folder, or None.
     """
@@ -96,18 +98,20 @@ def finetune(
 
     Args:
         net: a :class:`BcosNetwork`, a :class:`ConventionalNetwork`, or any module that takes images [N, 3, H, W] in
-            [0, 1] and returns logits [N, classes]. It is trained in place.
+            [0, 1] and returns logits [N, classes], or embeddings [N, D] to be trained towards a teacher's
+            (:meth:`TrainingRecipe.clip`). It is trained in place.
         data: what :func:`bcos_rt.data.open_data` takes: a folder of class folders, a tar file, ``hf:NAME``, a pair of
             tensors, a data set of (image, label).
         recipe: default :meth:`TrainingRecipe.bcosify`.
         validation: like ``data``; evaluated every epoch. Images without labels count as right where the network's top
-            class is the teacher's.
+            class is the teacher's; of embeddings the mean cosine with the teacher's is measured.
         output: the run's folder: state, networks, logs, pictures (see :mod:`bcos_rt.training.run`). Without it nothing
             is written and nothing can be resumed.
         teacher: for ``recipe.distillation``: takes the same images.
         resume: go on where the run in ``output`` stopped; begin where there is none. Without it a folder that holds a
             run is an error.
-        explain_images: [M, 3, H, W] in [0, 1], explained after every epoch (the first 8), for B-cos networks.
+        explain_images: [M, 3, H, W] in [0, 1], explained after every epoch (the first 8), for B-cos networks with
+            logits.
         accelerator, devices, strategy, num_nodes: as in ``lightning_fabric.Fabric``; ``"auto"`` takes a GPU where there
             is one, and the processes ``torchrun`` made.
         workers: processes that read images.
@@ -219,6 +223,8 @@ class _Training:
             if len(seen) == 0:
                 raise InvalidArgumentError("validation", "no image", "at least one")
             self.validation = loader(seen, shard(len(seen), recipe.batch_size, world, rank), workers=workers)
+        self.embeds = _embeds(net, recipe)
+        _check_metrics(self.embeds, recipe, validation is not None, explain_images is not None)
         self.progress = Progress()
         self.eager_numbers = fabric.device.type == "cpu"
         self.targets = exponents(net)
@@ -319,7 +325,7 @@ class _Training:
         self._finish_epoch(row)
 
     def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """One optimiser step; the parts of the loss and the share of right answers, means over the batch."""
+        """One optimiser step; the parts of the loss and the metric, means over the batch."""
         recipe, progress = self.recipe, self.progress
         step = progress.epoch * self.steps + progress.step
         self._schedule(step)
@@ -343,26 +349,30 @@ class _Training:
                 if self.eager_numbers and not bool(torch.isfinite(loss.detach())):
                     self._not_finite(some, losses)
                 self.fabric.backward(loss * share)
-            for name, value in {"loss": loss, **losses, "top1": right}.items():
+            for name, value in {"loss": loss, **losses, self._metric: right}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() * share
         self._update(step)
         return sums
 
     def _losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The parts of the loss, and the share of right answers."""
+        """The parts of the loss, and the share of right answers (of embeddings, the mean cosine)."""
         losses: dict[str, Tensor] = {}
+        taught: Tensor | None = None
         if self.teaching is None:
             logits = self.model(images)
         else:
             with self.teaching.watching() as seen, self.fabric.autocast():
                 logits = self.model(images)
-                losses |= self.teaching(logits, images, seen)
+                taught = self.teaching.teach(images)
+                losses |= self.teaching(logits, taught, seen)
         if self.label_loss is not None:
             if labels.ndim == 1 and int(labels.min()) < 0:
                 raise InvalidArgumentError(
                     "data", "images without labels", "labels", " (or recipe.loss='none' with a distillation)"
                 )
             losses["labels"] = self.label_loss(logits.float() if logits.dtype.itemsize < 4 else logits, labels)
+        if self.embeds and taught is not None:
+            return losses, agreement(logits.detach(), taught).mean()
         hard = labels if labels.ndim == 1 else labels.argmax(1)
         return losses, (logits.detach().argmax(1) == hard).float().mean()
 
@@ -426,13 +436,40 @@ class _Training:
                 if self.recipe.b_start is not None:
                     set_exponents(self.average.module, exponents(self.net))
                 averaged = self._validate(self.average.module)
-                row |= {"ema_loss": averaged["loss"], "ema_top1": averaged["top1"]}
+                row |= {f"ema_{name}": averaged[name] for name in ("loss", self._metric)}
         row["images_per_s"] = images * self.fabric.world_size / seconds
         row["seconds"] = progress.seconds
         return row
 
+    @property
+    def _metric(self) -> str:
+        return "cosine" if self.embeds else "top1"
+
+    @torch.no_grad()
+    def _agreement(self, model: nn.Module) -> dict[str, float]:
+        """How near a network's embeddings are to the teacher's: mean loss between outputs, mean cosine."""
+        if self.teaching is None:
+            raise InvalidArgumentError("teacher", "None", "a network, whose embeddings are learned")
+        model.eval()
+        totals = torch.zeros(3, dtype=torch.float64)
+        for images, _ in self.validation or ():
+            images = self.fabric.to_device(images)
+            if self.recipe.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with self.fabric.autocast():
+                outputs, taught = model(images), self.teaching.teach(images)
+                parts = self.teaching(outputs, taught, {"student": {}, "teacher": {}})
+            loss = sum(float(value) for value in parts.values())
+            sums = (loss * len(images), agreement(outputs, taught).double().sum(), len(images))
+            totals += torch.tensor([float(v) for v in sums], dtype=torch.float64)
+        totals = self._summed(totals)
+        model.train()
+        return dict(zip(("loss", "cosine"), (totals[:2] / totals[2]).tolist(), strict=True))
+
     @torch.no_grad()
     def _validate(self, model: nn.Module) -> dict[str, float]:
+        if self.embeds:
+            return self._agreement(model)
         model.eval()
         totals = torch.zeros(4, dtype=torch.float64)
         classes = 0
@@ -475,7 +512,7 @@ class _Training:
 
     def _finish_epoch(self, row: dict[str, Any]) -> None:
         metric = row.get(f"val_{self.recipe.select}")
-        sign = 1.0 if self.recipe.select == "top1" else -1.0
+        sign = -1.0 if self.recipe.select == "loss" else 1.0
         progress = self.progress
         better = metric is not None and (progress.best is None or sign * metric > sign * progress.best)
         if better:
@@ -623,6 +660,31 @@ class _Training:
         metric = f"val_{self.recipe.select}"
         best = next((row for row in history if metric in row and row[metric] == self.progress.best), None)
         return TrainingResult(net, averaged, history, best, None if self.folder is None else self.folder.path)
+
+
+def _embeds(net: nn.Module, recipe: TrainingRecipe) -> bool:
+    """Whether a network's output is an embedding, not logits: it says so, or its loss is one of embeddings alone."""
+    if isinstance(net, BcosNetwork):
+        return isinstance(net.logit_layer, EmbeddingLayer)
+    taught = recipe.distillation
+    return recipe.loss == "none" and taught is not None and not taught.logits and (taught.siglip + taught.embedding) > 0
+
+
+def _check_metrics(embeds: bool, recipe: TrainingRecipe, validated: bool, explained: bool) -> None:
+    """Refuse what belongs to classes where there are embeddings, and the other way round."""
+    if not embeds:
+        if recipe.select == "cosine" and validated:
+            raise InvalidArgumentError("recipe.select", "'cosine'", "'top1' or 'loss', for a network with logits")
+        return
+    if recipe.loss != "none":
+        expected = "'none' and a distillation, as of TrainingRecipe.clip(): the network returns an embedding"
+        raise InvalidArgumentError("recipe.loss", repr(recipe.loss), expected)
+    if recipe.mixing is not None:
+        raise InvalidArgumentError("recipe.mixing", "mixed labels", "None: the network returns an embedding")
+    if recipe.select == "top1" and validated:
+        raise InvalidArgumentError("recipe.select", "'top1'", "'cosine' or 'loss': the network returns an embedding")
+    if explained:
+        raise InvalidArgumentError("explain_images", "images", "None: an embedding is explained for texts")
 
 
 def _biases(net: nn.Module) -> list[nn.Parameter]:

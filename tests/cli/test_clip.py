@@ -296,3 +296,37 @@ def test_protocols_and_networks_that_do_not_go_together(bcos, tower, checkpoint,
         assert (result.code, message in result.err) == (2, True), result.err
     result = bcos("evaluate", "-c", tower, "--linear-probe", "--data", data / "val")
     assert (result.code, "the images that are measured" in result.err) == (2, True), result.err
+
+
+# --- finetune --------------------------------------------------------------------------------------------------------
+
+
+def test_finetune(bcos, options, model, checkpoint, data, tmp_path):
+    how = ("--batch-size", 4, "--epochs", 2, "--size", SIZE, "--lr", 0.001, "--workers", 0)
+    run = tmp_path / "run"
+    result = bcos("finetune", *options, "--data", data, "--val", data, "-o", run, *how, "--json")
+    assert result.code == 0, result.err
+    found = result.json
+    assert found["network"]["clip"] == NAME
+    assert found["best"]["val_cosine"] <= 1
+    assert found["last"]["epoch"] == 2
+    net = load(run / "last.safetensors")
+    assert net.recipe == Recipe.clip()
+    batch = torch.stack([image for image, _ in open_data(data, size=SIZE, split="val")])
+    with torch.no_grad():
+        cosines = F.cosine_similarity(net(batch), model.image_tower.conventional()(batch), dim=1)
+    assert found["last"]["val_cosine"] == pytest.approx(float(cosines.mean()), abs=1e-4)
+
+    # On from there, with the other loss; a person's table.
+    loss = ("--set", "distillation.siglip=0", "--set", "distillation.embedding=1")
+    again = bcos("finetune", *options, "-c", run / "best.safetensors", "--data", data, "--val", data,
+                 "-o", tmp_path / "more", *how, *loss)  # fmt: skip
+    assert again.code == 0, again.err
+    assert "val cosine" in again.out
+    for arguments, message in (
+        ((*options, "-m", "timm:resnet18"), "--clip, --model"),
+        ((*options, "--num-classes", 3), "--clip, --num-classes"),
+        ((*options, "-c", checkpoint), "which returns logits"),
+    ):
+        result = bcos("finetune", *arguments, "--data", data, "-o", tmp_path / "other", *how)
+        assert (result.code, message in result.err) == (2, True), result.err

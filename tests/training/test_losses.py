@@ -10,7 +10,15 @@ from torch import nn
 from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.training import Distillation
-from bcos_rt.training.losses import SigLip, Teaching, bce, distance_of_features, distance_of_logits, uniform_off_bce
+from bcos_rt.training.losses import (
+    SigLip,
+    Teaching,
+    agreement,
+    bce,
+    distance_of_features,
+    distance_of_logits,
+    uniform_off_bce,
+)
 
 
 def written_out(logits: torch.Tensor, targets: torch.Tensor) -> float:
@@ -92,6 +100,24 @@ def test_siglip() -> None:
             z = (1 if i == j else -1) * (10 * cosine - 10)
             expected += math.log1p(math.exp(-z))
     assert float(loss(ours, theirs).detach()) == pytest.approx(expected / 4, rel=1e-6)
+    fixed = SigLip(learned=False).double()
+    assert float(fixed(ours, theirs)) == pytest.approx(expected / 4, rel=1e-6)
+    assert list(fixed.parameters()) == []
+    assert len(list(loss.parameters())) == 2
+
+
+def test_cosine_of_embeddings() -> None:
+    generator = torch.Generator().manual_seed(2)
+    ours, theirs = (torch.randn(4, 5, generator=generator) for _ in range(2))
+    teaching = Teaching(small_net(1), small_net(0), Distillation(logits=0.0, embedding=3.0))
+    parts = teaching(ours, theirs, {"student": {}, "teacher": {}})
+    expected = 3 * sum(1 - float(a @ b / (a.norm() * b.norm())) for a, b in zip(ours, theirs, strict=True)) / 4
+    assert set(parts) == {"distill_embedding"}
+    assert float(parts["distill_embedding"]) == pytest.approx(expected, rel=1e-5)
+    assert float(teaching(7 * theirs, theirs, {"student": {}, "teacher": {}})["distill_embedding"]) < 1e-6
+    torch.testing.assert_close(agreement(ours, theirs), F.cosine_similarity(ours, theirs))
+    with pytest.raises(InvalidArgumentError, match=r"teacher.*\(4, 6\).*\(4, 5\)"):
+        agreement(ours, torch.ones(4, 6))
 
 
 def small_net(seed: int) -> nn.Module:
@@ -112,7 +138,7 @@ def test_teaching_is_zero_for_the_teacher_itself_and_not_for_another() -> None:
         student = small_net(seed)
         teaching = Teaching(student, small_net(0), settings)
         with teaching.watching() as seen:
-            parts = teaching(student(images), images, seen)
+            parts = teaching(student(images), teaching.teach(images), seen)
         assert set(parts) == {"distill_logits", "distill_features"}
         for value in parts.values():
             assert (abs(float(value.detach())) < 1e-6) is same
@@ -124,7 +150,7 @@ def test_features_have_gradients_for_the_student_alone() -> None:
     teaching = Teaching(student, teacher, Distillation(logits=0.0, features=1.0, modules=("stem",)))
     images = torch.rand(2, 3, 8, 8)
     with teaching.watching() as seen:
-        parts = teaching(student(images), images, seen)
+        parts = teaching(student(images), teaching.teach(images), seen)
     parts["distill_features"].backward()
     assert student.model.stem.weight.grad is not None  # type: ignore[union-attr, operator]
     assert float(student.model.stem.weight.grad.abs().max()) > 0  # type: ignore[union-attr, operator]
