@@ -20,7 +20,8 @@ from bcos_rt.kernels.reference import norm_dtype
 
 __all__ = ["BLOCK", "attention", "attention_transposed"]
 
-# Scores of a block: 1 MiB in float32, which stays in a processor's second-level cache.
+# Scores of a block: 1 MiB in float32, about a processor's second-level cache. The adjoint of 2 images, 6 heads of 64
+# channels and 577 tokens took 29, 25, 21, 21 and 25 ms with blocks of 2^16, 2^17, 2^18, 2^20 and 2^22 (one thread).
 BLOCK = 1 << 18
 
 

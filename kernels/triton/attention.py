@@ -26,11 +26,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bcos_rt.kernels import blocked_attention
 from bcos_rt.kernels.triton import tune
 from bcos_rt.kernels.triton.common import dot_precision, empty, split_columns
 from bcos_rt.kernels.triton.launch import Config, current_arch, launch
 
-__all__ = ["attention", "attention_transposed"]
+__all__ = ["MAX_HEAD", "attention", "attention_transposed"]
+
+# Channels of a head that a program's tiles have room for; more go through plain PyTorch.
+MAX_HEAD = 128
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -290,6 +294,8 @@ def attention(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its log-sum-exp; see :func:`bcos_rt.kernels.ops.attention`."""
+    if max(query.shape[3], value.shape[3]) > MAX_HEAD:
+        return blocked_attention.attention(query, key, value, mask, scale)
     query, key, value = _readable(query), _readable(key), _readable(value)
     images, heads, tokens, inner = query.shape
     keys, outer = key.shape[2], value.shape[3]
@@ -345,6 +351,8 @@ def attention_transposed(
     config: Config | None = None,
 ) -> Tensor:
     """The adjoint of :func:`attention` in its values; see :func:`bcos_rt.kernels.ops.attention_transposed`."""
+    if max(query.shape[3], grad.shape[3]) > MAX_HEAD:
+        return blocked_attention.attention_transposed(grad, query, key, lse, mask, scale)
     grad, query, key = _readable(grad), _readable(query), _readable(key)
     images, heads, tokens, inner = query.shape
     keys, outer = key.shape[2], grad.shape[3]
