@@ -143,7 +143,7 @@ def evaluate(
         with progress.working(f"looking at {data}"):
             images = open_data(data, size=size or side, split=split)
             others = _training_images(train, data, size or side, images) if linear_probe else None
-        about = {"command": "evaluate", "network": described, "data": data}
+        about: dict[str, Any] = {"command": "evaluate", "network": described, "data": data}
         with progress.bar() as tell:
             if others is not None:
                 from bcos_rt.evaluation import linear_probe as fit
