@@ -162,8 +162,11 @@ def test_convert(bcos, file, model, tmp_path):
         assert torch.equal(net(x), expected.eval()(x))
 
 
-def test_export_of_a_converted_model(bcos, options, model, photos, tmp_path):
+def test_export_of_a_converted_model(bcos, folder, photos, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
+    name = NAMES["transformer"]
+    file = seeded_weights(name, folder)
+    model, options = load_clip(name, weights=file), ("--clip", name, "--weights", file)
     out = tmp_path / "clip.onnx"
     result = bcos("export", *options, "--pooling", "cosine_power", "--power", 2, "-o", out, "--json", "--no-verify")
     assert result.code == 0, result.err
