@@ -132,16 +132,17 @@ def test_recomputed_is_stored(name):
     net, x = network(name), images()
     encoded = net.encode(x)
     ids = torch.tensor([[1, 3, -1], [-1, 0, 2]])
-    stored = build_explanation_graph(net, (SIZE, SIZE), multi=True)
     recomputed = build_explanation_graph(net, (SIZE, SIZE), multi=True, attention="recompute")
-    assert not any("bcos_rt.attention" in t for t in targets(stored.module.graph))
     found = targets(recomputed.module.graph)
     assert ("bcos_rt.attention_transposed.default" in found) == (name not in STORED)
     assert ("aten.softmax.int" in found) == (name in STORED)
-    expected, actual = stored(net, encoded, ids), recomputed(net, encoded, ids)
-    close(actual, expected)
+    actual = recomputed(net, encoded, ids)
     total = actual["contributions"].sum((-2, -1)) + actual["residual"]
     torch.testing.assert_close(total, actual["logits"].gather(1, actual["class_used"]), rtol=0, atol=1e-11)
+    if name not in STORED:
+        stored = build_explanation_graph(net, (SIZE, SIZE), multi=True)
+        assert not any("bcos_rt.attention" in t for t in targets(stored.module.graph))
+        close(actual, stored(net, encoded, ids))
     if name != "vit":
         return
     one = build_explanation_graph(net, (SIZE, SIZE), attention="recompute")(net, encoded[:1], ids[:1, 0])
