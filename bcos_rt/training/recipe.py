@@ -199,6 +199,11 @@ class TrainingRecipe:
             ema=(0, 1), warmup_factor=(0, 1), b_start=(1, math.inf), bias_decay_epochs=unbounded,
             restart_epochs=(1e-3, math.inf), restart_factor=(1, math.inf),
         )  # fmt: skip
+        for name, kind in _NESTED.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (value is None and name != "augmentation"):
+                expected = kind.__name__ + ("" if name == "augmentation" else " or None")
+                raise InvalidTypeError(f"TrainingRecipe.{name}", repr(value), expected)
         object.__setattr__(self, "betas", tuple(self.betas))
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InvalidArgumentError("TrainingRecipe.betas", self.betas, "two numbers in [0, 1)")
@@ -258,7 +263,7 @@ class TrainingRecipe:
             if rest:
                 inner.setdefault(first, {})[rest] = value
             else:
-                own[first] = value
+                own[first] = _built(first, value) if first in _NESTED and isinstance(value, Mapping) else value
         # Fields of one field all at once: one by one they may not go together.
         for name, values in inner.items():
             own[name] = self._inside(name, own.get(name, getattr(self, name)), values)
@@ -269,13 +274,8 @@ class TrainingRecipe:
         if name not in _NESTED:
             rest = next(iter(values))
             raise InvalidArgumentError("TrainingRecipe", f"field {name}.{rest}", f"a field with parts, {name} has none")
-        current = _NESTED[name]() if current is None else current
-        known = [entry.name for entry in fields(current)]
-        for rest in values:
-            if rest not in known:
-                raise InvalidArgumentError(f"TrainingRecipe.{name}", f"field {rest!r}", "a known field",
-                                           did_you_mean(rest, known))  # fmt: skip
-        return dataclasses.replace(current, **values)
+        _check_parts(name, values)
+        return _NESTED[name](**values) if current is None else dataclasses.replace(current, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
@@ -293,14 +293,7 @@ class TrainingRecipe:
             if name not in _FIELDS:
                 raise InvalidArgumentError("TrainingRecipe", f"field {name!r}", "a known field", _suggest(name))
             if name in _NESTED and isinstance(value, Mapping):
-                kind = _NESTED[name]
-                known = [entry.name for entry in fields(kind)]
-                for key in value:
-                    if key not in known:
-                        raise InvalidArgumentError(
-                            f"TrainingRecipe.{name}", f"field {key!r}", "a known field", did_you_mean(key, known)
-                        )
-                given[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+                given[name] = _built(name, value)
             else:
                 given[name] = tuple(value) if isinstance(value, list) else value
         return cls(**given)
@@ -308,6 +301,22 @@ class TrainingRecipe:
 
 _FIELDS = tuple(entry.name for entry in fields(TrainingRecipe))
 _NESTED: dict[str, Any] = {"distillation": Distillation, "augmentation": Augmentation, "mixing": Mixing}
+
+
+def _check_parts(name: str, values: Mapping[str, Any]) -> None:
+    """That these are fields of the field ``name``, one with parts."""
+    known = [entry.name for entry in fields(_NESTED[name])]
+    for part in values:
+        if part not in known:
+            raise InvalidArgumentError(
+                f"TrainingRecipe.{name}", f"field {part!r}", "a known field", did_you_mean(part, known)
+            )
+
+
+def _built(name: str, values: Mapping[str, Any]) -> Any:
+    """A field with parts from plain values, as a file has them."""
+    _check_parts(name, values)
+    return _NESTED[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _suggest(name: str) -> str:

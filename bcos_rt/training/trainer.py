@@ -23,7 +23,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from bcos_rt.data import Augmented, EpochSampler, derived_seed, loader, open_data, shard
+from bcos_rt.data import Augmented, EpochSampler, check_numbers, derived_seed, loader, open_data, shard
 from bcos_rt.errors import (
     InvalidArgumentError,
     InvalidTypeError,
@@ -222,6 +222,7 @@ class _Training:
             seen = open_data(validation, transform=augmentation.eval_transform(), split="val")
             if len(seen) == 0:
                 raise InvalidArgumentError("validation", "no image", "at least one")
+            check_numbers(seen.class_names, raw.class_names, "validation", "the training data has it")
             self.validation = loader(seen, shard(len(seen), recipe.batch_size, world, rank), workers=workers)
         self.embeds = _embeds(net, recipe)
         _check_metrics(self.embeds, recipe, validation is not None, explain_images is not None)

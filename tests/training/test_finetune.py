@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from bcos_rt import Recipe, bcosify, explain, finetune, load
@@ -441,3 +442,14 @@ def test_norms_over_processes_are_the_norms_of_one(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
     for ours, theirs in zip(*found, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_validation_that_numbers_a_class_differently_is_refused(tmp_path: Path) -> None:
+    for split, names in (("train", "ab"), ("val", "bc")):
+        for name in names:
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    with pytest.raises(InvalidArgumentError, match=r"validation: got 'b' as class 0 of 2, expected class 1"):
+        finetune(convnet(), tmp_path / "train", PLAIN.replace(batch_size=4), validation=tmp_path / "val")

@@ -26,6 +26,9 @@ def test_replace_reaches_into_parts() -> None:
     recipe = TrainingRecipe().replace(**changes)
     assert (recipe.epochs, recipe.augmentation.size) == (3, 48)
     assert recipe.distillation == Distillation(temperature=2.0, logits=3.0)
+    # A part that cannot do without the field that is given, and one as a file or a command line has it.
+    assert TrainingRecipe().replace(**{"mixing.mixup": 0.5}).mixing == Mixing(mixup=0.5)
+    assert TrainingRecipe().replace(mixing={"mixup": 0.5}).mixing == Mixing(mixup=0.5)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,7 @@ def test_replace_reaches_into_parts() -> None:
         ({"epoch": 3}, "did you mean 'epochs'"),
         ({"distillation.logit": 1.0}, "did you mean 'logits'"),
         ({"lr.x": 1.0}, "lr has none"),
+        ({"mixing": {"mixupp": 1.0}}, "did you mean 'mixup'"),
     ],
 )
 def test_bad_values_are_named(changes: dict[str, object], message: str) -> None:
@@ -57,6 +61,10 @@ def test_wrong_types_are_named() -> None:
         TrainingRecipe(epochs=1.5)  # type: ignore[arg-type]
     with pytest.raises(InvalidTypeError, match=r"TrainingRecipe\.lr"):
         TrainingRecipe(lr="fast")  # type: ignore[arg-type]
+    with pytest.raises(InvalidTypeError, match=r"TrainingRecipe\.mixing: got 0\.5, expected Mixing or None"):
+        TrainingRecipe(mixing=0.5)  # type: ignore[arg-type]
+    with pytest.raises(InvalidTypeError, match=r"TrainingRecipe\.augmentation: got None, expected Augmentation"):
+        TrainingRecipe(augmentation=None)  # type: ignore[arg-type]
     with pytest.raises(InvalidTypeError, match=r"Distillation\.modules"):
         Distillation(modules="layer1")  # type: ignore[arg-type]
 
