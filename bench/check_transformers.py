@@ -1,7 +1,7 @@
 """Transformers at full size, seeded: what tests/test_transformers.py checks on small ones.
 
-    python bench/transformers.py                       every model, into bench/results/transformers/models.json
-    python bench/transformers.py --name "timm deit"    only this one; repeatable
+    python bench/check_transformers.py                     every model, into bench/results/transformers/models.json
+    python bench/check_transformers.py --name "timm deit"    only this one; repeatable
 
 For each: the B = 1 conversion's logits against the source's; by the default recipe the completeness error
 and W against autograd with detached factors, both in float64; the engine in float32 against W in float64; the ONNX file
