@@ -43,9 +43,21 @@ def store_as(program: Program, dtype: torch.dtype, stored: dict[int, tuple[Tenso
             node.args = torch.fx.node.map_aggregate(node.args, lambda a: dtype if a is wide_dtype else a)
             node.kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda a: dtype if a is wide_dtype else a)
             _keep_positive(node, dtype)
+    _round_texts(program, dtype)
     program.clean()
     propagate(program.graph, program.image.meta["val"].fake_mode)
     _widen_outputs(program, wide_dtype)
+
+
+def _round_texts(program: Program, dtype: torch.dtype) -> None:
+    """Text embeddings, which come as float32, meet tokens of ``dtype``."""
+    texts = program.targets
+    if texts is None or not texts.meta["val"].is_floating_point():
+        return
+    readers = [user for user in texts.users if user.target is not aten.sym_size.int]
+    with program.graph.inserting_after(texts):
+        rounded = program.graph.call_function(aten._to_copy.default, (texts,), {"dtype": dtype})
+    texts.replace_all_uses_with(rounded, delete_user_cb=lambda user: user in readers)
 
 
 def _keep_positive(node: Node, dtype: torch.dtype) -> None:
