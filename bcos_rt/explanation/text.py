@@ -53,6 +53,7 @@ def explain_text(
         UnsupportedOpError: an op without a dynamic-linear rule, named with its module.
     """
     how = TokenPooling.of(pooling, power)
+    net = getattr(net, "_orig_mod", net)  # torch.compile's wrapper, as in explain()
     require_embedding(net)
     encoded = encoded_images(net, images)
     n, channels, height, width = encoded.shape
@@ -99,7 +100,9 @@ def require_embedding(net: Any) -> None:
 
 
 def checked_texts(text_embeddings: Any, width: int, device: torch.device) -> Tensor:
-    """Text embeddings [P, D], P > 0, finite and not zero, on ``device``.
+    """Text embeddings [P, D], P > 0, finite and not zero, scaled to norm 1 in float64, on ``device``.
+
+    Scaled here, before they get the network's dtype: a norm that is none in it would make scores wrong, or NaN.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: anything else.
@@ -108,14 +111,15 @@ def checked_texts(text_embeddings: Any, width: int, device: torch.device) -> Ten
     if not isinstance(text_embeddings, Tensor) or not text_embeddings.is_floating_point():
         got = getattr(text_embeddings, "dtype", type(text_embeddings).__name__)
         raise InvalidTypeError("text_embeddings", str(got), expected)
-    texts = text_embeddings.detach()
+    texts = text_embeddings.detach().double()
     if texts.ndim != 2 or texts.shape[0] == 0 or texts.shape[1] != width:
         hint = " (add a dimension: text_embeddings[None])" if tuple(texts.shape) == (width,) else ""
         raise InvalidArgumentError("text_embeddings", f"shape {tuple(texts.shape)}", expected, hint)
-    norms = torch.linalg.vector_norm(texts.double(), dim=1)
+    norms = torch.linalg.vector_norm(texts, dim=1, keepdim=True)
     if not bool((torch.isfinite(norms) & (norms > 0)).all()):
         raise InvalidArgumentError("text_embeddings", "a row that is zero or not finite", "directions of texts")
-    return texts.to(device)
+    unit: Tensor = (texts / norms).to(device)
+    return unit
 
 
 def named_texts(prompts: Sequence[str] | None, count: int) -> tuple[str, ...] | None:

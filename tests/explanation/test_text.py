@@ -140,6 +140,23 @@ def test_no_image(net):
     assert result.logits.shape == result.residual.shape == (0, 3)
 
 
+def test_texts_of_any_norm_and_dtype():
+    """Scaled before they get the network's dtype, in which such norms are 0 or infinite."""
+    net, x = bcosify(seeded(resnet_tower(), 5), Recipe.clip())[0].eval(), images(1)
+    expected = explain_text(net, x, texts())
+    engine = Engine(net, x, backend="eager")
+    for given in (texts() * 1e-30, texts() * 1e30, texts().double() * 1e60, texts().double() * 1e-60):
+        for result in (explain_text(net, x, given), engine.explain_text(x, given)):
+            close(result.logits, expected.logits.numpy(), TOLERANCES["logits_b2"])
+            close(result.weights, expected.weights.numpy(), TOLERANCES["weights_b2"])
+
+
+def test_a_compiled_network_is_explained_as_what_it_wraps():
+    net, x = bcosify(seeded(resnet_tower(), 5), Recipe.clip())[0].eval(), images(1)
+    given = explain_text(torch.compile(net), x, texts())
+    assert torch.equal(given.weights, explain_text(net, x, texts()).weights)
+
+
 def test_picture_names_the_prompts(net, tmp_path):
     result = explain_text(net, images(1), texts(2), prompts=("a dog", "a cat"))
     titles = [axis.get_title() for axis in result.plot().axes]
@@ -207,6 +224,19 @@ def test_engine_is_the_unfused_graph(net, backend, pooling, tmp_path):
         assert given.target.tolist() == [[0, 1, 2]] * 3
     assert given.class_name(2) == "c"
     assert engine.explain_text(images(0), embeddings).weights.shape == (0, 3, 6, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("forward_dtype", [None, torch.float32])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_engine_of_bfloat16(pooling, forward_dtype):
+    net, x, embeddings = bcosify(seeded(resnet_tower(), 5), Recipe.clip())[0].eval(), images(2), texts()
+    power = POOLINGS[pooling]
+    expected = explain_text(net, x, embeddings, pooling, power=power)
+    options = {"dtype": torch.bfloat16, "forward_dtype": forward_dtype, "pooling": pooling, "power": power}
+    given = Engine(net, x, backend="eager", **options).explain_text(x, embeddings)
+    assert given.logits.dtype == given.weights.dtype == torch.float32
+    assert float((given.weights - expected.weights).norm() / expected.weights.norm()) < 0.05
+    assert float((given.logits - expected.logits).abs().max()) < (0.02 if forward_dtype is None else 1e-5)
 
 
 def test_engines_explain_what_their_network_returns():
