@@ -34,8 +34,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-QUICK = ("--epochs", 10, "--batch-size", 5, "--size", 32, "--workers", 0, "--accelerator", "cpu",
-         "--set", "augmentation.crop=none", "--lr", 0.03)  # fmt: skip
+QUICK = ("--epochs", 10, "--batch-size", 14, "--size", 32, "--workers", 0, "--accelerator", "cpu",
+         "--set", "augmentation.crop=none", "--lr", 0.01)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
