@@ -73,6 +73,8 @@ def check(build: Callable[[], nn.Module]) -> dict[str, Any]:
             with torch.no_grad():
                 parameter.copy_(0.5 + torch.rand_like(parameter) if "weight" in name or "gamma" in name
                                 else 0.1 * torch.randn_like(parameter))  # fmt: skip
+        elif not parameter.any():  # torchvision's heads
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     images = made_up_images(2, 224)
     start = time.perf_counter()
     _, report = bcosify(source, Recipe.equivalent(), verify_images=images)
