@@ -4,7 +4,7 @@
 
 Nothing is downloaded. Ten fixed directions stand for the embeddings of ten texts ("a three"), which a text tower would
 give. A conventional tower (CLIP's ModifiedResNet, small) learns to embed digits along them, is converted with
-``Recipe.clip()`` and fine-tuned; then boards of four digits, where it only ever saw one, are explained for each of their
+``Recipe.clip()`` and fine-tuned; then boards of four digits, where it only ever saw one, are explained for each of the
 texts. Takes some minutes.
 """
 
