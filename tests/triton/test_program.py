@@ -180,7 +180,7 @@ def test_inputs_are_checked(runners, device):
         runners["predict"](images(1, (8, 8)).to(device))
     with pytest.raises(InvalidTypeError, match="images"):
         runners["predict"](images(1).double().to(device))
-    with pytest.raises(InvalidArgumentError, match="class_ids"):
+    with pytest.raises(InvalidArgumentError, match="targets"):
         runners["explain"](images(1).to(device))
     with pytest.raises(InvalidArgumentError, match="device"):
         backend.build(runners["predict"].program, "meta")
