@@ -1,12 +1,28 @@
-"""Names of a package that are imported on first use (PEP 562)."""
+"""Imports on first use: a package's own names (PEP 562), and packages that only some of it needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
-__all__ = ["imported_on_use"]
+from bcos_rt.errors import MissingDependencyError
+
+__all__ = ["imported_on_use", "require"]
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import ``module`` of a package that ``bcos-rt[extra]`` installs.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise MissingDependencyError(f"{package} is not installed: pip install 'bcos-rt[{extra}]'") from error
 
 
 def imported_on_use(

@@ -15,17 +15,14 @@ from bcos_rt.data.arrays import image_of
 from bcos_rt.data.image_data import ImageData, Transform
 from bcos_rt.errors import BcosError, InvalidArgumentError, InvalidTypeError, MissingDependencyError
 from bcos_rt.images import decode_image
+from bcos_rt.lazy import require
 
 __all__ = ["HuggingFaceData", "chosen_split", "downloaded", "huggingface"]
 
 
 def huggingface() -> Any:
     """The package ``datasets``."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError("'hf:' data needs Hugging Face datasets: pip install 'bcos-rt[train]'") from error
-    return datasets
+    return require("datasets", "train")
 
 
 def downloaded(name: str, split: str | None) -> Any:

@@ -22,11 +22,11 @@ from bcos_rt.data import derived_seed
 from bcos_rt.errors import (
     InvalidArgumentError,
     InvalidTypeError,
-    MissingDependencyError,
     UnsupportedOpError,
     did_you_mean,
 )
 from bcos_rt.explanation.explain import explain, fingerprint
+from bcos_rt.lazy import require
 from bcos_rt.models.sources import classifier_name
 from bcos_rt.nn.conventional import ConventionalNetwork, inner_network
 from bcos_rt.nn.layers import BcosConv2d, BcosLinear
@@ -209,11 +209,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 
 
 def _captum(name: str) -> Callable[..., Any]:
-    try:
-        import captum.attr
-    except ImportError as error:
-        raise MissingDependencyError("this method needs captum: pip install 'bcos-rt[evaluate]'") from error
-    made = getattr(captum.attr, name)
+    made = getattr(require("captum.attr", "evaluate"), name)
 
     def quietly(*arguments: Any) -> Any:
         found = made(*arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation.accuracy import Evaluation, judged
 from bcos_rt.evaluation.embeddings import Tell, embeddings_of
+from bcos_rt.lazy import require
 
 __all__ = ["LinearProbe", "linear_probe"]
 
@@ -82,7 +82,8 @@ def linear_probe(
     """
     _check_number("c", c, 0, np.inf)
     _check_number("held_out", held_out, 0, 1)
-    linear, selection = _sklearn("linear_model"), _sklearn("model_selection")
+    linear = require("sklearn.linear_model", "evaluate")
+    selection = require("sklearn.model_selection", "evaluate")
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "tell": tell}
     x, labels = _numbers("train", *embeddings_of(net, train, what="encoding training images", **options))
     x_seen, truth = _numbers("validation", *embeddings_of(net, validation, what="encoding images", **options))
@@ -152,10 +153,3 @@ def _check_number(argument: str, value: Any, low: float, high: float) -> None:
         raise InvalidArgumentError(
             argument, value, f"a number above {low:g}" + (f" and below {high:g}" if high < np.inf else "")
         )
-
-
-def _sklearn(module: str) -> Any:
-    try:
-        return importlib.import_module(f"sklearn.{module}")
-    except ImportError as error:
-        raise MissingDependencyError("linear probes need scikit-learn: pip install 'bcos-rt[evaluate]'") from error

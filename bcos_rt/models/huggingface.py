@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from bcos_rt.errors import CheckpointError, InvalidArgumentError, MissingDependencyError
+from bcos_rt.lazy import require
 from bcos_rt.models.weights import load_strict, read_state_dict, strip_prefixes
 from bcos_rt.nn.outputs import image_sizes
 
@@ -37,10 +37,7 @@ def require_transformers() -> ModuleType:
     Raises:
         MissingDependencyError: it is not installed.
     """
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise MissingDependencyError("transformers is not installed: pip install 'bcos-rt[huggingface]'") from error
+    return require("transformers", "huggingface")
 
 
 def load_hf(name: str, weights: str | os.PathLike[str] | None, num_classes: int | None) -> nn.Module:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bcos_rt.errors import BcosError, CheckpointError, InvalidArgumentError, MissingDependencyError, did_you_mean
+from bcos_rt.errors import BcosError, CheckpointError, InvalidArgumentError, did_you_mean
+from bcos_rt.lazy import require
 from bcos_rt.models.weights import load_strict, read_state_dict, strip_prefixes
 
 __all__ = [
@@ -48,10 +49,7 @@ def require_open_clip() -> ModuleType:
     Raises:
         MissingDependencyError: it is not installed.
     """
-    try:
-        return importlib.import_module("open_clip")
-    except ImportError as error:
-        raise MissingDependencyError("open_clip is not installed: pip install 'bcos-rt[clip]'") from error
+    return require("open_clip", "clip")
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from bcos_rt.errors import (
     CheckpointError,
     InvalidArgumentError,
     InvalidTypeError,
-    MissingDependencyError,
     did_you_mean,
 )
+from bcos_rt.lazy import require
 from bcos_rt.models import huggingface, lite0, openclip
 from bcos_rt.models.huggingface import HF
 from bcos_rt.models.openclip import OPEN_CLIP
@@ -260,10 +260,7 @@ def _torchvision_names() -> list[str]:
 
 
 def _timm() -> ModuleType:
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise MissingDependencyError("timm is not installed: pip install 'bcos-rt[timm]'") from error
+    return require("timm", "timm")
 
 
 # --- building --------------------------------------------------------------------------------------------------------
