@@ -383,6 +383,8 @@ _ODD_MODULES = (nn.Identity, nn.AvgPool2d, nn.Upsample, nn.ZeroPad2d, nn.Reflect
 
 
 def _is_odd(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if is_dropout(node, modules):
+        return True
     if node.op == "call_module":
         return isinstance(modules[str(node.target)], _ODD_MODULES)
     if node.target is F.pad:

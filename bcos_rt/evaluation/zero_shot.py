@@ -84,9 +84,8 @@ def zero_shot(
 
 
 def pooled_cosines(tokens: Tensor, texts: Tensor, pooling: TokenPooling) -> Tensor:
-    """Scores [N, P] of unit tokens [N, T, D] with texts [P, D] of any norm; see :class:`TokenPooling`."""
-    unit = texts / torch.linalg.vector_norm(texts, dim=1, keepdim=True)
-    cosines = torch.matmul(unit, tokens.transpose(1, 2))
+    """Scores [N, P] of unit tokens [N, T, D] with unit texts [P, D]; see :class:`TokenPooling`."""
+    cosines = torch.matmul(texts, tokens.transpose(1, 2))
     if pooling.kind == "max":
         return cosines.amax(2)
     if pooling.kind == "cosine_power":

@@ -150,6 +150,14 @@ def test_six_channel_source_is_left():
     assert "six channels already" in entries(report, "input")["conv"].reason
 
 
+def test_dropout_of_the_image_is_passed():
+    source = nn.Sequential(nn.Dropout(0.0), net())
+    network, _ = bcosify(source)
+    conv = source[1].conv
+    expected = torch.cat((conv.weight, -conv.weight), 1) / 2
+    torch.testing.assert_close(network.backbone.get_submodule("1.conv").weight, expected)
+
+
 def test_normalisation_comes_from_recipe_metadata_or_imagenet():
     source = net()
     network, report = bcosify(source)
