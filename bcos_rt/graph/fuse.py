@@ -4,10 +4,10 @@ Each pass is a small change of form that keeps the function (its name in the sum
 
 * forward, on a :class:`Captured` graph, before the adjoint is derived from it by the rules of
   :mod:`bcos_rt.graph.fused_rules`: :func:`fold_norms`, :func:`nest_concatenations`, :func:`fuse_convolutions`,
-  :func:`fuse_linears`, :func:`fuse_pools`, :func:`fuse_scaled_activations`, :func:`prepare_stem`,
-  :func:`thread_squares`;
+  :func:`fuse_linears`, :func:`fuse_layer_norms`, :func:`fuse_pools`, :func:`fuse_scaled_activations`,
+  :func:`prepare_stem`, :func:`thread_squares`;
 * on the whole explanation graph, after it: :func:`fuse_identities`, :func:`fuse_multipliers`,
-  :func:`fuse_contributions`.
+  :func:`drop_copies`, :func:`fuse_contributions`.
 
 What no pass recognises stays as it was captured, and runs.
 """
@@ -25,12 +25,14 @@ from torch.fx import Node
 from bcos_rt.graph.capture import Captured, GraphBuilder, bound_arguments, image_dependent
 
 __all__ = [
+    "drop_copies",
     "fold_norms",
     "fuse_adjoint",
     "fuse_contributions",
     "fuse_convolutions",
     "fuse_forward",
     "fuse_identities",
+    "fuse_layer_norms",
     "fuse_linears",
     "fuse_multipliers",
     "fuse_pools",
@@ -48,7 +50,8 @@ bcos = torch.ops.bcos_rt
 def fuse_forward(captured: Captured, six_channels: bool) -> dict[str, int]:
     """Every forward pass in order; how often each changed something."""
     passes: tuple[Callable[[Captured], int], ...] = (
-        fold_norms, nest_concatenations, fuse_convolutions, fuse_linears, fuse_pools, fuse_scaled_activations,
+        fold_norms, nest_concatenations, fuse_convolutions, fuse_linears, fuse_layer_norms, fuse_pools,
+        fuse_scaled_activations,
     )  # fmt: skip
     counts = {}
     for function in passes:
@@ -63,7 +66,9 @@ def fuse_forward(captured: Captured, six_channels: bool) -> dict[str, int]:
 
 def fuse_adjoint(builder: GraphBuilder) -> dict[str, int]:
     """Every pass on the explanation graph in order; how often each changed something."""
-    passes: tuple[Callable[[GraphBuilder], int], ...] = (fuse_identities, fuse_multipliers, fuse_contributions)
+    passes: tuple[Callable[[GraphBuilder], int], ...] = (
+        fuse_identities, fuse_multipliers, drop_copies, fuse_contributions,
+    )  # fmt: skip
     counts = {}
     for function in passes:
         counts[function.__name__] = function(builder)
@@ -104,6 +109,15 @@ def _only_user(node: Node) -> Node | None:
 def _image(node: Any) -> bool:
     """A 4-D value."""
     return isinstance(node, Node) and isinstance(node.meta["val"], torch.Tensor) and node.meta["val"].ndim == 4
+
+
+def _by_image(captured: Captured, node: Any) -> bool:
+    """Whether row i of a value belongs to image i.
+
+    The fused adjoints find an image's factors for each of its K rows by that. Windows of images as rows, or tokens
+    before images, would get another image's.
+    """
+    return bool(node.meta["val"].ndim > 0 and node.meta["val"].shape[0] == captured.encoded.meta["val"].shape[0])
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -279,7 +293,7 @@ def fuse_convolutions(captured: Captured) -> int:
             continue
         a = bound_arguments(z)
         x, weight, bias = a["input"], a["weight"], a["bias"]
-        if x not in captured.depends or weight in captured.depends:
+        if x not in captured.depends or weight in captured.depends or not _by_image(captured, x):
             continue
         found = _bcos(captured, z, bcos.patch_norm.default, 1)
         b: Any = 1.0 if found is None else found[0].args[2]
@@ -314,7 +328,7 @@ def fuse_linears(captured: Captured) -> int:
             continue
         a = bound_arguments(z)
         found = _bcos(captured, z, bcos.row_norm.default, -1)
-        if found is None or a["weight"] in captured.depends:
+        if found is None or a["weight"] in captured.depends or not _by_image(captured, z):
             continue
         m, n, y = found
         b: Any = m.args[2]
@@ -344,6 +358,27 @@ def fuse_linears(captured: Captured) -> int:
     return count
 
 
+def fuse_layer_norms(captured: Captured) -> int:
+    """LayerNorm over the last dimension: ``layer_norm``, which hands on its deviations and sums of squares."""
+    builder, count = captured.builder, 0
+    for node in list(builder.graph.nodes):
+        if node.target is not aten.layer_norm.default or node not in captured.depends:
+            continue
+        a = bound_arguments(node)
+        x: Any = a["input"]
+        if len(a["normalized_shape"]) != 1 or x.meta["val"].ndim < 2 or not _by_image(captured, x):
+            continue
+        if any(isinstance(p, Node) and p in captured.depends for p in (a["weight"], a["bias"])):
+            continue
+        with builder.in_place_of(node):
+            norm = builder.call(bcos.layer_norm.default, x, a["weight"], a["bias"], float(a["eps"]), False)
+            out = builder.call(operator.getitem, norm, 0)
+        _made_by(norm, "fuse_layer_norms", node)
+        _replace(captured, node, out)
+        count += 1
+    return count
+
+
 def _two(value: Any) -> list[int]:
     values = [int(v) for v in value] if isinstance(value, Sequence) else [int(value)]
     return values * 2 if len(values) == 1 else values
@@ -358,7 +393,7 @@ def fuse_pools(captured: Captured) -> int:
             continue
         a = bound_arguments(node)
         x: Any = a.get("self")
-        if not _image(x):
+        if not _image(x) or not _by_image(captured, x):
             continue
         with builder.in_place_of(node):
             size = list(x.meta["val"].shape[2:])
@@ -400,7 +435,7 @@ def fuse_scaled_activations(captured: Captured) -> int:
         if node.target is not aten.mul.Tensor or not _image(node) or node not in captured.depends:
             continue
         x = node.args[0] if node.args[0] in captured.depends else node.args[1]
-        if not _image(x) or x.meta["val"].shape[1] != node.meta["val"].shape[1]:
+        if not _image(x) or not _by_image(captured, x) or x.meta["val"].shape[1] != node.meta["val"].shape[1]:
             continue
         channels = int(node.meta["val"].shape[1])
         with builder.in_place_of(node):
@@ -515,17 +550,28 @@ _MAPS: dict[Any, tuple[int, int, int | None]] = {
     bcos.avg_pool2d.default: (1, 6, 7),
     bcos.scale_act.default: (1, 4, 5),
 }
+# The same of rows [..., C], of which there is one sum each: (result, argument want_squares).
+_ROW_MAPS: dict[Any, tuple[int, int]] = {bcos.layer_norm.default: (2, 4), bcos.linear_fused.default: (3, 12)}
 
 
 def thread_squares(captured: Captured) -> int:
     """Give every B-cos convolution the map of sums of squares that the producer of its input writes beside it.
 
     Where the producer has none (a concatenation, a padding, a plain convolution), one op makes it, once for all
-    consumers. Depthwise convolutions work their norms out themselves.
+    consumers. Depthwise convolutions work their norms out themselves. Linear layers get the sums of their rows where
+    the producer has them.
     """
     builder, count = captured.builder, 0
     made: dict[tuple[Node, int], Node] = {}
     for node in list(builder.graph.nodes):
+        if node.target is bcos.linear_fused.default:
+            x = node.args[0]
+            producer = x.args[0] if x.target is operator.getitem and x.args[1] == 0 else x
+            if producer.target in _ROW_MAPS:
+                index, want = _ROW_MAPS[producer.target]
+                node.args = (*node.args[:2], result(builder, producer, index, want), *node.args[3:])
+                count += 1
+            continue
         if node.target is not bcos.conv2d_fused.default or node.args[11] == 1:
             continue
         if _is_depthwise(node):
@@ -602,7 +648,7 @@ _EPILOGUE: dict[Any, tuple[int, int, int, int]] = {
     bcos.max_pool2d_transposed.default: (7, 8, 9, 10),
     bcos.transposed_epilogue.default: (1, 2, 3, 4),
 }
-_IDENTITY_ONLY: dict[Any, int] = {bcos.scale_act_transposed.default: 5}
+_IDENTITY_ONLY: dict[Any, int] = {bcos.scale_act_transposed.default: 5, bcos.layer_norm_transposed.default: 3}
 
 
 def _bare(node: Any) -> Node | None:
@@ -688,6 +734,24 @@ def fuse_multipliers(builder: GraphBuilder) -> int:
         node.replace_all_uses_with(new)
         for dead in (node, old, producer):
             builder.graph.erase_node(dead)
+        count += 1
+    return count
+
+
+def drop_copies(builder: GraphBuilder) -> int:
+    """An epilogue that no adjoint op took over, without identity and gate: its second result is what it was given."""
+    count = 0
+    for node in list(builder.graph.nodes):
+        if node.target is not bcos.transposed_epilogue.default:
+            continue
+        total, _, identity, gate, want_raw = node.args
+        if identity is not None or gate is not None or not want_raw:
+            continue
+        for user in list(node.users):
+            if user.args[1] == 1:
+                user.replace_all_uses_with(total)
+                builder.graph.erase_node(user)
+        set_arguments(builder, node, {4: False})
         count += 1
     return count
 

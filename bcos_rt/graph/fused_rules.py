@@ -91,6 +91,16 @@ def linear_fused(adjoint: Adjoint, node: Node, grad: Node) -> None:
     adjoint.send(a["x"], adjoint.call(operator.getitem, back, 0))
 
 
+@_fused_rule(bcos.layer_norm.default)
+def layer_norm(adjoint: Adjoint, node: Node, grad: Node) -> None:
+    """``rstd (G w - mean(G w))``: the variance is constant."""
+    a = bound_arguments(node)
+    if a["bias"] is not None:
+        adjoint.add_residual(grad, a["bias"])
+    rstd = result(adjoint.builder, node, 1)
+    adjoint.send(a["x"], adjoint.call(bcos.layer_norm_transposed.default, grad, rstd, a["weight"], None))
+
+
 @_fused_rule(bcos.scale_act.default)
 def scale_act(adjoint: Adjoint, node: Node, grad: Node) -> None:
     """``G s gate``, the gate worked out from the input again."""

@@ -124,13 +124,53 @@ def _channel_residual(adjoint: Adjoint, grad: Node, constant: Node) -> None:
 
 @rule(aten.linear.default)
 def linear(adjoint: Adjoint, node: Node, grad: Node) -> None:
-    """``y = x w^T + b``: ``grad w``."""
+    """``y = x w^T + b``: ``grad w``, without the columns of ``grad`` that are zero (queries and keys of attention)."""
     a = bound_arguments(node)
-    if adjoint.depends(a["weight"]):
+    weight, bias = a["weight"], a["bias"]
+    if adjoint.depends(weight):
         raise adjoint.fail(node, "its weights depend on the image")
-    adjoint.send(a["input"], adjoint.call(aten.matmul.default, grad, a["weight"]))
-    if a["bias"] is not None:
-        adjoint.add_residual(grad, a["bias"])
+    begin, end, all_of_it = _filled_columns(grad)
+    if not all_of_it:
+        padded = grad.target is aten.constant_pad_nd.default and len(grad.args[1]) == 2  # type: ignore[arg-type]
+        grad = grad.args[0] if padded else adjoint.call(aten.slice.Tensor, grad, -1, begin, end)  # type: ignore[assignment]
+        weight = adjoint.call(aten.slice.Tensor, weight, 0, begin, end)
+        bias = None if bias is None else adjoint.call(aten.slice.Tensor, bias, 0, begin, end)
+    adjoint.send(a["input"], adjoint.call(aten.matmul.default, grad, weight))
+    if bias is not None:
+        adjoint.add_residual(grad, bias)
+
+
+# What only moves numbers, or puts zeros beside them.
+_MOVING = {
+    aten.constant_pad_nd.default, aten.reshape.default, aten.view.default, aten.permute.default, aten.transpose.int,
+    aten.clone.default, aten.unsqueeze.default, aten.squeeze.dim,
+}  # fmt: skip
+
+
+def _filled_columns(grad: Node) -> tuple[int, int, bool]:
+    """(begin, end, whether that is all): the columns, last dimension, outside of which an adjoint is zero by its form.
+
+    Of a packed projection only the values' part gets an adjoint; the parts of queries and keys are zeros.
+    """
+    width = int(grad.meta["val"].shape[-1])
+    chain: list[Node] = []
+    source = grad
+    while source.target in _MOVING:
+        chain.append(source)
+        source = source.args[0]  # type: ignore[assignment]
+    if not any(step.target is aten.constant_pad_nd.default for step in chain):
+        return 0, width, True
+    # The same moves on ones, for one image: a size of the graph's own is the batch's.
+    filled = torch.ones([1 if isinstance(s, torch.SymInt) else s for s in source.meta["val"].shape])
+    for step in reversed(chain):
+        arguments = torch.fx.node.map_arg(step.args[1:], lambda n: -1)
+        target: Any = step.target
+        filled = target(filled, *arguments, **step.kwargs)
+    columns = filled.reshape(-1, width).any(0).nonzero()
+    if len(columns) == 0:
+        return 0, width, True
+    begin, end = int(columns.min()), int(columns.max()) + 1
+    return begin, end, end - begin == width
 
 
 @rule(aten.addmm.default)

@@ -83,8 +83,10 @@ def _kind(node: Node) -> str:
     value = node.meta["val"]
     first = value[0] if isinstance(value, tuple | list) else value
     weight = node.meta.get("weight_shape")
-    if weight is None:
+    if weight is None or len(weight) == 1:
         return kind
+    if len(weight) == 2:
+        return f"{kind} linear"
     return f"{kind} {'depthwise ' if weight[1] == 1 and first.shape[1] > 1 else ''}{weight[2]}x{weight[3]}"
 
 

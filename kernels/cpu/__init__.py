@@ -36,6 +36,8 @@ __all__ = [
     "image_contributions",
     "in_channels_last",
     "isa",
+    "layer_norm",
+    "layer_norm_transposed",
     "linear_epilogue",
     "pack_depthwise",
     "readable",
@@ -353,6 +355,40 @@ def scale_act(
 
 
 # --- adjoint ---------------------------------------------------------------------------------------------------------
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, want_squares: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`bcos_rt.kernels.reference_layers.layer_norm` in one pass; ``weight`` and ``bias`` float32."""
+    x = x.contiguous()
+    c = x.shape[-1]
+    rows = x.numel() // c if c else 0
+    y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+    squares = torch.empty((*x.shape[:-1], 1), dtype=torch.float32) if want_squares else None
+    _kernels().layer_norm(
+        rows, c, _storage(x), x.data_ptr(), _pointer(weight), _pointer(bias), eps, y.data_ptr(), rstd.data_ptr(),
+        _pointer(squares), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, rstd, _or_empty(squares, y)
+
+
+def layer_norm_transposed(
+    grad: Tensor, rstd: Tensor, weight: Tensor | None, identity: Tensor | None = None
+) -> Tensor:
+    """:func:`bcos_rt.kernels.reference_layers.layer_norm_transposed` in one pass; ``rstd``, ``weight`` float32."""
+    grad, rstd = grad.contiguous(), rstd.contiguous()
+    identity = None if identity is None else identity.contiguous()
+    c = grad.shape[-1]
+    rows = grad.numel() // c if c else 0
+    per_image = grad.shape[0] // rstd.shape[0] if grad.ndim > 1 and rstd.shape[0] else 1
+    length = rows // grad.shape[0] if grad.ndim > 1 and grad.shape[0] else 1
+    out = torch.empty_like(grad)
+    _kernels().layer_norm_adjoint(
+        rows, c, length, per_image, _storage(grad), grad.data_ptr(), _pointer(identity), rstd.data_ptr(),
+        _pointer(weight), out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def _end(

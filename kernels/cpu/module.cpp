@@ -241,6 +241,41 @@ PYBIND11_MODULE(_native, m) {
         run(kernels.depthwise_adjoint, a);
     });
 
+    m.def("layer_norm", [](int64_t rows, int64_t channels, int storage, int64_t x, int64_t weight, int64_t bias, float eps,
+                           int64_t y, int64_t rstd, int64_t squares, int threads) {
+        LayerNorm a;
+        a.rows = rows;
+        a.channels = channels;
+        a.storage = static_cast<Storage>(storage);
+        a.x = address<const void>(x);
+        a.weight = address<const float>(weight);
+        a.bias = address<const float>(bias);
+        a.eps = eps;
+        a.y = address<void>(y);
+        a.rstd = address<float>(rstd);
+        a.squares = address<float>(squares);
+        a.threads = threads;
+        run(kernels.layer_norm, a);
+    });
+
+    m.def("layer_norm_adjoint", [](int64_t rows, int64_t channels, int64_t length, int64_t per_image, int storage,
+                                   int64_t grad, int64_t identity, int64_t rstd, int64_t weight, int64_t out,
+                                   int threads) {
+        LayerNormAdjoint a;
+        a.rows = rows;
+        a.channels = channels;
+        a.length = length;
+        a.per_image = per_image;
+        a.storage = static_cast<Storage>(storage);
+        a.grad = address<const void>(grad);
+        a.identity = address<const void>(identity);
+        a.rstd = address<const float>(rstd);
+        a.weight = address<const float>(weight);
+        a.out = address<void>(out);
+        a.threads = threads;
+        run(kernels.layer_norm_adjoint, a);
+    });
+
     m.attr("POINTWISE_PAD") = (int64_t)PointwisePack::PAD;
 
     m.def("pointwise_pack", [](int64_t outputs, int64_t depth, int64_t weight, int64_t packed) {

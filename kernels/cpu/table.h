@@ -3,6 +3,7 @@
 
 #include "depthwise.h"
 #include "epilogue.h"
+#include "norms.h"
 #include "pointwise.h"
 #include "winograd.h"
 
@@ -23,6 +24,8 @@ struct Table {
     void (*pointwise_adjoint)(const PointwiseAdjoint&);
     void (*winograd_pack)(const WinogradPack&);
     void (*winograd)(const Winograd&);
+    void (*layer_norm)(const LayerNorm&);
+    void (*layer_norm_adjoint)(const LayerNormAdjoint&);
 };
 
 #define BCOS_DECLARE(isa)                                   \
@@ -41,11 +44,14 @@ struct Table {
     void pointwise_adjoint(const PointwiseAdjoint&);        \
     void winograd_pack(const WinogradPack&);                \
     void winograd(const Winograd&);                         \
+    void layer_norm(const LayerNorm&);                      \
+    void layer_norm_adjoint(const LayerNormAdjoint&);       \
     static inline Table table() {                           \
         return {epilogue,          adjoint_end,       response_grad,  scale_act,     \
                 square_sum,        encode,            contributions,  depthwise,     \
                 depthwise_adjoint, pointwise_pack,    pointwise_forward,             \
-                pointwise_adjoint, winograd_pack,     winograd};                                                           \
+                pointwise_adjoint, winograd_pack,     winograd,       layer_norm,    \
+                layer_norm_adjoint};                                         \
     }                                                       \
     }
 

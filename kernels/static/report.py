@@ -16,7 +16,6 @@ Where a target makes a rule impossible, :data:`EXCEPTIONS` says so and why; an e
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import subprocess
@@ -28,11 +27,12 @@ from typing import Any
 
 import triton
 
+from bcos_rt.files import write_text
+from bcos_rt.kernels.static import record
 from bcos_rt.kernels.static.cases import Case
-from bcos_rt.kernels.static.compile import CACHE, Analysis, analyse_all
+from bcos_rt.kernels.static.compile import CACHE, Analysis
 from bcos_rt.kernels.static.disassembly import KINDS
 from bcos_rt.kernels.static.targets import TARGETS
-from bcos_rt.kernels.triton.launch import Launch
 
 __all__ = [
     "EXCEPTIONS",
@@ -42,7 +42,9 @@ __all__ = [
     "Result",
     "Violation",
     "compile_cases",
+    "judged",
     "rows",
+    "stale",
     "violations",
     "write_report",
 ]
@@ -167,13 +169,18 @@ def compile_cases(
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Result]:
     """Compile and analyse every case; see :func:`compile.analyse_all` for the arguments."""
-    launches: list[tuple[Launch, str]] = [(case.launch, case.arch) for case in found]
-    launches += [(case.plain, case.arch) for case in found if case.plain is not None]
-    analyses = analyse_all(launches, folder, workers, progress)
-    plain = iter(analyses[len(found) :])
+    return judged(found, record.look_up(found, {}, 0, folder, workers, progress).analyses)
+
+
+def judged(found: Sequence[Case], analyses: Mapping[str, Analysis]) -> list[Result]:
+    """Results of cases, from the analyses of their launches and plain convolutions by :func:`record.key`."""
     return [
-        Result(case, analysis, None if case.plain is None else next(plain))
-        for case, analysis in zip(found, analyses, strict=False)
+        Result(
+            case,
+            analyses[record.key(case.launch, case.arch)],
+            None if case.plain is None else analyses[record.key(case.plain, case.arch)],
+        )
+        for case in found
     ]
 
 
@@ -195,52 +202,26 @@ def violations(
 
 
 def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """One JSON-ready object per compiled launch.
-
-    ``plain_loop_instructions`` is null where there is no plain convolution to compare with; a plain convolution is
-    compared with itself.
-    """
-    return [_row(result) for result in results]
-
-
-def _row(result: Result) -> dict[str, Any]:
-    launch, found = result.case.launch, result.analysis
-    plain = found if launch.plain else result.plain
-    return {
-        "kernel": launch.name,
-        "variant": result.case.variant,
-        "arch": result.case.arch,
-        "config": str(launch.config),
-        "dtype": launch.dtype,
-        "plain": launch.plain,
-        "gemm": launch.gemm,
-        "registers": found.registers,
-        "spills": found.spills,
-        "stack_bytes": found.stack_bytes,
-        "shared_bytes": found.shared_bytes,
-        "tensor_columns": found.tensor_columns,
-        "blocks_per_sm": found.blocks_per_sm,
-        "occupancy": found.occupancy,
-        "instructions": found.instructions,
-        "loop_instructions": found.loop_instructions,
-        "plain_loop_instructions": None if plain is None else plain.loop_instructions,
-        "loop": _nonzero(found.loop),
-        "plain_loop": None if plain is None else _nonzero(plain.loop),
-    }
-
-
-def _nonzero(counts: Mapping[str, int] | None) -> dict[str, int]:
-    return {kind: number for kind, number in (counts or {}).items() if number}
+    """One JSON-ready object per compiled launch, see :func:`record.row`."""
+    return [record.row(result.case, result.analysis) for result in results]
 
 
 def write_report(results: Sequence[Result], folder: Path = Path("docs")) -> tuple[Path, Path]:
     """Write ``kernels.md`` and ``kernels.json`` into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     page, data = folder / "kernels.md", folder / "kernels.json"
-    content = ",\n".join(json.dumps(row) for row in rows(results))
-    data.write_text(f"[\n{content}\n]\n", encoding="utf-8")
-    page.write_text(_page(results), encoding="utf-8")
+    write_text(data, record.text(rows(results)))
+    write_text(page, _page(results))
     return page, data
+
+
+def stale(results: Sequence[Result], data: Path) -> list[str]:
+    """Which of ``data`` (kernels.json) and the page beside it are not what :func:`write_report` makes of ``results``.
+
+    Their text is compared, so that descriptions, order, rules and exceptions are held to the source as well.
+    """
+    wanted = {data: record.text(rows(results)), data.with_suffix(".md"): _page(results)}
+    return [str(path) for path, text in wanted.items() if not path.is_file() or path.read_bytes() != text.encode()]
 
 
 def _versions() -> str:
@@ -269,7 +250,9 @@ def _page(results: Sequence[Result]) -> str:
         "Register copies and waits are listed (`copy`, `wait`) and not counted: compilers put them in as it happens.",
         "",
         "Made by `python -m bcos_rt.kernels.static report`, which needs no GPU; do not edit. Every launch is an object",
-        "in [kernels.json](kernels.json). `python -m bcos_rt.kernels.static check` fails if a rule below is broken.",
+        "in [kernels.json](kernels.json): numbers that are 0 are left out, `compared_with` is the `key` of its plain",
+        "convolution. `make kernels` fails if a rule below is broken, or if these files are not what the source gives:",
+        "it compiles the launches whose code changed, and of every kernel one more for each target.",
         "",
         "## Rules",
         "",

@@ -174,5 +174,6 @@ void test_response_grad(const bcos::Table& kernels);
 void test_pointwise_forward(const bcos::Table& kernels);
 void test_pointwise_adjoint(const bcos::Table& kernels);
 void test_winograd(const bcos::Table& kernels);
+void test_norms(const bcos::Table& kernels);
 
 }  // namespace test

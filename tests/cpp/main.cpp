@@ -96,6 +96,7 @@ int main() {
             {"pointwise_forward", test::test_pointwise_forward},
             {"pointwise_adjoint", test::test_pointwise_adjoint},
             {"winograd", test::test_winograd},
+            {"norms", test::test_norms},
         };
         for (const auto& [kernel, run] : tests) {
             test::where() = std::string(name) + " " + kernel;

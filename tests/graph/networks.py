@@ -54,7 +54,35 @@ class Inverted(nn.Module):
         return self.head(nn.functional.gelu(self.hidden(self.average(x).flatten(1))))
 
 
-NETWORKS = {"residual": Residual, "dense": Dense, "inverted": Inverted}
+class Tokens(nn.Module):
+    """Layer norms, attention with packed projections in both usual forms, and an MLP on tokens and on windows of each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(4))
+        self.packed = nn.ModuleList(nn.Linear(8, 24) for _ in range(2))
+        self.projections = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.up, self.down, self.head = nn.Linear(8, 20), nn.Linear(20, 8), nn.Linear(8, 5)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(self.norms[2](x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        q, k, v = (t.unflatten(2, (2, 4)).transpose(1, 2) for t in self.packed[0](self.norms[0](x)).chunk(3, -1))
+        attended = ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + self.projections[0](attended)
+        q, k, v = self.packed[1](self.norms[1](x)).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.projections[1](attended)
+        x = x + self.mlp(x)
+        windows = x.reshape(-1, 4, 8)
+        windows = windows + self.mlp(windows)
+        return self.head(self.norms[3](windows.reshape(-1, x.shape[1], 8)).mean(1))
+
+
+NETWORKS = {"residual": Residual, "dense": Dense, "inverted": Inverted, "tokens": Tokens}
 RECIPES = {
     "default": Recipe(),
     "kept": Recipe(biases="keep", batch_norm="keep", stem_pool="keep", head="after_pool", b=1.5, logit_temperature=2.0),

@@ -129,6 +129,36 @@ def test_pools_and_scaled_activations():
     assert fuse_scaled_activations(captured) == 4
 
 
+def test_layer_norms_hand_on_deviations_and_sums_of_squares():
+    programs = build_fused(network("tokens"), (32, 28))
+    made = targets(programs.explain.graph)
+    # The norm of the windows is not taken: a row of it is no image's.
+    assert made.count(bcos.layer_norm.default) == made.count(bcos.layer_norm_transposed.default) == 4
+    assert made.count(aten.layer_norm.default) == 1
+    linears = [n for n in programs.explain.graph.nodes if n.target is bcos.linear_fused.default]
+    assert len(linears) == 5
+    threaded = [n.args[2].args[0].target for n in linears if n.args[2] is not None]
+    assert threaded == [bcos.layer_norm.default, bcos.linear_fused.default]
+
+
+def test_of_a_packed_projection_only_the_values_are_multiplied():
+    programs = build_fused(network("tokens"), (32, 28))
+    products = [
+        n for n in programs.explain.graph.nodes
+        if n.target is aten.matmul.default and n.args[1] in programs.explain.constants
+    ]  # fmt: skip
+    # The windows' MLP, which is not fused, and the values of both packed projections.
+    assert [tuple(n.args[1].meta["val"].shape) for n in products] == [(8, 20), (20, 8), (8, 8), (8, 8)]
+
+
+def test_an_epilogue_copies_nothing():
+    """What the residual and a B-cos layer share is read twice, not written twice."""
+    programs = build_fused(network("tokens"), (32, 28))
+    epilogues = [n for n in programs.explain.graph.nodes if n.target is bcos.transposed_epilogue.default]
+    assert epilogues
+    assert not any(n.args[4] for n in epilogues if n.args[2] is None and n.args[3] is None)
+
+
 def test_the_stem_reads_the_image_and_maps_are_written_once():
     captured = capture(network("dense"), SIZE)
     counts = fuse_forward(captured, True)

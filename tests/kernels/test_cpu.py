@@ -199,6 +199,30 @@ def test_linear_epilogue(dtype, b):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 33), (2, 7), (2, 3, 4, 48), (0, 5, 8), (1, 197, 192)])
+def test_layer_norm_and_its_adjoint(shape, affine, dtype):
+    torch.manual_seed(0)
+    x = (torch.randn(shape) + 5).to(dtype)
+    weight, bias = (torch.randn(shape[-1]), torch.randn(shape[-1])) if affine else (None, None)
+    wide = [None if v is None else v.double() for v in (weight, bias)]
+    expected = reference_layers.layer_norm(x.double(), *wide, 1e-6, True)
+    found = cpu.layer_norm(x, weight, bias, 1e-6, True)
+    close(found[0], expected[0], dtype, "y")
+    close(found[1], expected[1], torch.float32, "rstd")
+    # Of y as it is stored.
+    close(found[2], found[0].double().square().sum(-1, keepdim=True), torch.float32, "squares")
+    assert cpu.layer_norm(x, weight, bias, 1e-6)[2].numel() == 0
+    for classes in (1, 3):
+        grad = torch.randn(shape[0] * classes, *shape[1:]).to(dtype)
+        for identity in (None, torch.randn_like(grad.float()).to(dtype)):
+            back = reference_layers.layer_norm_transposed(
+                grad.double(), found[1].double(), wide[0], None if identity is None else identity.double()
+            )
+            close(cpu.layer_norm_transposed(grad, found[1], weight, identity), back, dtype, f"adjoint, {classes}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("source", [torch.uint8, torch.float32, torch.float64])
 @pytest.mark.parametrize("six", [True, False])
 def test_encode_image(dtype, source, six):
@@ -316,7 +340,10 @@ def _fingerprint() -> list[Tensor]:
         x, cpu.pack_depthwise(torch.randn(72, 1, 3, 3)), (3, 3), None, None, None, None, (1, 1), (1, 1), (1, 1), 2.0,
         1e-6, "none", True,
     )  # fmt: skip
-    return [y, m, gate, squares, *depthwise[:2], cpu.transposed_epilogue(x.clone(), m, y)[0]]
+    rows = torch.randn(2, 700, 72)
+    norm = cpu.layer_norm(rows, torch.randn(72), None, 1e-6, True)
+    back = cpu.layer_norm_transposed(rows, norm[1], torch.randn(72), rows)
+    return [y, m, gate, squares, *depthwise[:2], cpu.transposed_epilogue(x.clone(), m, y)[0], *norm, back]
 
 
 def test_results_do_not_depend_on_the_number_of_threads():

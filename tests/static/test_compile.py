@@ -228,12 +228,9 @@ def test_report_writes_both_files(tmp_path: Path):
     (row,) = json.loads(data.read_text())
     assert row == rows([result])[0]
     assert row["kernel"] == "small_matmul"
-    assert (row["registers"], row["spills"], row["loop_instructions"], row["plain_loop_instructions"]) == (
-        50,
-        0,
-        10,
-        10,
-    )
+    assert row["registers"] == 50
+    assert row["loop_instructions"] == 10
+    assert "spills" not in row
     text = page.read_text()
     assert triton.__version__ in text
     assert "Nothing here ran on a GPU" in text

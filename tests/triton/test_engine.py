@@ -11,7 +11,7 @@ from tests.kernels.chain import network as residual
 from tests.triton.conftest import ON_GPU
 
 GPU_NETWORKS = ("resnet18", "densenet121")
-NAMES = GPU_NETWORKS if ON_GPU else ("residual", "dense")
+NAMES = (*GPU_NETWORKS, "tokens") if ON_GPU else ("residual", "dense", "tokens")
 SIZE = (64, 64) if ON_GPU else (33, 30)
 
 

@@ -119,12 +119,15 @@ def _lower(program: Program, packed: _Packed) -> None:
     for node in list(program.graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
+        if node.target is aten.repeat_interleave.self_int:
+            node.target = _repeated
+            continue
         make = _MAKERS.get(node.target._opname) if node.target.namespace == "bcos_rt" else None
         if make is None:
             continue
         arguments = bound_arguments(node)
         function, args = make(low, node, arguments)
-        if "weight" in arguments:
+        if arguments.get("weight") is not None:
             node.meta["weight_shape"] = tuple(program.constants[arguments["weight"]].shape)
         # The name that the generated code gives it.
         function.__name__ = f"step_{node.name}"
@@ -134,6 +137,11 @@ def _lower(program: Program, packed: _Packed) -> None:
         node.replace_all_uses_with(step)
         program.graph.erase_node(node)
     program.clean()
+
+
+def _repeated(x: Tensor, repeats: int, dim: int) -> Tensor:
+    """Each image's values for each of its classes; of one class no copy."""
+    return x if repeats == 1 else x.repeat_interleave(repeats, dim)
 
 
 # --- convolutions ----------------------------------------------------------------------------------------------------
@@ -453,6 +461,25 @@ def _linear_transposed(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[F
     )
 
 
+def _layer_norm(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+    weight, bias = (_float(_value(low.program, a[name])) for name in ("weight", "bias"))
+    eps, want = a["eps"], a["want_squares"]
+    return lambda x: cpu.layer_norm(x, weight, bias, eps, want), [a["x"]]
+
+
+def _layer_norm_transposed(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
+    weight = _float(_value(low.program, a["weight"]))
+
+    def run(grad: Tensor, rstd: Tensor, identity: Tensor | None) -> Tensor:
+        return cpu.layer_norm_transposed(grad, rstd, weight, identity)
+
+    return run, [a["grad"], a["rstd"], a["identity"]]
+
+
+def _float(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.float().contiguous()
+
+
 def _square_sum(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
     groups = a["groups"]
     if groups == 1 and padding_of(a["x"]) is not None:
@@ -594,6 +621,8 @@ _MAKERS: dict[str, Callable[[_Lowering, Node, dict[str, Any]], tuple[Function, l
     "conv2d_transposed": _conv2d_transposed,
     "encode_image": _encode_image,
     "image_contributions": _image_contributions,
+    "layer_norm": _layer_norm,
+    "layer_norm_transposed": _layer_norm_transposed,
     "linear_fused": _linear_fused,
     "linear_transposed": _linear_transposed,
     "max_pool2d": _max_pool2d,
