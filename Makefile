@@ -1,7 +1,7 @@
 # make demo    the demonstration, into demo_out/ (report.html)
 # make test    the test suite; `make test TESTS=tests/cli` runs a part
 # make cpp-sanitize runs the CPU kernels' C++ tests with the address and undefined-behaviour sanitizers
-# make kernels compiles every GPU kernel for every target, without a GPU, and holds it to its rules
+# make kernels holds every GPU kernel, for every target, to its rules, without a GPU; compiles what docs/kernels.json lacks
 # make gpu     on a machine with a GPU: tests there and the benchmark, into bench/results/<gpu>; GPU_ARGS="--minutes 30"
 # make lint    ruff; make types: mypy --strict; make format: lets ruff rewrite files
 # make clean   removes everything that was made here, .venv too
@@ -55,8 +55,9 @@ cpp-sanitize: .venv/.installed-dev
 	.venv/bin/cmake --build build/sanitize
 	build/sanitize/test_kernels
 
+# Without --recorded everything is compiled (15 minutes). `python -m bcos_rt.kernels.static report` renews the record.
 kernels: .venv/.installed-dev
-	$(one_thread) $(venv_python) -m bcos_rt.kernels.static check
+	$(one_thread) $(venv_python) -m bcos_rt.kernels.static check --recorded docs/kernels.json
 
 # `python -m bench.gpu` ends with 3 on a machine without a GPU (which make reports as its own 2).
 gpu: .venv/.installed-dev

@@ -56,7 +56,7 @@ class Engine:
             compiler), "eager" (plain PyTorch), "triton" (CUDA devices, and alone there; not yet run on one), or
             "auto": on a CUDA device triton; else native where it is built; else inductor where there is a compiler;
             else eager (33, 44 and 89 ms for an explanation by ResNet-18). :attr:`backend` says what it took.
-        chunk: images that go through together (native only); None for the backend's own choice, two.
+        chunk: images that go through together (native only); None for the backend's own choice, two or four.
         pooling, power: of a network with an embedding (``Recipe.clip()``), as for :func:`bcos_rt.explain_text`; None:
             the mean. Such an engine predicts embeddings and explains texts, with :meth:`explain_text`.
         attention: "store" each attention layer's softmax for the adjoint, "recompute" it there from queries, keys and

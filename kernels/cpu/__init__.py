@@ -373,9 +373,7 @@ def layer_norm(
     return y, rstd, _or_empty(squares, y)
 
 
-def layer_norm_transposed(
-    grad: Tensor, rstd: Tensor, weight: Tensor | None, identity: Tensor | None = None
-) -> Tensor:
+def layer_norm_transposed(grad: Tensor, rstd: Tensor, weight: Tensor | None, identity: Tensor | None = None) -> Tensor:
     """:func:`bcos_rt.kernels.reference_layers.layer_norm_transposed` in one pass; ``rstd``, ``weight`` float32."""
     grad, rstd = grad.contiguous(), rstd.contiguous()
     identity = None if identity is None else identity.contiguous()

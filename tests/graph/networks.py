@@ -55,7 +55,7 @@ class Inverted(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Layer norms, attention with packed projections in both usual forms, and an MLP on tokens and on windows of each image."""
+    """Layer norms, attention with packed projections in both usual forms, an MLP on tokens and on windows of them."""
 
     def __init__(self) -> None:
         super().__init__()
