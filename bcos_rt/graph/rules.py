@@ -147,6 +147,14 @@ _MOVING = {
 }  # fmt: skip
 
 
+def _for_one(size: Any) -> int:
+    """A size where there is one image and one class."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+
+
 def _filled_columns(grad: Node) -> tuple[int, int, bool]:
     """(begin, end, whether that is all): the columns, last dimension, outside of which an adjoint is zero by its form.
 
@@ -160,8 +168,8 @@ def _filled_columns(grad: Node) -> tuple[int, int, bool]:
         source = source.args[0]  # type: ignore[assignment]
     if not any(step.target is aten.constant_pad_nd.default for step in chain):
         return 0, width, True
-    # The same moves on ones, for one image: a size of the graph's own is the batch's.
-    filled = torch.ones([1 if isinstance(s, torch.SymInt) else s for s in source.meta["val"].shape])
+    # The same moves on ones, for one class of one image: a size of the graph's own is the batch's.
+    filled = torch.ones([_for_one(size) for size in source.meta["val"].shape])
     for step in reversed(chain):
         arguments = torch.fx.node.map_arg(step.args[1:], lambda n: -1)
         target: Any = step.target

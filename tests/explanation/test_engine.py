@@ -50,9 +50,10 @@ def test_engine_equals_explain(name, recipe, backend):
 
 
 @needs_cpp
-@pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_chunks_change_nothing(chunk):
-    net, images = network("residual"), torch.rand(5, 3, *SIZE)
+@pytest.mark.parametrize("chunk", [1, 2, 5, None])
+@pytest.mark.parametrize("name", ["residual", "tokens"])
+def test_chunks_change_nothing(name, chunk):
+    net, images = network(name), torch.rand(5, 3, *SIZE)
     engine = Engine(net, SIZE, backend="native", chunk=chunk)
     assert_same(engine.explain(images, [[0, 1]] * 5), explain(net, images, [[0, 1]] * 5))
 
@@ -68,16 +69,18 @@ def test_bfloat16_keeps_the_contribution_map(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_images(backend):
-    engine = Engine(network("residual"), SIZE, backend=backend)
+@pytest.mark.parametrize("name", ["residual", "tokens"])
+def test_no_images(name, backend):
+    engine = Engine(network(name), SIZE, backend=backend)
     empty = engine.explain(torch.rand(0, 3, *SIZE))
     assert empty.weights.shape == (0, 6, *SIZE)
     assert engine.predict(torch.rand(0, 3, *SIZE)).shape == (0, 5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_threads_share_an_engine(backend):
-    net = network("residual")
+@pytest.mark.parametrize("name", ["residual", "tokens"])
+def test_threads_share_an_engine(name, backend):
+    net = network(name)
     engine, images = Engine(net, SIZE, backend=backend), torch.rand(6, 3, *SIZE)
     expected = [engine.explain(images[i : i + 1], i % 4).weights for i in range(6)]
     results: dict[int, torch.Tensor] = {}

@@ -457,17 +457,17 @@ class _Product:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight.contiguous(), bias
         self.packed: Tensor | None = None
-        self.rows = 0 if weight.dtype == torch.float32 and torch.backends.mkl.is_available() else -1
+        self.rows = 0
+        self.packs = weight.dtype == torch.float32 and torch.backends.mkl.is_available()
         self.lock = threading.Lock()
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-        if self.rows == 0 and rows > 1:
+        if self.packs and self.packed is None and rows > 1:
             with self.lock:
-                if self.rows == 0:
-                    self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
-                    self.rows = rows
-        if rows != self.rows:
+                if self.packed is None:
+                    self.rows, self.packed = rows, torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
+        if self.packed is None or rows != self.rows:
             return F.linear(x, self.weight, self.bias)
         out: Tensor = torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, rows)
         return out
