@@ -228,7 +228,8 @@ def test_prediction_and_explanation_share_packed_weights(dtype, monkeypatch):
 
     def spy(self, constant, how, make):
         def counted():
-            made.append(how)
+            if how[:2] != ("product", True):  # the adjoint's alone
+                made.append(how)
             return make()
 
         return original(self, constant, how, counted)
