@@ -458,7 +458,7 @@ class _Product:
         self.weight, self.bias = weight.contiguous(), bias
         self.packed: Tensor | None = None
         self.rows = 0
-        self.packs = weight.dtype == torch.float32 and torch.backends.mkl.is_available()
+        self.packs = weight.dtype == torch.float32 and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
         self.lock = threading.Lock()
 
     def __call__(self, x: Tensor) -> Tensor:
