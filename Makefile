@@ -57,7 +57,7 @@ cpp-sanitize: .venv/.installed-dev
 
 # Without --recorded everything is compiled (15 minutes). `python -m bcos_rt.kernels.static report` renews the record.
 kernels: .venv/.installed-dev
-	$(one_thread) $(venv_python) -m bcos_rt.kernels.static check
+	$(one_thread) $(venv_python) -m bcos_rt.kernels.static check --recorded docs/kernels.json
 
 # `python -m bench.gpu` ends with 3 on a machine without a GPU (which make reports as its own 2).
 gpu: .venv/.installed-dev
