@@ -129,9 +129,12 @@ def linear(adjoint: Adjoint, node: Node, grad: Node) -> None:
     weight, bias = a["weight"], a["bias"]
     if adjoint.depends(weight):
         raise adjoint.fail(node, "its weights depend on the image")
-    begin, end, all_of_it = _filled_columns(grad)
-    if not all_of_it:
-        padded = grad.target is aten.constant_pad_nd.default and len(grad.args[1]) == 2  # type: ignore[arg-type]
+    filled = _filled_columns(grad)
+    if filled is not None:
+        begin, end = filled
+        # Not padded in the first place, where the padding is all that makes zeros.
+        pads = [begin, int(grad.meta["val"].shape[-1]) - end]
+        padded = grad.target is aten.constant_pad_nd.default and grad.args[1] == pads
         grad = grad.args[0] if padded else adjoint.call(aten.slice.Tensor, grad, -1, begin, end)  # type: ignore[assignment]
         weight = adjoint.call(aten.slice.Tensor, weight, 0, begin, end)
         bias = None if bias is None else adjoint.call(aten.slice.Tensor, bias, 0, begin, end)
@@ -155,8 +158,8 @@ def _for_one(size: Any) -> int:
     return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
 
 
-def _filled_columns(grad: Node) -> tuple[int, int, bool]:
-    """(begin, end, whether that is all): the columns, last dimension, outside of which an adjoint is zero by its form.
+def _filled_columns(grad: Node) -> tuple[int, int] | None:
+    """The columns [begin, end) of the last dimension outside of which an adjoint is zero by its form; None: no such.
 
     Of a packed projection only the values' part gets an adjoint; the parts of queries and keys are zeros.
     """
@@ -167,7 +170,7 @@ def _filled_columns(grad: Node) -> tuple[int, int, bool]:
         chain.append(source)
         source = source.args[0]  # type: ignore[assignment]
     if not any(step.target is aten.constant_pad_nd.default for step in chain):
-        return 0, width, True
+        return None
     # The same moves on ones, for one class of one image: a size of the graph's own is the batch's.
     filled = torch.ones([_for_one(size) for size in source.meta["val"].shape])
     for step in reversed(chain):
@@ -176,9 +179,9 @@ def _filled_columns(grad: Node) -> tuple[int, int, bool]:
         filled = target(filled, *arguments, **step.kwargs)
     columns = filled.reshape(-1, width).any(0).nonzero()
     if len(columns) == 0:
-        return 0, width, True
+        return None
     begin, end = int(columns.min()), int(columns.max()) + 1
-    return begin, end, end - begin == width
+    return None if end - begin == width else (begin, end)
 
 
 @rule(aten.addmm.default)

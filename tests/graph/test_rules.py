@@ -67,6 +67,18 @@ CASES = {
     "bcos_tf_same": (lambda p, x: p["m"](x), lambda: BcosConv2d(8, 4, 3, 2, tf_same_padding=True)),
     "bcos_reflect": (lambda p, x: p["m"](x), lambda: BcosConv2d(8, 4, 3, padding=1, padding_mode="reflect")),
     "linear": (lambda p, x: p["m"](x.permute(0, 2, 3, 1)), lambda: nn.Linear(8, 3)),
+    "linear_part": (lambda p, x: p["m"](x.permute(0, 2, 3, 1)).chunk(3, -1)[2], lambda: nn.Linear(8, 12)),
+    "linear_part_of_part": (
+        lambda p, x: p["m"](x.permute(0, 2, 3, 1)).chunk(3, -1)[1].chunk(2, -1)[1], lambda: nn.Linear(8, 12)
+    ),
+    "linear_parts_apart": (
+        lambda p, x: p["m"](x.permute(0, 2, 3, 1))[..., 1::4] + p["m"](x.permute(0, 2, 3, 1))[..., 2:5],
+        lambda: nn.Linear(8, 12),
+    ),
+    "linear_unbound": (
+        lambda p, x: p["m"](x.permute(0, 2, 3, 1)).unflatten(-1, (3, 2, 2)).permute(3, 0, 4, 1, 2, 5).unbind(0)[2],
+        lambda: nn.Linear(8, 12),
+    ),
     "bcos_linear": (lambda p, x: p["m"](x.permute(0, 2, 3, 1)), lambda: BcosLinear(8, 3)),
     "bcos_linear_b1.5": (lambda p, x: p["m"](x.permute(0, 2, 3, 1)), lambda: BcosLinear(8, 3, b=1.5, bias=False)),
     "batch_norm": (lambda p, x: p["m"](x), lambda: nn.BatchNorm2d(8)),

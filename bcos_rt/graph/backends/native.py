@@ -228,6 +228,11 @@ def _value(program: Program, node: Any) -> Tensor | None:
     return None if node is None else program.constants[node]
 
 
+def _float(value: Tensor | None) -> Tensor | None:
+    """A parameter as the C++ kernels read it."""
+    return None if value is None else value.float().contiguous()
+
+
 def _address(value: Tensor | None) -> int:
     return 0 if value is None else value.data_ptr()
 
@@ -269,13 +274,13 @@ def _input_channels(x: Node, weight: Tensor) -> Tensor:
 def _conv2d_fused(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
     weight = low.program.constants[a["weight"]]
     bias, scale, shift = (_value(low.program, a[name]) for name in ("bias", "scale", "shift"))
-    scale, shift = (None if v is None else v.float().contiguous() for v in (scale, shift))
+    scale, shift = map(_float, (scale, shift))
     kernel, geometry = list(weight.shape[2:]), (list(a["stride"]), list(a["padding"]), list(a["dilation"]))
     wants = (a["want_multiplier"], a["want_gate"], a["want_squares"])
     b, eps, activation, groups = a["b"], a["eps"], a["activation"], a["groups"]
     if _is_depthwise(low.program, a):
         packed = low.packed.get(weight, ("depthwise",), lambda: cpu.pack_depthwise(weight))
-        bias = None if bias is None else bias.float().contiguous()
+        bias = _float(bias)
         source, padding = a["x"], geometry[1]
         if (padded := padding_of(source)) is not None:
             source, before = padded
@@ -497,7 +502,7 @@ def _linear_fused(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Functi
     weight = low.program.constants[a["weight"]]
     bias, scale, shift = (_value(low.program, a[name]) for name in ("bias", "scale", "shift"))
     bias = None if bias is None else bias.to(weight.dtype)
-    scale, shift = (None if v is None else v.float().contiguous() for v in (scale, shift))
+    scale, shift = map(_float, (scale, shift))
     wants = (a["want_multiplier"], a["want_gate"], a["want_squares"])
     b, eps, activation = a["b"], a["eps"], a["activation"]
     product = _product(low, weight, bias)
@@ -532,10 +537,6 @@ def _layer_norm_transposed(low: _Lowering, node: Node, a: dict[str, Any]) -> tup
         return cpu.layer_norm_transposed(grad, rstd, weight, identity)
 
     return run, [a["grad"], a["rstd"], a["identity"]]
-
-
-def _float(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.float().contiguous()
 
 
 def _square_sum(low: _Lowering, node: Node, a: dict[str, Any]) -> tuple[Function, list[Any]]:
