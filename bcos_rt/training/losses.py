@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcos_rt.errors import InvalidArgumentError
-from bcos_rt.nn.conventional import inner_network
+from bcos_rt.training.features import watch
 from bcos_rt.training.recipe import Distillation, TrainingRecipe
 
 __all__ = [
@@ -161,10 +162,12 @@ class Teaching(nn.Module):
         super().__init__()
         self.settings = settings
         self.siglip = SigLip(settings.siglip_learned) if settings.siglip > 0 else None
-        # In a tuple: the teacher is no submodule, its weights are neither trained nor saved.
+        # In tuples: they are no submodules, the teacher's weights are neither trained nor saved.
         self._teacher = (teacher.eval(),)
-        wanted = settings.modules if settings.features > 0 else ()
-        self._pairs = [(_module(student, n, "student"), _module(teacher, n, "teacher"), n) for n in wanted]
+        self._student = (student,)
+        self._watched = settings.modules if settings.features > 0 else ()
+        with self.watching():
+            pass  # modules that are not there are named before the first step
 
     @property
     def teacher(self) -> nn.Module:
@@ -175,19 +178,12 @@ class Teaching(nn.Module):
     def watching(self) -> Iterator[dict[str, dict[str, Tensor]]]:
         """Inside, every forward pass leaves the modules' outputs in the dictionary: side -> module -> features."""
         seen: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}}
-        handles = []
-        for student, teacher, name in self._pairs:
-            for side, module in (("student", student), ("teacher", teacher)):
-
-                def keep(_m: nn.Module, _i: object, out: Tensor, side: str = side, name: str = name) -> None:
-                    seen[side][name] = out
-
-                handles.append(module.register_forward_hook(keep))
-        try:
+        with ExitStack() as stack:
+            for name in self._watched:
+                for side, (net,) in (("student", self._student), ("teacher", self._teacher)):
+                    keep = partial(seen[side].__setitem__, name)
+                    stack.callback(watch(net, name, keep, side).remove)
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def teach(self, images: Tensor) -> Tensor:
         """The teacher's outputs, without gradients; inside :meth:`watching` its modules are seen."""
@@ -195,11 +191,13 @@ class Teaching(nn.Module):
             taught: Tensor = self.teacher(images)
         return taught
 
-    def forward(self, logits: Tensor, taught: Tensor, seen: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def forward(
+        self, logits: Tensor, taught: Tensor, seen: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> dict[str, Tensor]:
         """The weighted parts of the loss by name, for the student's ``logits`` (or embeddings) and the teacher's.
 
         Args:
-            seen: what :meth:`watching` saw of both passes; empty dictionaries leave features out.
+            seen: what :meth:`watching` saw of both passes; None leaves features out.
         """
         settings = self.settings
         # fp16's and bf16's sums are too coarse for a loss.
@@ -212,26 +210,22 @@ class Teaching(nn.Module):
             parts["distill_siglip"] = settings.siglip * self.siglip(logits, taught)
         if settings.embedding:
             parts["distill_embedding"] = settings.embedding * (1 - agreement(logits, taught)).mean()
-        total: Tensor | None = None
-        for name, theirs in seen["teacher"].items():
-            ours = seen["student"][name]
-            if ours.shape != theirs.shape:
-                raise InvalidArgumentError(
-                    "Distillation.modules",
-                    f"{name!r}, of shape {tuple(ours.shape)} in the student and {tuple(theirs.shape)} in the teacher",
-                    "modules whose outputs have the same shape",
-                )
-            distance = distance_of_features(ours.float(), theirs.float(), settings.feature_loss)
-            total = distance if total is None else total + distance
-        if total is not None:
-            parts["distill_features"] = settings.features * total / len(self._pairs)
+        if self._watched and seen is not None:
+            distances = [self._distance(name, seen) for name in self._watched]
+            parts["distill_features"] = settings.features * torch.stack(distances).mean()
         return parts
 
-
-def _module(net: nn.Module, name: str, side: str) -> nn.Module:
-    """A submodule by its name in the source model."""
-    modules: dict[str, nn.Module] = dict(inner_network(net).named_modules())
-    if name not in modules:
-        shown = ", ".join(list(modules)[1:6])
-        raise InvalidArgumentError("Distillation.modules", repr(name), f"a module of the {side}: {shown}, ...")
-    return modules[name]
+    def _distance(self, name: str, seen: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        for side, features in seen.items():
+            if name not in features:
+                raise InvalidArgumentError(
+                    "Distillation.modules", f"{name!r}, which the {side} never calls", "modules that both call"
+                )
+        ours, theirs = seen["student"][name], seen["teacher"][name]
+        if ours.shape != theirs.shape:
+            raise InvalidArgumentError(
+                "Distillation.modules",
+                f"{name!r}, of shape {tuple(ours.shape)} in the student and {tuple(theirs.shape)} in the teacher",
+                "modules whose outputs have the same shape",
+            )
+        return distance_of_features(ours.float(), theirs.float(), self.settings.feature_loss)

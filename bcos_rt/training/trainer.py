@@ -459,7 +459,7 @@ class _Training:
                 images = images.contiguous(memory_format=torch.channels_last)
             with self.fabric.autocast():
                 outputs, taught = model(images), self.teaching.teach(images)
-                parts = self.teaching(outputs, taught, {"student": {}, "teacher": {}})
+                parts = self.teaching(outputs, taught)
             loss = sum(float(value) for value in parts.values())
             sums = (loss * len(images), agreement(outputs, taught).double().sum(), len(images))
             totals += torch.tensor([float(v) for v in sums], dtype=torch.float64)

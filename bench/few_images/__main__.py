@@ -48,9 +48,15 @@ STAGES = tuple(f"blocks.{i}" for i in range(7))
 
 @dataclass(frozen=True)
 class Variant:
-    """How the network is converted and trained; the fields not given are the long run's."""
+    """How the network is converted and trained; the fields not given are the long run's.
+
+    Attributes:
+        recalibrated: whether the norms' statistics are recomputed from the photographs, after the conversion and again
+            after the training (a few hundred steps do not move running averages far enough).
+    """
 
     epochs: int = SHORT
+    recalibrated: bool = True
     conversion: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -68,6 +74,7 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "long": Variant(LONG),
     "short": Variant(),
+    "not_recalibrated": Variant(recalibrated=False),
     "no_features": Variant(training={"distillation.features": 0.0, "distillation.modules": ()}),
     "kl": Variant(
         conversion={"logit_bias": None}, training={"distillation.logit_loss": "kl", "distillation.logits": 1.0}
@@ -151,6 +158,8 @@ def _train(name: str, photos: Path, work: Path) -> None:
     (images, _), held_out = photographs(photos)
     torch.manual_seed(0)
     net, _ = bcosify("efficientnet-lite0", Recipe(**variant.conversion))
+    if variant.recalibrated:
+        recalibrate(net, _centre(images).split(50))
 
     def told(row: dict[str, Any]) -> None:
         console.print(f"  epoch {row['epoch']:3} loss {row['train_loss']:.4f} held out {row['val_top1']:.3f} "
@@ -171,9 +180,10 @@ def _network(name: str, work: Path, train: tuple[Tensor, Tensor]) -> nn.Module:
     if name == "teacher":
         return teacher()
     if name in VARIANTS:
-        return load(work / name / "last.safetensors")
-    net, _ = bcosify("efficientnet-lite0", Recipe())
-    if name == "recalibrated":
+        net, again = load(work / name / "last.safetensors"), VARIANTS[name].recalibrated
+    else:
+        net, again = bcosify("efficientnet-lite0", Recipe())[0], name == "recalibrated"
+    if again:
         recalibrate(net, _centre(train[0]).split(50))
     return net.eval()
 

@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.testing import assert_close
 
+from bcos_rt import Recipe, bcosify
 from bcos_rt.errors import InvalidArgumentError
+from bcos_rt.models import load_model
 from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.training import Distillation
 from bcos_rt.training.losses import (
@@ -110,11 +113,11 @@ def test_cosine_of_embeddings() -> None:
     generator = torch.Generator().manual_seed(2)
     ours, theirs = (torch.randn(4, 5, generator=generator) for _ in range(2))
     teaching = Teaching(small_net(1), small_net(0), Distillation(logits=0.0, embedding=3.0))
-    parts = teaching(ours, theirs, {"student": {}, "teacher": {}})
+    parts = teaching(ours, theirs)
     expected = 3 * sum(1 - float(a @ b / (a.norm() * b.norm())) for a, b in zip(ours, theirs, strict=True)) / 4
     assert set(parts) == {"distill_embedding"}
     assert float(parts["distill_embedding"]) == pytest.approx(expected, rel=1e-5)
-    assert float(teaching(7 * theirs, theirs, {"student": {}, "teacher": {}})["distill_embedding"]) < 1e-6
+    assert float(teaching(7 * theirs, theirs)["distill_embedding"]) < 1e-6
     torch.testing.assert_close(agreement(ours, theirs), F.cosine_similarity(ours, theirs))
     with pytest.raises(InvalidArgumentError, match=r"teacher.*\(4, 6\).*\(4, 5\)"):
         agreement(ours, torch.ones(4, 6))
@@ -160,3 +163,75 @@ def test_features_have_gradients_for_the_student_alone() -> None:
 def test_modules_that_are_not_there_are_named() -> None:
     with pytest.raises(InvalidArgumentError, match=r"'layer9'.*a module of the student: stem, act"):
         Teaching(small_net(0), small_net(0), Distillation(features=1.0, modules=("layer9",)))
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "side"),
+    [
+        # A stage that ends in a ReLU, called twice a block; one whose block is called itself; a norm before a ReLU.
+        ("torchvision:resnet18", ("layer1", "layer2.0", "bn1", "layer4"), 64),
+        # Stages of one block, and ones that end in the addition of a shortcut.
+        ("timm:efficientnet_lite0", ("blocks.0", "blocks.1", "blocks.6", "blocks.2.0.conv_dw"), 64),
+        ("torchvision:densenet121", ("features.denseblock1", "features.transition2"), 64),
+    ],
+)
+def test_features_of_a_converted_network_are_those_of_the_source(model: str, names: tuple[str, ...], side: int) -> None:
+    """At B = 1 the converted network computes what the source computes, and so do its stages."""
+    torch.manual_seed(0)
+    source = load_model(model, weights="random", num_classes=5)
+    net, _ = bcosify(source, Recipe.equivalent())
+    teacher = source.conventional()
+    images = torch.rand(2, 3, side, side)
+    teaching = Teaching(net.eval(), teacher, Distillation(logits=0.0, features=1.0, modules=names))
+    with teaching.watching() as seen:
+        loss = teaching(net(images), teaching.teach(images), seen)["distill_features"]
+    assert set(seen["student"]) == set(names)
+    modules, expected = dict(teacher.model.named_modules()), {}
+    handles = [
+        modules[name].register_forward_hook(lambda _m, _i, out, name=name: expected.__setitem__(name, out.clone()))
+        for name in names
+    ]
+    with torch.no_grad():
+        teacher(images)
+    for handle in handles:
+        handle.remove()
+    for name in names:
+        for found in seen.values():
+            assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4 * float(expected[name].abs().max()))
+    assert float(loss.detach()) < 1e-6
+    loss.backward()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+class Doubled(nn.Module):
+    """A block whose output goes into a multiplication, and a module that is never called."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.conv(x) + 1
+            return out
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.spare, self.fc = self.Block(), nn.ReLU(), nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc((self.block(x) * 2).mean((2, 3)))
+        return out
+
+
+def test_features_that_cannot_be_read_are_named() -> None:
+    net, _ = bcosify(Doubled(), Recipe())
+    teacher, images = ConventionalNetwork(Doubled()), torch.rand(2, 3, 4, 4)
+    with pytest.raises(InvalidArgumentError, match="'block', whose output goes into mul in the student"):
+        Teaching(net, teacher, Distillation(features=1.0, modules=("block",)))
+    teaching = Teaching(teacher, teacher, Distillation(features=1.0, modules=("spare",)))
+    with (
+        teaching.watching() as seen,
+        pytest.raises(InvalidArgumentError, match="'spare', which the student never calls"),
+    ):
+        teaching(teacher(images), teaching.teach(images), seen)
