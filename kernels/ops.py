@@ -388,6 +388,10 @@ def _conv2d_values(
     if not _conv2d_uses_triton(x, weight, groups):
         geometry = (stride, padding, dilation)
         if not isinstance(b, Tensor) and b != 1 and _uses_cpp(x):
+            if _is_cpp_depthwise(weight, groups):
+                none = (None, None, None)
+                packed, wide = cpu.pack_depthwise(weight), None if bias is None else bias.float()
+                return cpu.depthwise_fused(x, packed, weight.shape[2:], wide, *none, *geometry, b, eps, "none")[0]
             z = cpu.channels_last(F.conv2d(x, weight, bias, *geometry, groups))
             return cpu.conv_epilogue(
                 z, cpu.square_sum(x, groups), weight.shape[2:], *geometry, eps, b=b, groups=groups
@@ -431,7 +435,8 @@ def _conv2d_grads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x, weight, bias and B, empty where not needed."""
     if groups > 1 and weight.shape[1] == 1:
-        grads = _depthwise_grads(grad, x, weight, bias, y, b, stride, padding, dilation, groups, eps, needs)
+        kernels = _triton_depthwise(x, weight, stride, padding, dilation, groups)
+        grads = _depthwise_grads(grad, x, weight, bias, y, b, stride, padding, dilation, groups, eps, needs, *kernels)
     else:
         nhwc = [t.permute(0, 2, 3, 1).contiguous() for t in (grad, x, weight, y)]
         squares = _triton("square_sum")(x, groups).permute(0, 2, 3, 1)
@@ -461,27 +466,74 @@ def _depthwise_grads(
     groups: int,
     eps: float,
     needs: Sequence[bool],
+    transposed: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    grad_weight: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """A depthwise convolution's: its norms are as large as its output, so that part is pointwise PyTorch."""
-    n = reference.patch_norm(x, weight.shape[2:], stride, padding, dilation, groups, eps)
+    """A depthwise convolution's: its norms are as large as its output, so that part is pointwise PyTorch.
+
+    Args:
+        transposed: the adjoint of the convolution with the given filters, plus the given tensor.
+        grad_weight: the filters' gradient, from that of z.
+    """
+    geometry = (weight.shape[2:], stride, padding, dilation, groups, eps)
+    grad_b = None
     if isinstance(b, Tensor) or b != 2:
+        n = reference.patch_norm(x, *geometry)
         z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        grad_z, grad_n, grad_b = reference.grad_response(grad, z, n, b, 1)
+        share = grad_n / n
     else:
-        z = reference.recover_z(y, n, 1)
-    grad_z, grad_n, grad_b = reference.grad_response(grad, z, n, b, 1)
-    geometry = (stride, padding, dilation)
+        grad_z, share = reference.square_response_grad(grad, x, y, *geometry)
     grad_x = grad_w = grad_bias = None
     if needs[0]:
         ones = torch.ones((groups, 1, *weight.shape[2:]), device=x.device)
-        spread = _triton("depthwise_transposed")((grad_n / n).contiguous(), ones, x.shape[2:], *geometry, groups)[0]
-        grad_x = _triton("depthwise_transposed")(
-            grad_z, weight, x.shape[2:], *geometry, groups, None, (x * spread).to(x.dtype), None, False
-        )[0]
+        spread = transposed(share, ones, None)
+        grad_x = transposed(grad_z, weight, (x * spread).to(x.dtype))
     if needs[1]:
-        grad_w = _triton("depthwise_grad_weight")(grad_z, x, weight.shape[2:], *geometry).to(weight.dtype)
+        grad_w = grad_weight(grad_z).to(weight.dtype)
     if needs[2] and bias is not None:
         grad_bias = grad_z.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)
     return grad_x, grad_w, grad_bias, grad_b if needs[3] else None
+
+
+def _triton_depthwise(x: Tensor, weight: Tensor, *geometry: Any) -> tuple[Callable[..., Tensor], ...]:
+    """The last two arguments of :func:`_depthwise_grads`, of the GPU kernels."""
+    *window, groups = geometry
+
+    def transposed(grad: Tensor, filters: Tensor, plus: Tensor | None) -> Tensor:
+        end = () if plus is None else (None, plus, None, False)
+        out: Tensor = _triton("depthwise_transposed")(
+            grad.contiguous(), filters, x.shape[2:], *window, groups, *end
+        )[0]  # fmt: skip
+        return out
+
+    def grad_weight(grad_z: Tensor) -> Tensor:
+        out: Tensor = _triton("depthwise_grad_weight")(grad_z, x, weight.shape[2:], *window)
+        return out
+
+    return transposed, grad_weight
+
+
+def _cpp_depthwise(x: Tensor, weight: Tensor, *geometry: Any) -> tuple[Callable[..., Tensor], ...]:
+    """The last two arguments of :func:`_depthwise_grads`, of the C++ kernels; the filters' gradient is torch's."""
+    *window, groups = geometry
+
+    def transposed(grad: Tensor, filters: Tensor, plus: Tensor | None) -> Tensor:
+        packed = cpu.pack_depthwise(filters)
+        return cpu.depthwise_transposed(grad, packed, filters.shape[2:], x.shape[2:], *window, identity=plus)[0]
+
+    def grad_weight(grad_z: Tensor) -> Tensor:
+        out: Tensor = torch.ops.aten.convolution_backward(
+            grad_z, x, weight, None, *map(list, window), False, [0, 0], groups, [False, True, False]
+        )[1]
+        return out
+
+    return transposed, grad_weight
+
+
+def _is_cpp_depthwise(weight: Tensor, groups: int) -> bool:
+    """Whether the C++ kernel of depthwise convolutions takes these filters: one a channel."""
+    return groups > 1 and weight.shape[:2] == (groups, 1)
 
 
 def _present(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -597,6 +649,11 @@ def _conv2d_backward(
         with torch.autocast(x.device.type, enabled=False):
             # A second derivative (create_graph=True) and transforms (torch.compile, vmap) need operations they know.
             direct = cpp and not torch.is_grad_enabled() and has_memory(grad, x, y) and cpu.in_channels_last(y)
+            if direct and _is_cpp_depthwise(weight, groups):
+                kernels = _cpp_depthwise(x, weight, stride, padding, dilation, groups)
+                return _depthwise_grads(
+                    grad, x, weight, bias, y, b, stride, padding, dilation, groups, eps, needs, *kernels
+                )
             response = cpu.square_response_grad if direct else None
             return reference.conv2d_backward(
                 grad, x, weight, bias, y, stride, padding, dilation, groups, b, eps, needs, response

@@ -533,6 +533,36 @@ def test_layers_use_the_kernels(b, groups, monkeypatch):
     assert first.requires_grad
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("b", [1.5, 2.0, 2.5])
+@pytest.mark.parametrize(
+    ("kernel", "geometry"),
+    [((3, 3), ((1, 1), (1, 1), (1, 1))), ((5, 3), ((2, 1), (2, 0), (1, 2))), ((1, 1), ((2, 2), (0, 0), (1, 1)))],
+)
+def test_depthwise_layers_use_their_kernels(kernel, geometry, b, bias, monkeypatch):
+    """Values and gradients against float64's, the norms' part too."""
+    torch.manual_seed(0)
+    calls = []
+    for name in ("depthwise_fused", "depthwise_transposed", "conv_epilogue"):
+        original = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *a, f=original, n=name, **k: (calls.append(n), f(*a, **k))[1])
+    stride, padding, dilation = geometry
+    tensors = [image(2, 19, 9, 7), torch.randn(19, 1, *kernel), *([torch.randn(19)] if bias else [])]
+
+    def layer(dtype):
+        given = [t.to(dtype).requires_grad_() for t in tensors]
+        y = ops.conv2d(*given[:2], given[2] if bias else None, stride, padding, dilation, 19, b)
+        torch.manual_seed(1)
+        direction = torch.randn(y.shape, dtype=torch.float64).to(dtype)
+        return y.detach(), *torch.autograd.grad((y * direction).sum(), given)
+
+    ours = layer(torch.float32)
+    assert calls == ["depthwise_fused", "depthwise_transposed", "depthwise_transposed"]
+    for mine, exact, what in zip(ours, layer(torch.float64), ("y", "x", "weight", "bias"), strict=False):
+        close(mine, exact, torch.float32, what)
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_training_in_channels_last_memory(backend):
     """A compiler traces the backward pass with stand-ins of tensors, which have no memory to read."""
