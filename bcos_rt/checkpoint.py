@@ -28,6 +28,7 @@ from bcos_rt.models import rebuild_source
 from bcos_rt.models.weights import load_strict
 from bcos_rt.nn.exponent import exponents, set_exponents
 from bcos_rt.nn.network import BcosNetwork
+from bcos_rt.packaged import located
 
 __all__ = ["is_checkpoint", "load", "save"]
 
@@ -84,7 +85,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> BcosNe
     """Read a network that :func:`save` wrote, in eval mode, on the CPU.
 
     Args:
-        path: the directory or the ``.safetensors`` file.
+        path: the directory or the ``.safetensors`` file; ``packaged:NAME`` for a network that comes with the package
+            (:mod:`bcos_rt.packaged`).
         model: the source architecture, with any weights, for a network made from a module of your own; a network made
             from a model name (``torchvision:...``, ``timm:...``) needs none. It is not modified.
 
@@ -92,7 +94,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> BcosNe
         CheckpointError: no such file, not a checkpoint of this package, truncated, of another format version, made from
             a module that was not given, or one that does not fit: the message lists the keys that differ.
     """
-    path = Path(path)
+    path = located(path)
     if model is not None and not isinstance(model, nn.Module):
         raise InvalidTypeError("model", type(model).__name__, "a torch.nn.Module (the source architecture) or None")
     checkpoint = _read(path)

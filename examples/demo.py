@@ -3,8 +3,9 @@
     python examples/demo.py --out demo_out
 
 Part 1 takes EfficientNet-Lite0 with its ImageNet weights, converts it to an equivalent B = 1 network and explains
-photographs from scikit-image. Part 2 trains a small CNN on scikit-learn's digits, makes a B-cos network of it and
-fine-tunes that. Part 3 writes both as ONNX files and compares them with PyTorch.
+photographs from scikit-image. Part 2 explains them with a ResNet-20 that was B-cosified and fine-tuned on CIFAR-10 and
+comes with the package. Part 3 trains a small CNN on scikit-learn's digits, makes a B-cos network of it and fine-tunes
+that. Part 4 writes all three as ONNX files and compares them with PyTorch.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from __future__ import annotations
 import argparse
 import base64
 import html
-import json
-import os
 import platform
 import statistics
 import time
@@ -30,8 +29,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from bcos_rt import BcosNetwork, Explanation, Recipe, bcosify, explain, recalibrate, save
+from bcos_rt import BcosNetwork, Explanation, Recipe, bcosify, explain, load, packaged, recalibrate, save
 from bcos_rt.export import to_onnx
+from bcos_rt.files import replacing, write_json, write_text
 from bcos_rt.images import load_image
 from bcos_rt.models import load_model
 
@@ -87,14 +87,7 @@ class Report:
         )
         write_text(path, page)
         numbers = {"machine": machine(), "seconds": round(seconds, 1), "tables": self.tables}
-        write_text(path.with_name("results.json"), json.dumps(numbers, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        write_json(path.with_name("results.json"), numbers)
 
 
 def machine() -> str:
@@ -124,13 +117,13 @@ def median_ms(function: Callable[[], object], runs: int = 7) -> float:
 # Part 1: EfficientNet-Lite0 on photographs -----------------------------------------------------------------------
 
 
-def photographs() -> tuple[list[str], Tensor]:
-    """The photographs inside scikit-image, [N, 3, 224, 224] in [0, 1]."""
+def photographs(size: int = 224) -> tuple[list[str], Tensor]:
+    """The photographs inside scikit-image, [N, 3, size, size] in [0, 1]."""
     import skimage.data
 
     folder = Path(skimage.data.__file__).parent
     names = [Path(name).stem for name in PHOTOGRAPHS]
-    return names, torch.stack([load_image(folder / name, size=224) for name in PHOTOGRAPHS])
+    return names, torch.stack([load_image(folder / name, size=size) for name in PHOTOGRAPHS])
 
 
 def imagenet_part(report: Report, out: Path) -> tuple[BcosNetwork, Tensor]:
@@ -180,7 +173,38 @@ def imagenet_part(report: Report, out: Path) -> tuple[BcosNetwork, Tensor]:
     return net, images
 
 
-# Part 2: digits, trained, B-cosified, fine-tuned -----------------------------------------------------------------
+# Part 2: the network that comes with the package -------------------------------------------------------------------
+
+
+def cifar_part(report: Report, out: Path) -> tuple[BcosNetwork, Tensor]:
+    report.heading("2. ResNet-20, B-cosified and fine-tuned on CIFAR-10, from the package")
+    name = packaged.PREFIX + "cifar10-resnet20"
+    net, about = load(name), packaged.about(name)
+    names, images = photographs(size=32)
+    explanation = explain(net, images)
+    report.table(
+        ["network", "CIFAR-10 test accuracy", "3 x 3 grid pointing"],
+        [
+            ["original, conventional", f"{about['test_top1_conventional']:.1%}", ""],
+            ["B-cosified (B = 2, no biases), fine-tuned", f"{about['test_top1']:.1%}",
+             f"{about['grid_pointing_3x3']:.1%}"],
+        ],
+    )  # fmt: skip
+    report.text(
+        "Measured when it was trained, with: " + "; ".join(about["commands"]) + ". Grid pointing: of nine test images "
+        "side by side, the share of positive contributions that falls on the one whose class is explained (by chance "
+        "11 %)."
+    )
+    titles = [f"{photo}: {explanation.class_name(int(c))}?" for photo, c in zip(names, explanation.target, strict=True)]
+    path = explanation_grid(explanation, titles, out / "cifar10.png")
+    report.picture(path, "The photographs at 32 x 32 pixels, the explanation of what the network takes each for, and "
+                   "each pixel's contribution (red for, blue against). It knows ten classes and has to choose one: an "
+                   "astronaut, a cup of coffee and a rocket are none of them.")  # fmt: skip
+    report.text(f"Largest |sum(contributions) + residual - logit|: {float(explanation.completeness_error().max()):.1e}")
+    return net, images
+
+
+# Part 3: digits, trained, B-cosified, fine-tuned -----------------------------------------------------------------
 
 
 def digit_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -241,7 +265,7 @@ def one_hot_bce(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def digits_part(report: Report, out: Path) -> tuple[BcosNetwork, Tensor]:
-    report.heading("2. Digits: trained, B-cosified, fine-tuned")
+    report.heading("3. Digits: trained, B-cosified, fine-tuned")
     train_x, train_y, test_x, test_y = digit_data()
     mean, std = (0.31, 0.31, 0.31), (0.35, 0.35, 0.35)
     torch.manual_seed(SEED)
@@ -272,25 +296,25 @@ def digits_part(report: Report, out: Path) -> tuple[BcosNetwork, Tensor]:
     chosen = [int((test_y == digit).nonzero()[0]) for digit in range(10)]
     images = test_x[chosen]
     explanation = explain(net, images)
-    path = digit_grid(explanation, out / "digits.png")
+    path = explanation_grid(explanation, [f"predicted {int(c)}" for c in explanation.target], out / "digits.png")
     report.picture(path, "One test image of each digit, the fine-tuned network's explanation of its prediction, and "
                    "each pixel's contribution (red for, blue against).")  # fmt: skip
     report.text(f"Largest |sum(contributions) + residual - logit|: {float(explanation.completeness_error().max()):.1e}")
     return net, images
 
 
-def digit_grid(explanation: Explanation, path: Path) -> Path:
-    """Ten columns: digit, colour explanation, contribution map."""
+def explanation_grid(explanation: Explanation, titles: list[str], path: Path) -> Path:
+    """A column an image: the image, colour explanation, contribution map."""
     from matplotlib.figure import Figure
 
     rgba = explanation.picture(smooth=5).numpy()
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
-    axes = figure.subplots(3, len(explanation))
+    figure = Figure(figsize=(1.4 * max(len(explanation), 6), 4.6), layout="constrained")
+    axes = figure.subplots(3, len(explanation), squeeze=False)
     for i in range(len(explanation)):
         contributions = explanation.contributions[i].numpy()
         limit = float(np.percentile(np.abs(contributions), 99.5)) or 1.0
         axes[0, i].imshow(explanation.images[i, :3].permute(1, 2, 0).numpy())
-        axes[0, i].set_title(f"predicted {int(explanation.target[i])}", fontsize=10)
+        axes[0, i].set_title(titles[i], fontsize=10)
         axes[1, i].imshow(np.ones((*rgba.shape[1:3], 3)))
         axes[1, i].imshow(rgba[i])
         axes[2, i].imshow(contributions, cmap="bwr", vmin=-limit, vmax=limit)
@@ -299,19 +323,18 @@ def digit_grid(explanation: Explanation, path: Path) -> Path:
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=100, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
     return path
 
 
-# Part 3: one ONNX file each --------------------------------------------------------------------------------------
+# Part 4: one ONNX file each --------------------------------------------------------------------------------------
 
 
 def onnx_part(report: Report, out: Path, networks: dict[str, tuple[BcosNetwork, Tensor]]) -> None:
     import onnxruntime
 
-    report.heading("3. Prediction and explanation in one ONNX file")
+    report.heading("4. Prediction and explanation in one ONNX file")
     rows = []
     for name, (net, images) in networks.items():
         path = out / f"{name}.onnx"
@@ -364,6 +387,7 @@ def main() -> None:
     report.console.print(f"bcos-rt demo on {machine()}")
     networks = {
         "efficientnet-lite0": imagenet_part(report, arguments.out),
+        "cifar10": cifar_part(report, arguments.out),
         "digits": digits_part(report, arguments.out),
     }
     onnx_part(report, arguments.out, networks)

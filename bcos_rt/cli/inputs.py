@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bcos_rt.errors import InvalidArgumentError, did_you_mean
+from bcos_rt.packaged import is_packaged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +84,13 @@ Power = Annotated[
     float | None, typer.Option("--power", help="Of --pooling cosine_power: a cosine c counts |c|^(POWER - 1) times.")
 ]
 Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", "-c", metavar="PATH", help="A saved B-cos network, instead of --model.")
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        "-c",
+        metavar="PATH",
+        help="A saved B-cos network, instead of --model; or packaged:cifar10-resnet20, which comes with bcos-rt.",
+    ),
 ]
 Weights = Annotated[
     str | None,
@@ -159,7 +166,7 @@ def load_network(
         InvalidArgumentError: neither or both are given, or options that do not go together.
         CheckpointError: unreadable or unfitting weights.
     """
-    if model is not None and checkpoint is None and os.path.exists(model):
+    if model is not None and checkpoint is None and (os.path.exists(model) or is_packaged(model)):
         checkpoint, model = Path(model), None
     if model is not None and checkpoint is not None:
         raise InvalidArgumentError("--model, --checkpoint", "both", "one of them")

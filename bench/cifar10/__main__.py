@@ -4,7 +4,8 @@
     python -m bench.cifar10 run NAME --data cifar10.tar.gz          one training run, or the rest of it
     python -m bench.cifar10 all --data cifar10.tar.gz               every run, one after the other; --name for some
     python -m bench.cifar10 localise --data cifar10.tar.gz          grid pointing games of what is trained
-    python -m bench.cifar10 table                                   docs/results/cifar10.csv and study.csv
+    python -m bench.cifar10 table                                   docs/results/cifar10.csv and cifar10_study.csv
+    python -m bench.cifar10 ship resnet20                           the best network, into the package
 
 Weights and states lie in --work (build/cifar10); logs and numbers are copied to bench/results/cifar10, and the weights
 of finished runs outside the study, so that other runs can begin with them on another machine. A run that was stopped,
@@ -79,6 +80,14 @@ def make_table() -> None:
     from bench.cifar10.table import write_tables
 
     write_tables(RESULTS, ROOT / "docs" / "results")
+
+
+@app.command()
+def ship(network: str) -> None:
+    """Put the best B-cosified network of this name into the package, with its numbers."""
+    from bench.cifar10.ship import ship_best
+
+    console.print(f"{ship_best(network, RESULTS)}")
 
 
 def _chosen(names: list[str] | None) -> list[Run]:

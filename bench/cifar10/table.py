@@ -8,7 +8,7 @@ from typing import Any
 from bcos_rt.files import read_rows, write_csv
 from bench.cifar10.plan import Run, runs
 
-__all__ = ["study_rows", "table_rows", "write_tables"]
+__all__ = ["last_epoch", "localisation", "study_rows", "table_rows", "write_tables"]
 
 COLUMNS = (
     "model", "seed", "pretrained_top1", "bcos_top1", "bcosified_top1", "delta", "scratch_epochs", "t", "speedup",
@@ -17,13 +17,13 @@ COLUMNS = (
 STUDY_COLUMNS = ("variant", "epochs", "top1", "localisation", "images_per_s")
 
 
-def _last(logs: Path, run: Run) -> dict[str, str] | None:
+def last_epoch(logs: Path, run: Run) -> dict[str, str] | None:
     """The last epoch of a finished run."""
     rows = read_rows(logs / run.name / "metrics.csv")
     return rows[-1] if len(rows) >= run.recipe.epochs else None
 
 
-def _localisation(logs: Path, run: Run) -> dict[str, float]:
+def localisation(logs: Path, run: Run) -> dict[str, float]:
     """Mean share inside the right cell by method."""
     rows = read_rows(logs / run.name / "localisation.csv")
     return {row["method"]: float(row["mean"]) for row in rows}
@@ -39,11 +39,11 @@ def table_rows(logs: Path) -> list[dict[str, Any]]:
         group = {
             kind: by_name[run.name.replace("-standard-", f"-{kind}-")] for kind in ("standard", "bcos", "bcosified")
         }
-        last = {kind: _last(logs, member) for kind, member in group.items()}
+        last = {kind: last_epoch(logs, member) for kind, member in group.items()}
         if any(row is None for row in last.values()):
             continue
         top1 = {kind: float(row["val_top1"]) for kind, row in last.items() if row is not None}
-        found = {kind: _localisation(logs, member) for kind, member in group.items()}
+        found = {kind: localisation(logs, member) for kind, member in group.items()}
         others = {method: mean for method, mean in found["standard"].items() if method != "random"}
         best = max(others, key=lambda m: others[m]) if others else None
         passed = epoch_of_passing(read_rows(logs / group["bcosified"].name / "metrics.csv"), top1["bcos"])
@@ -75,13 +75,13 @@ def study_rows(logs: Path) -> list[dict[str, Any]]:
     """One row a finished variant."""
     rows = []
     for run in runs():
-        last = _last(logs, run) if run.variant else None
+        last = last_epoch(logs, run) if run.variant else None
         if last is not None:
             rows.append({
                 "variant": run.variant,
                 "epochs": run.recipe.epochs,
                 "top1": _percent(float(last["val_top1"])),
-                "localisation": _percent(_localisation(logs, run).get("bcos")),
+                "localisation": _percent(localisation(logs, run).get("bcos")),
                 "images_per_s": f"{float(last['images_per_s']):.0f}",
             })  # fmt: skip
     return rows

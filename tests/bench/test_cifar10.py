@@ -1,5 +1,6 @@
 """The CIFAR-10 experiment: its plan, its networks, and the table made from logs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from bcos_rt.files import read_rows, write_csv
 from bcos_rt.training.run import save_network
 from bench.cifar10.networks import COMMITTED_WEIGHTS, build, weights_of
 from bench.cifar10.plan import STUDY, Run, runs
+from bench.cifar10.ship import LARGEST, ship_best
 from bench.cifar10.table import epoch_of_passing, write_tables
 
 
@@ -78,3 +80,25 @@ def test_a_source_that_was_never_trained_is_named(tmp_path: Path) -> None:
     run = next(r for r in runs() if r.kind == "bcosified")
     with pytest.raises(SystemExit, match=str(run.source)):
         build(run, tmp_path, tmp_path)
+
+
+def test_the_best_seed_is_shipped_with_its_numbers(tmp_path: Path) -> None:
+    results, folder = tmp_path / "results", tmp_path / "packaged"
+    with pytest.raises(SystemExit, match="no B-cosified run is finished"):
+        ship_best("resnet20", results, folder)
+    for seed, top1 in ((0, 0.84), (1, 0.86)):
+        logs(results, f"resnet20-standard-seed{seed}", [0.8] * 11 + [0.9 + seed / 100], {})
+        logs(results, f"resnet20-bcosified-seed{seed}", [0.7] * 11 + [top1], {"bcos": 0.75 + seed / 10})
+        (results / f"resnet20-bcosified-seed{seed}" / COMMITTED_WEIGHTS).write_bytes(b"weights" * (seed + 1))
+    target = ship_best("resnet20", results, folder)
+    assert target.read_bytes() == b"weights" * 2
+    about = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
+    assert (about["seed"], about["test_top1"], about["test_top1_conventional"]) == (1, 0.86, 0.91)
+    assert about["grid_pointing_3x3"] == 0.85
+    assert [command.split()[4] for command in about["commands"]] == [
+        "resnet20-standard-seed1", "resnet20-bcosified-seed1",
+    ]  # fmt: skip
+    (results / "resnet20-bcosified-seed1" / COMMITTED_WEIGHTS).write_bytes(bytes(LARGEST + 1))
+    with pytest.raises(SystemExit, match=f"{LARGEST + 1} bytes"):
+        ship_best("resnet20", results, folder)
+    assert target.read_bytes() == b"weights" * 2

@@ -253,3 +253,12 @@ def test_numbers_of_photo_formats(bcos, checkpoint, tmp_path):
     assert result.code == 0, result.err
     assert len(list((tmp_path / "out").glob("*.png"))) == len(paths)
     assert max(image["classes"][0]["completeness_error"] for image in result.json["images"]) < 1e-4
+
+
+@pytest.mark.parametrize("option", ["--checkpoint", "--model"])
+def test_a_network_from_the_package(bcos, photos, tmp_path, option):
+    name = "packaged:cifar10-resnet20"
+    result = bcos("explain", photos[0], option, name, "-o", tmp_path / "out.png", "--json")
+    assert result.code == 0, result.err
+    assert result.json["network"]["checkpoint"] == name
+    assert (tmp_path / "out.png").stat().st_size > 0
