@@ -195,7 +195,7 @@ def cifar_part(report: Report, out: Path) -> tuple[BcosNetwork, Tensor]:
         "side by side, the share of positive contributions that falls on the one whose class is explained (by chance "
         "11 %)."
     )
-    titles = [f"{photo}: {explanation.class_name(int(c))}?" for photo, c in zip(names, explanation.target, strict=True)]
+    titles = [f"{photo}\n{explanation.class_name(int(c))}?" for photo, c in zip(names, explanation.target, strict=True)]
     path = explanation_grid(explanation, titles, out / "cifar10.png")
     report.picture(path, "The photographs at 32 x 32 pixels, the explanation of what the network takes each for, and "
                    "each pixel's contribution (red for, blue against). It knows ten classes and has to choose one: an "
@@ -308,7 +308,7 @@ def explanation_grid(explanation: Explanation, titles: list[str], path: Path) ->
     from matplotlib.figure import Figure
 
     rgba = explanation.picture(smooth=5).numpy()
-    figure = Figure(figsize=(1.4 * max(len(explanation), 6), 4.6), layout="constrained")
+    figure = Figure(figsize=(1.4 * max(len(explanation), 6), 4.8), layout="constrained")
     axes = figure.subplots(3, len(explanation), squeeze=False)
     for i in range(len(explanation)):
         contributions = explanation.contributions[i].numpy()

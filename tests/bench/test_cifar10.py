@@ -84,7 +84,8 @@ def test_a_source_that_was_never_trained_is_named(tmp_path: Path) -> None:
 
 def test_the_best_seed_is_shipped_with_its_numbers(tmp_path: Path) -> None:
     results, folder = tmp_path / "results", tmp_path / "packaged"
-    with pytest.raises(SystemExit, match="no B-cosified run is finished"):
+    logs(results, "resnet20-bcosified-seed1", [0.9] * 12, {})
+    with pytest.raises(SystemExit, match="no B-cosified run is finished and localised"):
         ship_best("resnet20", results, folder)
     for seed, top1 in ((0, 0.84), (1, 0.86)):
         logs(results, f"resnet20-standard-seed{seed}", [0.8] * 11 + [0.9 + seed / 100], {})
