@@ -40,14 +40,15 @@ demo: .venv/.installed-demo
 one_thread := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 # Comparisons of wall times first and alone, the others side by side. No such test (pytest's exit code 5) is fine.
-# The GPU kernels' tests run in Triton's interpreter, which needs processes of its own.
+# The GPU kernels' tests run in Triton's interpreter, which needs processes of its own. A process takes whole files: what
+# their fixtures make is made once.
 test: .venv/.installed-dev
 	@rc=0; $(venv_python) -m pytest -m timing --ignore=tests/triton $(PYTEST_ARGS) $(TESTS) || rc=$$?; [ $$rc = 0 ] || [ $$rc = 5 ] || exit $$rc
-	$(one_thread) $(venv_python) -m pytest -m "not timing" --ignore=tests/triton -n $(WORKERS) $(PYTEST_ARGS) $(TESTS)
+	$(one_thread) $(venv_python) -m pytest -m "not timing" --ignore=tests/triton -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) $(TESTS)
 	$(if $(TESTS),,@$(MAKE) --no-print-directory test-kernels)
 
 test-kernels: .venv/.installed-dev
-	TRITON_INTERPRET=1 $(one_thread) $(venv_python) -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests/triton
+	TRITON_INTERPRET=1 $(one_thread) $(venv_python) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) tests/triton
 
 # CMake and ninja are the environment's own, put there for building the kernels.
 cpp-sanitize: .venv/.installed-dev

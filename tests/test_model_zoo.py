@@ -102,14 +102,20 @@ def test_explained_at_b2(zoo):
     assert float((a - b).norm()) > 1e-3 * float(a.norm())
 
 
-# One of each family, as the graph at B = 1 has nothing that the others' has not.
+# Files of networks whose graph has an op or a shape of its own; the others repeat the blocks of one of these.
+IN_ONNX = (
+    "torchvision:resnet18", "torchvision:resnet50", "torchvision:resnext50_32x4d", "torchvision:densenet121",
+    "torchvision:vgg11_bn", "torchvision:mobilenet_v2", "torchvision:efficientnet_b0", "torchvision:regnet_y_400mf",
+    "torchvision:convnext_tiny", "timm:resnet18", "efficientnet-lite0",
+)  # fmt: skip
+# One of each family: the graph at B = 1 has nothing that the others' has not.
 AT_B1 = (
     "torchvision:resnet18", "torchvision:densenet121", "torchvision:vgg11_bn", "torchvision:mobilenet_v2",
     "torchvision:convnext_tiny", "efficientnet-lite0",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("zoo", "b"), [(n, 2) for n in MODELS] + [(n, 1) for n in AT_B1], indirect=["zoo"])
+@pytest.mark.parametrize(("zoo", "b"), [(n, 2) for n in IN_ONNX] + [(n, 1) for n in AT_B1], indirect=["zoo"])
 def test_onnx_equals_pytorch(zoo, b, tmp_path):
     """Batch 3 with mixed class ids, one of them -1, on a file made for any batch."""
     onnxruntime = pytest.importorskip("onnxruntime")
