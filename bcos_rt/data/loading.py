@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from bcos_rt.errors import BcosError, InvalidArgumentError
 
-__all__ = ["Augmented", "EpochSampler", "derived_seed", "loader", "seeded", "shard"]
+__all__ = ["Augmented", "EpochSampler", "derived_seed", "loader", "read_batch", "seeded", "shard"]
 
 Item = tuple[Tensor, int]
 
@@ -175,6 +176,25 @@ class _Loader(DataLoader[Any]):
             yield batch
 
 
+def _outlive_signals(_worker: int) -> None:
+    """Have a process that reads go on when its whole group is told to stop: when to stop is the training's to say.
+
+    Ctrl-C, and SLURM's SIGTERM, reach every process of a job. A second SIGTERM ends this one: with it torch ends
+    readers that do not come to an end by themselves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def read_batch(data: Dataset[Item], indices: Sequence[int]) -> Any:
+    """The batch (images, labels) of these items, read by this process; errors as of :func:`loader`."""
+    items = _Reporting(data)
+    batch = _collate([items[i] for i in indices])
+    if isinstance(batch, _Failure):
+        raise batch.error
+    return batch
+
+
 def loader(data: Dataset[Item], batches: Sampler[list[int]] | Sequence[list[int]], workers: int = 0) -> DataLoader[Any]:
     """A loader of these batches, (images [B, 3, H, W], labels [B]).
 
@@ -191,6 +211,7 @@ def loader(data: Dataset[Item], batches: Sampler[list[int]] | Sequence[list[int]
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
+        worker_init_fn=_outlive_signals,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )

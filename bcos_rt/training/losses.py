@@ -19,6 +19,7 @@ __all__ = [
     "Teaching",
     "agreement",
     "bce",
+    "check_label",
     "distance_of_features",
     "distance_of_logits",
     "label_loss",
@@ -34,12 +35,19 @@ def as_targets(labels: Tensor, logits: Tensor) -> Tensor:
 
 
 def _in_range(labels: Tensor, logits: Tensor) -> Tensor:
-    # torch's own errors name no label, and on a GPU end the process's use of it.
-    if labels.ndim == 1 and labels.numel() and int(labels.max()) >= logits.shape[1]:
-        raise InvalidArgumentError(
-            "data", f"label {int(labels.max())}", f"labels 0 to {logits.shape[1] - 1}, as the network has"
-        )
+    # On other devices looking would wait for them in every step: the trainer looks before labels go there.
+    if labels.ndim == 1 and labels.numel() and labels.device.type == "cpu":
+        check_label(int(labels.max()), logits.shape[1])
     return labels
+
+
+def check_label(largest: int, classes: int, argument: str = "data") -> None:
+    """Raise InvalidArgumentError for a label without a logit.
+
+    torch's own errors name no label, and on a GPU end the process's use of it.
+    """
+    if largest >= classes:
+        raise InvalidArgumentError(argument, f"label {largest}", f"labels 0 to {classes - 1}, as the network has")
 
 
 def bce(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -67,7 +75,10 @@ def uniform_off_bce(logits: Tensor, labels: Tensor, off_value: float | None = No
 
 
 def label_loss(recipe: TrainingRecipe) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The recipe's loss on labels, None for ``"none"``. It raises InvalidArgumentError for labels without a logit."""
+    """The recipe's loss on labels, None for ``"none"``.
+
+    On the CPU it raises InvalidArgumentError for a label without a logit.
+    """
     if recipe.loss == "bce":
         return lambda logits, labels: bce(logits, labels, recipe.smoothing)
     if recipe.loss == "uniform_off_bce":

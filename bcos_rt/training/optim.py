@@ -6,21 +6,24 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from bcos_rt.errors import InvalidArgumentError, MissingDependencyError
 from bcos_rt.nn.exponent import bcos_layers
 from bcos_rt.training.recipe import TrainingRecipe
 
-__all__ = ["clip_adaptively", "make_optimizers"]
+__all__ = ["clip_adaptively", "make_optimizers", "set_fused", "step_all"]
 
 
-def make_optimizers(net: nn.Module, recipe: TrainingRecipe, others: Sequence[nn.Parameter] = ()) -> list[Optimizer]:
+def make_optimizers(
+    net: nn.Module, recipe: TrainingRecipe, others: Sequence[nn.Parameter] = (), fused: bool = False
+) -> list[Optimizer]:
     """The weights' optimiser, then, where B is learned, the exponents'.
 
     Args:
         others: parameters that are trained and are not the network's (a loss's own), without weight decay.
+        fused: torch's fused kernels, which :func:`step_all` needs to leave a step out without waiting for the device.
 
     Raises:
         InvalidArgumentError: nothing to train.
@@ -41,7 +44,38 @@ def make_optimizers(net: nn.Module, recipe: TrainingRecipe, others: Sequence[nn.
     else:
         kind = Adam if recipe.optimizer == "adam" else AdamW
         made = kind(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
-    return [made, SGD(learned, lr=recipe.b_lr)] if learned else [made]
+    optimizers = [made, SGD(learned, lr=recipe.b_lr)] if learned else [made]
+    for optimizer in optimizers:
+        set_fused(optimizer, fused)
+    return optimizers
+
+
+def set_fused(optimizer: Optimizer, fused: bool) -> None:
+    """Make an optimiser use torch's fused kernels or not; also one that was loaded from a file of the other kind."""
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = (True, False) if fused else (None, None)
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device if fused else "cpu", torch.float32)
+            # A fused SGD that leaves out its first step would leave its momentum uninitialised; from 0 it is the same.
+            if fused and group.get("momentum") and state.get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def step_all(optimizers: Sequence[Optimizer], finite: Tensor, fused: bool) -> None:
+    """One step of all optimisers, or of none where the gradients are not ``finite``, a boolean scalar.
+
+    Fused optimisers find that out on the device; otherwise this waits for it.
+    """
+    if fused:
+        for optimizer in optimizers:
+            # What torch's GradScaler tells fused optimisers.
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            optimizer.step()
+    elif bool(finite):
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 def clip_adaptively(parameters: Iterable[nn.Parameter], factor: float) -> None:

@@ -10,13 +10,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -24,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bcos_rt.data import Augmented, EpochSampler, check_numbers, derived_seed, loader, open_data, shard
+from bcos_rt.data.loading import read_batch
 from bcos_rt.errors import (
     InvalidArgumentError,
     InvalidTypeError,
@@ -35,8 +40,10 @@ from bcos_rt.files import replacing
 from bcos_rt.nn.exponent import bcos_layers, exponents, fix_exponents, fixed_exponents, learn_exponents, set_exponents
 from bcos_rt.nn.network import BcosNetwork, EmbeddingLayer
 from bcos_rt.nn.norms import BatchNormUncentered2d
-from bcos_rt.training.losses import Teaching, agreement, label_loss
-from bcos_rt.training.optim import clip_adaptively, make_optimizers
+from bcos_rt.training.biases import bias_names
+from bcos_rt.training.finite import FirstBad, all_finite, first_not_finite
+from bcos_rt.training.losses import Teaching, agreement, check_label, label_loss
+from bcos_rt.training.optim import clip_adaptively, make_optimizers, set_fused, step_all
 from bcos_rt.training.recipe import TrainingRecipe
 from bcos_rt.training.run import Progress, RunFolder, save_network
 from bcos_rt.training.schedules import Schedule
@@ -48,6 +55,10 @@ __all__ = ["TrainingResult", "finetune"]
 
 # What may be printed of a picture of explanations: more is slow to draw every epoch.
 MAX_PICTURES = 8
+# Where a step that is not finite is left out by torch's fused optimisers, and numbers are read every log_every steps.
+FUSED_DEVICES = ("cuda",)
+# Loss scaling that has come down to this finds no scale at which the gradients are finite.
+SMALLEST_SCALE = 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -156,16 +167,19 @@ def _make_fabric(
         from lightning_fabric import Fabric
         from lightning_fabric.loggers.logger import Logger
         from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+        from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy
     except ImportError as error:
         raise MissingDependencyError("training needs Lightning Fabric: pip install 'bcos-rt[train]'") from error
+    if not isinstance(strategy, str):
+        raise InvalidTypeError("strategy", type(strategy).__name__, "a strategy's name, 'auto' or 'ddp'")
     if "spawn" in strategy or "fork" in strategy:
         raise InvalidArgumentError(
-            "strategy", repr(strategy), "a strategy whose processes call finetune themselves, such as 'ddp' or 'fsdp'"
+            "strategy", repr(strategy), "a strategy whose processes call finetune themselves, such as 'ddp'"
         )
-    launched = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    if devices == "auto" and launched:
-        devices = launched
-        num_nodes = int(os.environ["WORLD_SIZE"]) // launched
+    if any(name in strategy for name in ("fsdp", "deepspeed")):
+        raise _sharded(repr(strategy))
+    if devices == "auto":
+        devices, num_nodes = _launched() or (devices, num_nodes)
     loggers: list[Logger] = []
     if folder is not None:
         try:
@@ -173,7 +187,7 @@ def _make_fabric(
         except ModuleNotFoundError:  # TensorBoard is an option
             loggers = []
     try:
-        return Fabric(
+        fabric = Fabric(
             accelerator=accelerator, devices=devices, strategy=strategy, num_nodes=num_nodes,
             precision=recipe.precision, loggers=loggers,
         )  # fmt: skip
@@ -182,6 +196,31 @@ def _make_fabric(
             "accelerator, devices, strategy", f"{accelerator!r}, {devices!r}, {strategy!r} ({error})",
             "what Lightning Fabric takes on this machine",
         ) from error  # fmt: skip
+    # An environment variable of Fabric's may have chosen, too.
+    if not isinstance(fabric.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise _sharded(type(fabric.strategy).__name__)
+    return fabric
+
+
+def _sharded(got: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "strategy", got, "'auto' or 'ddp': every process holds the whole network",
+        " (weights in shards have no filters to clip, average and save)",
+    )  # fmt: skip
+
+
+def _launched() -> tuple[int, int] | None:
+    """Processes on a node, and nodes, as torchrun or else SLURM's srun started them; None where neither did."""
+    from lightning_fabric.plugins.environments import SLURMEnvironment
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if here:
+        return here, int(os.environ["WORLD_SIZE"]) // here
+    if "SLURM_NTASKS" not in os.environ or not SLURMEnvironment.detect():
+        return None
+    tasks = int(os.environ["SLURM_NTASKS"])
+    nodes = int(os.environ.get("SLURM_NNODES", "1"))
+    return int(os.environ.get("SLURM_NTASKS_PER_NODE", str(max(1, tasks // nodes)))), nodes
 
 
 class _Training:
@@ -227,11 +266,12 @@ class _Training:
         self.embeds = _embeds(net, recipe)
         _check_metrics(self.embeds, recipe, validation is not None, explain_images is not None)
         self.progress = Progress()
-        self.eager_numbers = fabric.device.type == "cpu"
+        self.fused = fabric.device.type in FUSED_DEVICES
+        self.eager_numbers = not self.fused
         self.targets = exponents(net)
         if recipe.learn_b:
             learn_exponents(net)
-        self.biases = _biases(net) if recipe.bias_decay_epochs is not None else []
+        self.bias_names = bias_names(net) if recipe.bias_decay_epochs is not None else []
         if recipe.sync_norms:
             for module in net.modules():
                 if isinstance(module, BatchNormUncentered2d):
@@ -240,11 +280,13 @@ class _Training:
         if recipe.distillation is not None and teacher is not None:
             self.teaching = Teaching(net, teacher, recipe.distillation).to(fabric.device)
             self.teaching.teacher.to(fabric.device)
-        # The model before its optimiser, as FSDP needs it.
         self.model = fabric.setup_module(net)
-        own = [] if self.teaching is None else list(self.teaching.parameters())
-        made = fabric.setup_optimizers(*make_optimizers(net, recipe, own))
-        self.optimizers = list(made) if isinstance(made, tuple | list) else [made]
+        # The loss's own parameters: no part of the module that exchanges gradients.
+        self.own = [] if self.teaching is None else list(self.teaching.parameters())
+        # Stepped by ourselves (Fabric would move fp16's loss scale between one optimiser and the next).
+        self.optimizers = make_optimizers(net, recipe, self.own, self.fused)
+        self.first_bad = FirstBad(fabric.device)
+        self.saved: tuple[int, int] | None = None
         self.average = None
         if recipe.ema is not None:
             self.average = AveragedModel(
@@ -256,6 +298,8 @@ class _Training:
         if explain_images is not None and isinstance(net, BcosNetwork):
             self.pictures = explain_images[:MAX_PICTURES]
         self.label_loss = label_loss(recipe)
+        # What may be checked before it is saved: a network may hold infinities of its own, as a mask.
+        self.finite_names = [k for k, v in net.state_dict().items() if _is_finite(v)]
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -265,6 +309,7 @@ class _Training:
             self._load()
         elif self.folder is not None and self.fabric.is_global_zero:
             self.folder.describe(self.recipe, self._about())
+        self._set_b(self._done)
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
@@ -288,6 +333,11 @@ class _Training:
                 self._epoch(stop, tell)
         return self._result()
 
+    @property
+    def _done(self) -> int:
+        """Steps done, which is the number of the next."""
+        return self.progress.epoch * self.steps + self.progress.step
+
     def _epoch(self, stop: dict[str, int | None], tell: Callable[[str], None]) -> None:
         progress = self.progress
         self.data.set_epoch(progress.epoch)
@@ -296,20 +346,20 @@ class _Training:
         self.model.train()
         began, images_before = time.perf_counter(), progress.sums.get("images", 0.0)
         sums: dict[str, Tensor] = {}
-        for images, labels in self.loader:
-            numbers = self._step(self.fabric.to_device(images), self.fabric.to_device(labels))
+        for images, labels in self._batches(stop):
+            self._check_labels(labels)
+            numbers = self._step(images, labels)
             progress.step += 1
             for name, value in (*numbers.items(), ("images", torch.ones(()))):
                 sums[name] = sums.get(name, 0.0) + value * len(images)
-            done = progress.epoch * self.steps + progress.step
+            done = self._done
             stopping = self._must_stop(stop, done)
-            # Reading a number waits for the GPU: not after every step.
-            if self.eager_numbers or stopping or done % self.recipe.log_every == 0 or progress.step == self.steps:
-                for name, value in sums.items():
-                    progress.sums[name] = progress.sums.get(name, 0.0) + float(value)
-                sums = {}
-                if not math.isfinite(progress.sums["loss"]):
-                    self._not_finite(images, numbers)
+            # Reading a number waits for the GPU, and asking other processes for theirs: not after every step.
+            due = stopping or done % self.recipe.log_every == 0 or progress.step == self.steps
+            if due or (self.eager_numbers and self.fabric.world_size == 1):
+                self._check_finite(images, labels)
+            if due or self.eager_numbers:
+                self._read(sums)
                 if done % self.recipe.log_every == 0:
                     self._log_step(done, {name: float(value) for name, value in numbers.items()})
                 tell(f"loss {float(numbers['loss']):.4f}")
@@ -320,57 +370,98 @@ class _Training:
                 self._interrupted(stop)
         took = time.perf_counter() - began
         progress.seconds += took
+        if progress.step < self.steps:
+            if sums:
+                self._check_finite(images, labels)
+                self._read(sums)
+            self._interrupted(stop)
+        self._check_weights()
         row = self._row(took, progress.sums["images"] - images_before)
         progress.history.append(row)
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
         self._finish_epoch(row)
 
+    def _read(self, sums: dict[str, Tensor]) -> None:
+        """Move sums on the device to those of the epoch."""
+        for name, value in sums.items():
+            self.progress.sums[name] = self.progress.sums.get(name, 0.0) + float(value)
+        sums.clear()
+
+    def _batches(self, stop: Mapping[str, int | None]) -> Iterator[Any]:
+        """The loader's batches; they end early where the signal that stops this process ended one that reads."""
+        try:
+            yield from self.loader
+        except RuntimeError:
+            if stop["signal"] is None or self.fabric.world_size > 1:
+                raise
+
+    def _check_labels(self, labels: Tensor) -> None:
+        """On the host, where nothing has to be waited for."""
+        if self.label_loss is None:
+            return
+        if int(labels.min()) < 0:
+            raise InvalidArgumentError(
+                "data", "images without labels", "labels", " (or recipe.loss='none' with a distillation)"
+            )
+        self.largest_label = int(labels.max())
+
     def _step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """One optimiser step; the parts of the loss and the metric, means over the batch."""
-        recipe, progress = self.recipe, self.progress
-        step = progress.epoch * self.steps + progress.step
-        self._schedule(step)
-        # Everything random in a step depends on its number: nothing has to be stored to resume.
-        seed = derived_seed(recipe.seed, progress.epoch, progress.step, self.fabric.global_rank)
-        torch.manual_seed(seed)
-        if recipe.mixing is not None:
-            classes = self._classes(images)
-            images, labels = recipe.mixing(images, labels, classes, seed)
-        if recipe.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        step = self._done
+        self._set_lr(step)
+        images, labels = self._prepared(images, labels, step)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
-        parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
+        parts = self._parts(images, labels)
         for i, (some, theirs) in enumerate(parts):
             share = len(some) / len(images)
             with self.fabric.no_backward_sync(self.model, enabled=i + 1 < len(parts)):
-                losses, right = self._losses(some, theirs)
+                losses, right = self._losses(self.model, some, theirs)
                 loss = torch.stack(list(losses.values())).sum()
-                if self.eager_numbers and not bool(torch.isfinite(loss.detach())):
-                    self._not_finite(some, losses)
-                self.fabric.backward(loss * share)
+                self.first_bad.see(torch.isfinite(loss.detach()), step, loss=True)
+                self.fabric.backward(loss * share * self.first_bad.factor())
             for name, value in {"loss": loss, **losses, self._metric: right}.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() * share
         self._update(step)
         return sums
 
-    def _losses(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def _parts(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(images.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True))
+
+    def _prepared(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """A batch as the network sees it in a step, and the random numbers of that step."""
+        images, labels = self.fabric.to_device(images), self.fabric.to_device(labels)
+        # Everything random in a step depends on its number: nothing has to be stored to resume.
+        epoch, within = divmod(step, self.steps)
+        seed = derived_seed(self.recipe.seed, epoch, within, self.fabric.global_rank)
+        torch.manual_seed(seed)
+        if self.recipe.mixing is not None:
+            classes = self._classes(images)
+            if self.label_loss is not None:
+                check_label(self.largest_label, classes)
+            images, labels = self.recipe.mixing(images, labels, classes, seed)
+        if self.recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, labels
+
+    def _losses(
+        self, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """The parts of the loss, and the share of right answers (of embeddings, the mean cosine)."""
         losses: dict[str, Tensor] = {}
         taught: Tensor | None = None
         if self.teaching is None:
-            logits = self.model(images)
+            logits = model(images)
         else:
-            with self.teaching.watching() as seen, self.fabric.autocast():
-                logits = self.model(images)
-                taught = self.teaching.teach(images)
-                losses |= self.teaching(logits, taught, seen)
+            with self.teaching.watching() as seen:
+                logits = model(images)
+                with self.fabric.autocast():
+                    taught = self.teaching.teach(images)
+            # Outside autocast: products of embeddings are too coarse in half precision.
+            losses |= self.teaching(logits, taught, seen)
         if self.label_loss is not None:
-            if labels.ndim == 1 and int(labels.min()) < 0:
-                raise InvalidArgumentError(
-                    "data", "images without labels", "labels", " (or recipe.loss='none' with a distillation)"
-                )
+            check_label(self.largest_label, logits.shape[1])
             losses["labels"] = self.label_loss(logits.float() if logits.dtype.itemsize < 4 else logits, labels)
         if self.embeds and taught is not None:
             return losses, agreement(logits.detach(), taught).mean()
@@ -378,40 +469,80 @@ class _Training:
         return losses, (logits.detach().argmax(1) == hard).float().mean()
 
     def _update(self, step: int) -> None:
-        precision = self.fabric.strategy.precision
+        self._exchange_own()
+        scaler = self._scaler
+        if scaler is not None:
+            for optimizer in self.optimizers:
+                scaler.unscale_(optimizer)
+        parameters = [[p for group in o.param_groups for p in group["params"]] for o in self.optimizers]
+        finite = all_finite(p.grad for p in chain(*parameters) if p.grad is not None)
+        if scaler is None:
+            self.first_bad.see(finite, step, loss=False)
         if self.recipe.agc is not None:
-            precision.unscale_gradients(self.optimizers[0].optimizer)
             clip_adaptively(_agc_parameters(self.net), self.recipe.agc)
         if self.recipe.clip_norm is not None:
-            # With loss scaling an overflow is the scaler's to handle, it skips the step.
-            self.fabric.clip_gradients(
-                self.model, self.optimizers[0], max_norm=self.recipe.clip_norm, error_if_nonfinite=False
-            )
-        for optimizer in self.optimizers:
-            optimizer.step()
+            nn.utils.clip_grad_norm_(parameters[0], self.recipe.clip_norm)
+        # A step that is not finite changes no weight: with loss scaling it is the scale's to fall, else the run ends.
+        step_all(self.optimizers, finite, self.fused)
+        if scaler is not None:
+            scaler.update()
         with torch.no_grad():
             for layer in bcos_layers(self.net).values():
                 if isinstance(layer.b, nn.Parameter):
                     layer.b.clamp_(min=1.0)
-            if self.biases:
+            if self.bias_names:
                 now, after = self.schedule.bias_scale(step), self.schedule.bias_scale(step + 1)
-                for bias in self.biases:
-                    bias.mul_(after / now if now > 0 else 0.0)
+                # The average is one of weights under today's scale.
+                for net in self._nets():
+                    for name in self.bias_names:
+                        net.get_parameter(name).mul_(after / now if now > 0 else 0.0)
+        if self.recipe.b_start is not None:
+            self._set_b(step + 1)
         if self.average is not None:
             self.average.update_parameters(self.net)
 
-    def _schedule(self, step: int) -> None:
-        lr = self.schedule.lr(step)
+    @property
+    def _scaler(self) -> Any:
+        """torch's GradScaler with fp16 on a GPU, else None."""
+        return getattr(self.fabric.strategy.precision, "scaler", None)
+
+    @torch.no_grad()
+    def _exchange_own(self) -> None:
+        """Average the loss's own parameters' gradients over processes."""
+        if self.fabric.world_size > 1:
+            for parameter in self.own:
+                if parameter.grad is not None:
+                    mean: Any = self.fabric.all_reduce(parameter.grad, reduce_op="mean")
+                    parameter.grad.copy_(mean)
+
+    def _nets(self) -> list[nn.Module]:
+        """The network, and its average where there is one."""
+        return [self.net] if self.average is None else [self.net, self.average.module]
+
+    def _set_lr(self, step: int) -> None:
         for group in self.optimizers[0].param_groups:
-            group["lr"] = lr
-        if self.recipe.b_start is not None:
-            set_exponents(self.net, {name: self.schedule.b(step, b) for name, b in self.targets.items()})
+            group["lr"] = self.schedule.lr(step)
+
+    def _set_b(self, step: int) -> None:
+        """B of the networks for the step that comes next, and so of those that are validated and saved before it."""
+        if not self.recipe.learn_b:
+            values = {name: self.schedule.b(step, b) for name, b in self.targets.items()}
+            # A scheduled B is no tensor, the average knows nothing of it.
+            for net in self._nets():
+                set_exponents(net, values)
+
+    def _run(self, net: nn.Module, images: Tensor) -> Tensor:
+        """What a network returns, at the run's precision, as Fabric's wrapper of the network gives it."""
+        precision = self.fabric.strategy.precision
+        with precision.forward_context():
+            outputs: Tensor = precision.convert_output(net(precision.convert_input(images)))
+        return outputs
 
     def _classes(self, images: Tensor) -> int:
         if not hasattr(self, "_class_count"):
             training = self.net.training
             with torch.no_grad():
-                self._class_count = int(self.net.eval()(images[:1]).shape[1])
+                self._class_count = int(self._run(self.net.eval(), images[:1]).shape[1])
             self.net.train(training)
         return self._class_count
 
@@ -431,11 +562,8 @@ class _Training:
             row["b"] = sum(found.values()) / len(found)
         last = progress.epoch + 1 == self.recipe.epochs
         if self.validation is not None and (last or (progress.epoch + 1) % self.recipe.validate_every == 0):
-            row |= {f"val_{name}": value for name, value in self._validate(self.model).items()}
+            row |= {f"val_{name}": value for name, value in self._validate(self.net).items()}
             if self.average is not None:
-                # A scheduled B is no tensor, the average knows nothing of it.
-                if self.recipe.b_start is not None:
-                    set_exponents(self.average.module, exponents(self.net))
                 averaged = self._validate(self.average.module)
                 row |= {f"ema_{name}": averaged[name] for name in ("loss", self._metric)}
         row["images_per_s"] = images * self.fabric.world_size / seconds
@@ -446,54 +574,64 @@ class _Training:
     def _metric(self) -> str:
         return "cosine" if self.embeds else "top1"
 
-    @torch.no_grad()
-    def _agreement(self, model: nn.Module) -> dict[str, float]:
-        """How near a network's embeddings are to the teacher's: mean loss between outputs, mean cosine."""
-        if self.teaching is None:
-            raise InvalidArgumentError("teacher", "None", "a network, whose embeddings are learned")
-        model.eval()
-        totals = torch.zeros(3, dtype=torch.float64)
-        for images, _ in self.validation or ():
+    def _seen(self, net: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Images, labels and outputs of a network, in evaluation mode, batch by batch of this process's share.
+
+        The network itself runs, not what exchanges gradients: processes may have different numbers of batches.
+        """
+        if self.fabric.world_size > 1:
+            # As saved: a process's running statistics are its own.
+            for buffer in net.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        net.eval()
+        for images, labels in self.validation or ():
             images = self.fabric.to_device(images)
             if self.recipe.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
+            yield images, labels, self._run(net, images)
+        net.train()
+
+    @torch.no_grad()
+    def _agreement(self, net: nn.Module) -> dict[str, float]:
+        """How near a network's embeddings are to the teacher's: mean loss between outputs, mean cosine."""
+        if self.teaching is None:
+            raise InvalidArgumentError("teacher", "None", "a network, whose embeddings are learned")
+        totals = torch.zeros(3, dtype=torch.float64)
+        for images, _, outputs in self._seen(net):
             with self.fabric.autocast():
-                outputs, taught = model(images), self.teaching.teach(images)
-                parts = self.teaching(outputs, taught)
-            loss = sum(float(value) for value in parts.values())
+                taught = self.teaching.teach(images)
+            loss = sum(float(value) for value in self.teaching(outputs, taught).values())
             sums = (loss * len(images), agreement(outputs, taught).double().sum(), len(images))
             totals += torch.tensor([float(v) for v in sums], dtype=torch.float64)
         totals = self._summed(totals)
-        model.train()
         return dict(zip(("loss", "cosine"), (totals[:2] / totals[2]).tolist(), strict=True))
 
     @torch.no_grad()
-    def _validate(self, model: nn.Module) -> dict[str, float]:
+    def _validate(self, net: nn.Module) -> dict[str, float]:
         if self.embeds:
-            return self._agreement(model)
-        model.eval()
-        totals = torch.zeros(4, dtype=torch.float64)
-        classes = 0
-        for images, labels in self.validation or ():
-            images, labels = self.fabric.to_device(images), self.fabric.to_device(labels)
-            if self.recipe.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            with self.fabric.autocast():
-                logits = model(images)
+            return self._agreement(net)
+        totals = torch.zeros(5, dtype=torch.float64)
+        for images, labels, logits in self._seen(net):
             logits = logits.float() if logits.dtype.itemsize < 4 else logits
             classes = logits.shape[1]
-            if int(labels.min()) < 0:
+            check_label(int(labels.max()), classes, "validation")
+            unlabelled = bool((labels < 0).any())
+            labels = self.fabric.to_device(labels)
+            if unlabelled:
                 if self.teaching is None:
                     raise InvalidArgumentError("validation", "images without labels", "labels, or a teacher")
-                labels = self.teaching.teacher(images).argmax(1)
+                with self.fabric.autocast():
+                    labels = torch.where(labels < 0, self.teaching.teach(images).argmax(1), labels)
             measure = self.label_loss if self.label_loss is not None else F.cross_entropy
             top = logits.topk(min(5, classes), 1).indices == labels[:, None]
-            sums = (measure(logits, labels) * len(images), top[:, 0].sum(), top.any(1).sum(), len(images))
+            sums = (
+                measure(logits, labels) * len(images), top[:, 0].sum(), top.any(1).sum(), len(images), classes > 5,
+            )  # fmt: skip
             totals += torch.tensor([float(v) for v in sums], dtype=torch.float64)
+        # A process without a batch does not know the classes.
         totals = self._summed(totals)
         loss, top1, top5 = (totals[:3] / totals[3]).tolist()
-        model.train()
-        return {"loss": loss, "top1": top1, **({"top5": top5} if classes > 5 else {})}
+        return {"loss": loss, "top1": top1, **({"top5": top5} if totals[4] > 0 else {})}
 
     def _summed(self, values: Tensor) -> Tensor:
         if self.fabric.world_size == 1:
@@ -507,7 +645,12 @@ class _Training:
         row |= {f"train_{name}": value for name, value in numbers.items()}
         self.progress.steps.append(row)
         if self.fabric.is_global_zero:
-            self.fabric.log_dict({k: v for k, v in row.items() if k != "step"}, step=done)
+            self._log("step", row, done)
+
+    def _log(self, group: str, row: Mapping[str, Any], step: int) -> None:
+        """Numbers for TensorBoard; those of steps and of epochs have tags of their own."""
+        numbers = {f"{group}/{k}": v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+        self.fabric.log_dict(numbers, step=step)
 
     # --- files -------------------------------------------------------------------------------------------------------
 
@@ -515,7 +658,8 @@ class _Training:
         metric = row.get(f"val_{self.recipe.select}")
         sign = -1.0 if self.recipe.select == "loss" else 1.0
         progress = self.progress
-        better = metric is not None and (progress.best is None or sign * metric > sign * progress.best)
+        better = metric is not None and math.isfinite(metric)
+        better = better and (progress.best is None or sign * metric > sign * progress.best)
         if better:
             progress.best = metric
         if self.folder is not None:
@@ -530,9 +674,7 @@ class _Training:
             self._save()
             if self.fabric.is_global_zero:
                 self.folder.write_logs(progress)
-                self.fabric.log_dict(
-                    {k: v for k, v in row.items() if isinstance(v, int | float)}, step=progress.epoch * self.steps
-                )
+                self._log("epoch", row, progress.epoch * self.steps)
         if self.on_epoch is not None and self.fabric.is_global_zero:
             self.on_epoch(row)
 
@@ -547,6 +689,10 @@ class _Training:
         target = self.folder.path / "explanations" / f"epoch_{self.progress.epoch:03d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         explanation.save(target, dpi=70)
+        for logger in self.fabric.loggers:
+            with Image.open(target) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            logger.experiment.add_image("explanations", pixels, self.progress.epoch * self.steps, dataformats="HWC")
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"model": self.model}
@@ -569,12 +715,14 @@ class _Training:
         if self.fabric.world_size == 1:
             with replacing(self.folder.state) as temporary:
                 self.fabric.save(temporary, {**self._state(), **values})
+            self.saved = self.progress.epoch, self.progress.step
             return
         temporary = self.folder.path / ".state-new.pt"
         self.fabric.save(temporary, {**self._state(), **values})
         if self.fabric.is_global_zero:
             os.replace(temporary, self.folder.state)
         self.fabric.barrier()
+        self.saved = self.progress.epoch, self.progress.step
 
     def _load(self) -> None:
         if self.folder is None:
@@ -587,9 +735,14 @@ class _Training:
         state = self._state()
         self.fabric.load(self.folder.state, state, weights_only=True)
         self.progress = Progress(**kept["progress"])
+        self.saved = self.progress.epoch, self.progress.step
         if self.progress.step:
             mine = kept["sums"][self.fabric.global_rank]
             self.progress.sums = dict(zip(self.progress.sums, mine, strict=True))
+        for optimizer in self.optimizers:
+            set_fused(optimizer, self.fused)
+        if self.progress.best is not None and not math.isfinite(self.progress.best):
+            self.progress.best = None
         self.targets = kept["targets"]
         if kept["precision"]:
             self.fabric.strategy.precision.load_state_dict(kept["precision"])
@@ -625,6 +778,7 @@ class _Training:
         where = f"epoch {self.progress.epoch + 1}, step {self.progress.step} of {self.steps}"
         if self.folder is None:
             raise TrainingInterruptedError(f"training was stopped in {where}; without output nothing was saved")
+        self._check_weights()
         self._save()
         if self.fabric.is_global_zero:
             self.folder.write_logs(self.progress)
@@ -634,29 +788,92 @@ class _Training:
             f"training was stopped in {where}; the state is in {self.folder.state}, resume=True (--resume) goes on"
         )
 
-    def _not_finite(self, images: Tensor, losses: Mapping[str, Tensor]) -> None:
-        """Raise with the name of the first layer whose output is not finite."""
-        found = _first_not_finite(self.net, self.fabric.to_device(images), self.fabric)
-        progress = self.progress
-        bad = ", ".join(name for name, value in losses.items() if not bool(torch.isfinite(value.detach())))
-        kept = "nothing was saved"
-        if self.folder is not None and self.folder.state.exists():
-            kept = f"{self.folder.state} is that of the end of epoch {progress.epoch}"
+    def _check_finite(self, images: Tensor, labels: Tensor) -> None:
+        """Raise where a step since the last look was not finite, all processes together; the batch is the last one."""
+        step, in_loss = self.first_bad.read()
+        if self.fabric.world_size > 1:
+            gathered: Any = self.fabric.all_gather(torch.tensor([step, in_loss], device=self.fabric.device))
+            bad = [(int(s), bool(loss)) for s, loss in gathered.tolist() if s >= 0]
+            step = min((s for s, _ in bad), default=-1)
+            in_loss = any(loss for s, loss in bad if s == step)
+        if step >= 0:
+            self._not_finite(step, in_loss, images, labels)
+        scaler = self._scaler
+        if scaler is not None and float(scaler.get_scale()) < SMALLEST_SCALE:
+            self._not_finite(self._done - 1, False, images, labels)
+
+    def _not_finite(self, step: int, in_loss: bool, images: Tensor, labels: Tensor) -> None:
+        """Do a step that was not finite again, and raise with the name of what was so first.
+
+        No weight has changed since, and the order of images is known.
+        """
+        epoch, within = divmod(step, self.steps)
+        if step != self._done - 1:
+            self.sampler.set_epoch(epoch)
+            self.sampler.skip(within)
+            images, labels = read_batch(self.data, next(iter(self.sampler)))
+            self._check_labels(labels)
+        self.model.train()
+        images, labels = self._prepared(images, labels, step)
+        found = None
+        bad: dict[str, None] = {}
+
+        def compute(some: Tensor, theirs: Tensor) -> Tensor:
+            losses, _ = self._losses(lambda x: self._run(self.net, x), some, theirs)
+            bad.update(dict.fromkeys(k for k, v in losses.items() if not _is_finite(v)))
+            return torch.stack(list(losses.values())).sum()
+
+        if not _is_finite(images):
+            found = "the images"
+        with self.fabric.no_backward_sync(self.model):
+            for part in self._parts(images, labels):
+                again = first_not_finite(self.net, partial(compute, *part))
+                found = found or again
+        found = self._first_of_all(found) or "nothing, when the step was done again"
+        what = "gradient"
+        if in_loss:
+            what = f"loss ({', '.join(bad)})" if bad else "loss"
         raise TrainingError(
-            f"the loss ({bad}) is not finite in epoch {progress.epoch + 1}, step {progress.step + 1} of {self.steps}; "
-            f"first not finite: {found}; {kept}. A smaller learning rate, gradient clipping or fp32 may help."
+            f"the {what} is not finite in epoch {epoch + 1}, step {within + 1} of {self.steps}; "
+            f"first not finite: {found}; {self._kept()}. A smaller learning rate, gradient clipping or fp32 may help."
+        )
+
+    def _kept(self) -> str:
+        """What is on disk, in words."""
+        if self.folder is None or self.saved is None:
+            return "nothing was saved"
+        epoch, step = self.saved
+        where = f"epoch {epoch + 1}, step {step}" if step else f"the end of epoch {epoch}"
+        return f"{self.folder.state} is that of {where}"
+
+    def _first_of_all(self, text: str | None) -> str | None:
+        """The first process's text that has one."""
+        if self.fabric.world_size == 1:
+            return text
+        texts: list[str | None] = [None] * self.fabric.world_size
+        torch.distributed.all_gather_object(texts, text)
+        return next((f"{t}, in process {i}" for i, t in enumerate(texts) if t is not None), None)
+
+    def _check_weights(self) -> None:
+        """Raise before anything is saved that is not finite: an update of finite gradients may overflow."""
+        states = [net.state_dict() for net in self._nets()]
+        bad = [name for state in states for name in self.finite_names if not _is_finite(state[name])]
+        if float(self._summed(torch.tensor([float(len(bad))]))) == 0:
+            return
+        raise TrainingError(
+            f"{bad[0] if bad else 'a tensor of another process'} is not finite after epoch {self.progress.epoch + 1}, "
+            f"step {self.progress.step} of {self.steps}; {self._kept()}. A smaller learning rate, gradient clipping or "
+            "fp32 may help."
         )
 
     def _result(self) -> TrainingResult:
         net = self.net
-        fix_exponents(net)
-        if isinstance(net, BcosNetwork) and len(found := set(exponents(net).values())) == 1:
-            net.recipe = net.recipe.replace(b=found.pop())
-        net.eval()
-        averaged = None
-        if self.average is not None:
-            averaged = self.average.module.eval()
-            fix_exponents(averaged)
+        averaged = None if self.average is None else self.average.module
+        for one in self._nets():
+            fix_exponents(one)
+            if isinstance(one, BcosNetwork) and len(found := set(exponents(one).values())) == 1:
+                one.recipe = one.recipe.replace(b=found.pop())
+            one.eval()
         history = tuple(self.progress.history)
         metric = f"val_{self.recipe.select}"
         best = next((row for row in history if metric in row and row[metric] == self.progress.best), None)
@@ -688,47 +905,13 @@ def _check_metrics(embeds: bool, recipe: TrainingRecipe, validated: bool, explai
         raise InvalidArgumentError("explain_images", "images", "None: an embedding is explained for texts")
 
 
-def _biases(net: nn.Module) -> list[nn.Parameter]:
-    """The biases of layers and norms."""
-    found = [p for name, p in net.named_parameters() if name.rpartition(".")[2] == "bias"]
-    if not found:
-        raise InvalidArgumentError(
-            "recipe.bias_decay_epochs", "a network without biases", "one converted with Recipe(biases='keep')"
-        )
-    return found
-
-
 def _agc_parameters(net: nn.Module) -> list[nn.Parameter]:
     exempt = {id(layer.b) for layer in bcos_layers(net).values()}
     return [p for p in net.parameters() if p.grad is not None and id(p) not in exempt]
 
 
-@torch.no_grad()
-def _first_not_finite(net: nn.Module, images: Tensor, fabric: Fabric) -> str:
-    """The first parameter, image or module output that is not finite, in words."""
-    for name, parameter in net.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            return f"parameter {name}"
-    if not bool(torch.isfinite(images).all()):
-        return "the images"
-    found: list[str] = []
-    handles = []
-    for name, module in net.named_modules():
-        if any(True for _ in module.children()):
-            continue
-
-        def look(module: nn.Module, _inputs: object, out: object, name: str = name) -> None:
-            if isinstance(out, Tensor) and not found and not bool(torch.isfinite(out).all()):
-                found.append(f"the output of {name} ({type(module).__name__})")
-
-        handles.append(module.register_forward_hook(look))
-    try:
-        with fabric.autocast():
-            net(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else "no layer's output, the loss itself"
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach()).all())
 
 
 @contextmanager

@@ -181,8 +181,8 @@ def test_mixing_and_bf16_train() -> None:
 def test_scheduled_b() -> None:
     net = network(b=2.5)
     result = finetune(net, colours(48), PLAIN.replace(b_start=1.0, b_epochs=2.0, epochs=3))
-    # 3 steps an epoch: the last of the first epoch runs at step 2 of 6.
-    assert [row["b"] for row in result.history] == pytest.approx([1 + 1.5 * 2 / 6, 1 + 1.5 * 5 / 6, 2.5])
+    # 3 steps an epoch. What is validated and saved has the B of the step that comes next.
+    assert [row["b"] for row in result.history] == pytest.approx([1 + 1.5 * 3 / 6, 2.5, 2.5])
     assert isinstance(net, BcosNetwork)
     assert net.recipe.b == 2.5
 
