@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from bcos_rt.evaluation.accuracy import Evaluation, evaluate
-from bcos_rt.evaluation.attribution import METHODS, Method, method
+from bcos_rt.evaluation.attribution import METHODS, Method, method, unsupported_methods
 from bcos_rt.evaluation.grid_pointing import GridPointing, grid_pointing_game
 from bcos_rt.lazy import imported_on_use
 
@@ -40,6 +40,7 @@ __all__ = [
     "parameter_randomisation",
     "perturbation_curves",
     "quantus_explain",
+    "unsupported_methods",
     "zero_shot",
 ]
 

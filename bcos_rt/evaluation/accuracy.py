@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bcos_rt.data import loader, open_data, shard
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
+from bcos_rt.evaluation.checks import checked_logits, example_tensor
 from bcos_rt.evaluation.saving import save_figure
 from bcos_rt.explanation.explain import explain
 from bcos_rt.files import write_csv, write_json
@@ -200,14 +201,15 @@ def evaluate(
 
     Raises:
         InvalidTypeError: ``net`` is no module.
-        InvalidArgumentError: no image, images without labels, or labels that the network has no logit for.
+        InvalidArgumentError: no image, images without labels, labels that the network has no logit for, an output that
+            is no logits [N, classes], or logits that are not finite; the first such image is named.
     """
     if not isinstance(net, nn.Module):
         raise InvalidTypeError("net", type(net).__name__, "a torch.nn.Module")
     images = open_data(data)
     if len(images) == 0:
         raise InvalidArgumentError("data", "no image", "images with labels")
-    like = next(net.parameters())
+    like = example_tensor(net)
     every = max(1, -(-len(images) // max(1, completeness_images)))
     rows: list[Tensor] = []
     labels_seen: list[Tensor] = []
@@ -218,7 +220,7 @@ def evaluate(
         for batch, (pixels, labels) in zip(batches, loader(images, batches, workers), strict=True):
             pixels = pixels.to(like.device, like.dtype)
             with torch.no_grad():
-                rows.append(net(pixels).double().cpu())
+                rows.append(checked_logits(net(pixels), batch[0]).double().cpu())
             labels_seen.append(labels)
             chosen = [i for i, index in enumerate(batch) if index % every == 0]
             if isinstance(net, BcosNetwork) and completeness_images > 0 and chosen:
@@ -240,9 +242,9 @@ def judged(
         bins: of the calibration.
 
     Raises:
-        InvalidArgumentError: images without labels, or labels without a logit.
+        InvalidArgumentError: images without labels, labels without a logit, or logits that are not finite.
     """
-    count, classes = logits.shape
+    count, classes = checked_logits(logits).shape
     if int(truth.min()) < 0:
         raise InvalidArgumentError("data", "images without labels", "labels")
     if int(truth.max()) >= classes:

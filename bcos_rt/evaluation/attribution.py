@@ -7,32 +7,37 @@ pixel is summed.
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from bcos_rt.data import derived_seed
 from bcos_rt.errors import (
+    BcosError,
     InvalidArgumentError,
     InvalidTypeError,
     UnsupportedOpError,
     did_you_mean,
 )
-from bcos_rt.explanation.explain import explain, fingerprint
+from bcos_rt.evaluation.prepared import (
+    OwnActivation,
+    OwnReLU6,
+    Prepared,
+    activations_of,
+    last_map,
+    named_layer,
+    seen,
+)
+from bcos_rt.explanation.explain import explain
 from bcos_rt.lazy import require
-from bcos_rt.models.sources import classifier_name
-from bcos_rt.nn.conventional import ConventionalNetwork, inner_network
-from bcos_rt.nn.layers import BcosConv2d, BcosLinear
 from bcos_rt.nn.network import BcosNetwork
 
-__all__ = ["METHODS", "Method", "method"]
+__all__ = ["METHODS", "Method", "method", "methods_of", "named_methods", "unsupported_methods"]
 
 # (network, images [N, 3, H, W] in [0, 1], classes [N]) -> what each pixel is said to contribute, [N, H, W]. Those of
 # method() also take classes [N, K], K of each image, and then give maps [N, K, H, W].
@@ -48,17 +53,20 @@ def method(name: str, **options: Any) -> Method:
     then needs one forward pass for all K, post-hoc methods look at each image K times.
 
     Args:
-        name: ``"bcos"``, the contribution map of the network's own explanation; ``"saliency"``, ``"input_x_gradient"``,
-            ``"integrated_gradients"`` (``n_steps``, 50, ``internal_batch_size``, images that the network sees at once,
-            by default 64, and fewer where they are larger than 224 x 224), ``"guided_backprop"``, ``"deep_lift"``,
-            ``"grad_cam"`` (``layer``, a module's name; by default the last one before the classifier that still has a
-            map), ``"occlusion"`` (``window``, a seventh of the image's side, ``stride``, half the window);
-            ``"random"``, noise, the floor.
+        name: ``"bcos"``, the contribution map of the network's own explanation; ``"gradient"``, with its sign;
+            ``"saliency"``, its magnitude; ``"input_x_gradient"``, ``"integrated_gradients"`` (``n_steps``, 50,
+            ``internal_batch_size``, images that the network sees at once, by default 64, and fewer where they are
+            larger than 224 x 224), ``"guided_backprop"``, ``"deep_lift"``, ``"grad_cam"`` (``layer``, a module's name;
+            by default the last one before the classifier that still has a map; ``resize``, ``"bilinear"`` or, as in
+            B-cos v2's code, ``"nearest"``), ``"occlusion"`` (``window``, a seventh of the image's side, ``stride``,
+            half the window); ``"random"``, noise, the floor.
         options: of the method.
 
     Raises:
         InvalidArgumentError: an unknown method or option.
         MissingDependencyError: captum (extra ``evaluate``) is not installed; when the method is used.
+        UnsupportedOpError: the network has nothing the method could work with, see :func:`unsupported_methods`; when it
+            is used.
     """
     if name not in METHODS:
         raise InvalidArgumentError("method", repr(name), f"one of {', '.join(METHODS)}", did_you_mean(name, METHODS))
@@ -78,6 +86,8 @@ def method(name: str, **options: Any) -> Method:
         chosen = _class_by_class(chosen)
     chosen.__name__ = name
     chosen.several_classes = True  # type: ignore[attr-defined]
+    if name in _CHECKS:
+        chosen.check = functools.partial(_CHECKS[name], **options)  # type: ignore[attr-defined]
     return chosen
 
 
@@ -96,11 +106,15 @@ def _class_by_class(function: Method) -> Method:
 
 
 def _bcos(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    _check_bcos(net, images)
+    return explain(net, images, targets).contributions
+
+
+def _check_bcos(net: nn.Module, _images: Tensor) -> None:
     if not isinstance(net, BcosNetwork):
         raise InvalidTypeError(
             "net", type(net).__name__, "a B-cos network, for the method 'bcos'", " (try 'input_x_gradient')"
         )
-    return explain(net, images, targets).contributions
 
 
 def _random(net: nn.Module, images: Tensor, targets: Tensor, *, seed: int = 0) -> Tensor:
@@ -109,14 +123,21 @@ def _random(net: nn.Module, images: Tensor, targets: Tensor, *, seed: int = 0) -
     return torch.rand(len(images), *images.shape[2:], generator=generator).to(images.device)
 
 
+def _gradient(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """The gradient with its sign, B-cos v2's ``Grad``."""
+    inputs, made = seen(net, images)
+    return _summed(_captum("Saliency")(made.model).attribute(inputs, targets, abs=False))
+
+
 def _saliency(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-    inputs, model = _seen(net, images)
-    return _summed(_captum("Saliency")(model).attribute(inputs, targets))
+    """The gradient's magnitude (Simonyan et al. 2014)."""
+    inputs, made = seen(net, images)
+    return _summed(_captum("Saliency")(made.model).attribute(inputs, targets))
 
 
 def _input_x_gradient(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-    inputs, model = _seen(net, images)
-    return _summed(_captum("InputXGradient")(model).attribute(inputs, targets))
+    inputs, made = seen(net, images)
+    return _summed(_captum("InputXGradient")(made.model).attribute(inputs, targets))
 
 
 def _integrated_gradients(
@@ -126,10 +147,10 @@ def _integrated_gradients(
     for name, value in (("n_steps", n_steps), ("internal_batch_size", internal_batch_size)):
         if value is not None and value < 1:
             raise InvalidArgumentError(name, value, "at least 1")
-    inputs, model = _seen(net, images)
+    inputs, made = seen(net, images)
     height, width = images.shape[2:]
     at_once = internal_batch_size or max(1, min(64, PIXELS // (height * width)))
-    gradients = _captum("IntegratedGradients")(model)
+    gradients = _captum("IntegratedGradients")(made.model)
     # captum takes all its images at a time, whatever the size of its batches: it is given no more than fit.
     found = [
         gradients.attribute(part, target=classes, n_steps=n_steps, internal_batch_size=at_once)
@@ -139,36 +160,118 @@ def _integrated_gradients(
 
 
 def _guided_backprop(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-    inputs, model = _seen(net, images)
-    return _summed(_captum("GuidedBackprop")(model).attribute(inputs, targets))
+    """Springenberg et al. 2015: at ReLUs nothing negative goes back."""
+    inputs, made = seen(net, images)
+    _needs_relus(made, inputs[:1])
+    return _summed(_captum("GuidedBackprop")(made.model).attribute(inputs, targets))
+
+
+def _check_guided(net: nn.Module, images: Tensor) -> None:
+    inputs, made = seen(net, images[:1])
+    _needs_relus(made, inputs)
+
+
+def _needs_relus(made: Prepared, inputs: Tensor) -> None:
+    """Refuse networks of which guided backpropagation is the plain gradient, and warn where it is so in part."""
+    if "guided_backprop" not in made.known:
+        made.known["guided_backprop"] = activations_of(made.model, inputs)
+        modules, functions, others = made.known["guided_backprop"]
+        if modules and not functions and others:
+            warnings.warn(
+                f"guided_backprop: {made.name} has other activations beside ReLUs, {', '.join(others)}; what goes back "
+                "through these is the plain gradient",
+                stacklevel=3,
+            )
+    modules, functions, others = made.known["guided_backprop"]
+    if functions:
+        raise UnsupportedOpError(
+            f"guided_backprop needs every ReLU to be a module, and {made.name} calls functions and cannot be traced to "
+            "be rewritten so: in parts this would be the plain gradient"
+        )
+    if not modules:
+        instead = f", but {', '.join(others)}" if others else ""
+        raise UnsupportedOpError(
+            f"guided_backprop changes gradients at ReLUs, and {made.name} has none{instead}: this would be the plain "
+            "gradient (the method 'gradient')"
+        )
+
+
+# DeepLift's sum may miss the difference of the logits by this share of it before we say so; rounding is far below.
+DEEP_LIFT_SLACK = 0.01
 
 
 def _deep_lift(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     """From a baseline of zeros (Shrikumar et al. 2017, rescale rule)."""
-    inputs, model = _seen(net, images)
+    inputs, made = seen(net, images)
+    lift = _captum("DeepLift")(made.model)
+    _teach_deep_lift()
     try:
-        return _summed(_captum("DeepLift")(model).attribute(inputs, target=targets))
+        found = lift.attribute(inputs, target=targets).detach()
     except RuntimeError as error:
         if "used more than once" not in str(error):
             raise
         raise UnsupportedOpError(
-            f"DeepLift needs every activation to be a module that is used once, and {type(net).__name__} could not be "
+            f"DeepLift needs every activation to be a module that is used once, and {made.name} could not be "
             f"rewritten so: {str(error).splitlines()[0]}"
         ) from error
+    if "deep_lift" not in made.known:
+        made.known["deep_lift"] = missing = _missing_share(made, inputs, targets, found)
+        if missing > DEEP_LIFT_SLACK:
+            warnings.warn(
+                f"deep_lift: attributions of {made.name} miss the logit's difference from the baseline's by "
+                f"{missing:.0%} of it. captum's DeepLift has no rule for norms that depend on the image, for "
+                "products, B-cos layers and functions that could not be rewritten as modules, and its rule for "
+                "max-pools does not always add up",
+                stacklevel=2,
+            )
+    return _summed(found)
 
 
-def _grad_cam(net: nn.Module, images: Tensor, targets: Tensor, *, layer: str | None = None) -> Tensor:
-    """Selvaraju et al. 2017: positive part, resized bilinearly to the image."""
-    inputs, model = _seen(net, images)
-    if layer is None:
-        chosen = _last_map(model, inputs[:1], net)
-    else:
-        # Traced, a network has no modules of modules.
-        model = _assembled(net, _own_memory)
-        chosen = _named(model, layer)
+@functools.cache
+def _teach_deep_lift() -> None:
+    """Have captum apply the rescale rule to our modules too: it holds for every function of one number."""
+    rules = require("captum.attr._core.deep_lift", "evaluate")
+    for module in (OwnActivation, OwnReLU6):
+        rules.SUPPORTED_NON_LINEAR[module] = rules.nonlinear
+
+
+@torch.no_grad()
+def _missing_share(made: Prepared, inputs: Tensor, targets: Tensor, found: Tensor) -> float:
+    """How far sums of attributions are from differences of logits, as a share of these."""
+    logits, base = made.model(inputs), made.model(torch.zeros_like(inputs[:1]))
+    difference = (logits - base).gather(1, targets[:, None])[:, 0].double()
+    missing = (found.double().sum((1, 2, 3)) - difference).abs().sum()
+    return float(missing / difference.abs().sum().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def _grad_cam(
+    net: nn.Module, images: Tensor, targets: Tensor, *, layer: str | None = None, resize: str = "bilinear"
+) -> Tensor:
+    """Selvaraju et al. 2017: positive part, resized to the image."""
+    if resize not in ("bilinear", "nearest"):
+        raise InvalidArgumentError("resize", repr(resize), "'bilinear' or 'nearest'")
+    inputs, made = seen(net, images)
+    model, chosen = _cam_layer(net, made, inputs[:1], layer)
     found = _captum("LayerGradCam")(model, chosen).attribute(inputs, targets, relu_attributions=True)
-    resized = F.interpolate(found, images.shape[2:], mode="bilinear", align_corners=False)
+    corners = False if resize == "bilinear" else None
+    resized = F.interpolate(found, images.shape[2:], mode=resize, align_corners=corners)
     return _summed(resized)
+
+
+def _check_cam(net: nn.Module, images: Tensor, *, layer: str | None = None, **_: Any) -> None:
+    inputs, made = seen(net, images[:1])
+    _cam_layer(net, made, inputs, layer)
+
+
+def _cam_layer(net: nn.Module, made: Prepared, inputs: Tensor, layer: str | None) -> tuple[nn.Module, nn.Module]:
+    """The network and the module in it whose channels are weighted."""
+    if layer is not None:
+        return named_layer(net, layer, inputs)
+    # Of another size of images, another layer may be the last with more than one place.
+    key = ("grad_cam", tuple(inputs.shape[2:]))
+    if key not in made.known:
+        made.known[key] = last_map(made, inputs, net)
+    return made.model, made.known[key]
 
 
 def _occlusion(
@@ -176,12 +279,12 @@ def _occlusion(
     perturbations: int = 8,
 ) -> Tensor:  # fmt: skip
     """Zeiler & Fergus 2014: how much the logit falls when a square is replaced by zeros (the mean colour)."""
-    inputs, model = _seen(net, images)
+    inputs, made = seen(net, images)
     side = window or max(1, min(images.shape[2:]) // 7)
     step = stride or max(1, side // 2)
     channels = inputs.shape[1]
     with torch.no_grad():
-        found = _captum("Occlusion")(model).attribute(
+        found = _captum("Occlusion")(made.model).attribute(
             inputs, sliding_window_shapes=(channels, side, side), strides=(channels, step, step), target=targets,
             perturbations_per_eval=perturbations,
         )  # fmt: skip
@@ -197,6 +300,7 @@ def _summed(attributions: Tensor) -> Tensor:
 
 METHODS: dict[str, Callable[..., Tensor]] = {
     "bcos": _bcos,
+    "gradient": _gradient,
     "saliency": _saliency,
     "input_x_gradient": _input_x_gradient,
     "integrated_gradients": _integrated_gradients,
@@ -205,6 +309,12 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "grad_cam": _grad_cam,
     "occlusion": _occlusion,
     "random": _random,
+}
+# What a method refuses, without its work: (network, images, options of the method) -> nothing, or an error.
+_CHECKS: dict[str, Callable[..., object]] = {
+    "bcos": _check_bcos,
+    "guided_backprop": _check_guided,
+    "grad_cam": _check_cam,
 }
 
 
@@ -227,125 +337,6 @@ def _captum(name: str) -> Callable[..., Any]:
     return quietly
 
 
-# --- what a method sees ----------------------------------------------------------------------------------------------
-
-
-def _seen(net: nn.Module, images: Tensor) -> tuple[Tensor, nn.Module]:
-    """The input as the method sees it, and the network from there on, in a form that captum's hooks can work with."""
-    model = _prepared(net)
-    if isinstance(net, BcosNetwork):
-        return net.encode(images).detach(), model
-    if isinstance(net, ConventionalNetwork):
-        return ((images - net.mean) / net.std).detach(), model
-    return images.detach(), model
-
-
-# The last network that was prepared: methods are called many times with the same one.
-_PREPARED: list[tuple[nn.Module, Any, nn.Module]] = []
-
-
-def _prepared(net: nn.Module) -> nn.Module:
-    """A copy in evaluation mode in which every activation is a module of its own that writes to no other's memory."""
-    state = fingerprint(net)
-    if _PREPARED and _PREPARED[0][0] is net and _PREPARED[0][1] == state:
-        return _PREPARED[0][2]
-    made = _assembled(net, _own_activations)
-    _PREPARED[:] = [(net, state, made)]
-    return made
-
-
-def _assembled(net: nn.Module, copied: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """The network from what :func:`_seen` says on, its inner network copied in a certain way."""
-    made = copied(inner_network(net))
-    if isinstance(net, BcosNetwork):
-        made = nn.Sequential(copy.deepcopy(net.encoding), made, copy.deepcopy(net.logit_layer))
-    return made.eval().requires_grad_(False)
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # Inside B-cos layers there is nothing for hooks; their code depends on sizes.
-        ours = type(m).__module__.startswith("bcos_rt.nn.") or isinstance(m, BcosConv2d | BcosLinear)
-        return ours or super().is_leaf_module(m, module_qualified_name)
-
-
-def _own_memory(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` whose activations do not write to their input."""
-    model = copy.deepcopy(model).eval()
-    for module in model.modules():
-        if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
-    return model
-
-
-def _own_activations(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` whose ReLUs are ``nn.ReLU`` modules, one a call, not in place.
-
-    A network that cannot be traced keeps its modules, made not in place; methods that need more say so themselves.
-    """
-    model = _own_memory(model)
-    try:
-        graph = _Tracer().trace(model)
-    except Exception:  # data-dependent control flow: tracing fails in as many ways as there are networks
-        return model
-    traced = fx.GraphModule(model, graph)
-    relus = (F.relu, torch.relu, torch.relu_, F.relu_)
-    count = 0
-    for node in list(graph.nodes):
-        module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-        functional = node.op == "call_function" and node.target in relus
-        as_method = node.op == "call_method" and node.target in ("relu", "relu_")
-        if isinstance(module, nn.ReLU) or functional or as_method:
-            name = f"own_relu_{count}"
-            count += 1
-            traced.add_submodule(name, nn.ReLU())
-            with graph.inserting_before(node):
-                new = graph.call_module(name, (node.args[0],))
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
-    traced.recompile()
-    return traced
-
-
-def _named(model: nn.Module, name: str) -> nn.Module:
-    whole: dict[str, nn.Module] = dict(model.named_modules())
-    found = {key.removeprefix("1."): module for key, module in whole.items()} | whole
-    if name not in found:
-        raise InvalidArgumentError("layer", repr(name), "a module's name", did_you_mean(name, found))
-    return found[name]
-
-
-def _last_map(model: nn.Module, inputs: Tensor, net: nn.Module) -> nn.Module:
-    """The module that ran last of those whose output is a map of more than one place, the classifier aside."""
-    classifier = classifier_name(inner_network(net))
-    seen: list[nn.Module] = []
-    with _watching(model, seen, skip=classifier):
-        model(inputs)
-    if not seen:
-        raise InvalidArgumentError("net", "no module with a map [N, C, H, W] as its output", "a network for grad_cam")
-    return seen[-1]
-
-
-@contextmanager
-def _watching(model: nn.Module, seen: list[nn.Module], skip: str | None) -> Iterator[None]:
-    handles = []
-    for name, module in model.named_modules():
-        if any(True for _ in module.children()) or (skip is not None and name.removeprefix("1.") == skip):
-            continue
-
-        def note(module: nn.Module, _inputs: object, out: object) -> None:
-            if isinstance(out, Tensor) and out.ndim == 4 and out.shape[2] * out.shape[3] > 1:
-                seen.append(module)
-
-        handles.append(module.register_forward_hook(note))
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def named_methods(methods: Sequence[str | Method]) -> dict[str, Method]:
     """Methods by name, a function's own name where one is given; all of them take several classes an image."""
     found: dict[str, Method] = {}
@@ -358,6 +349,30 @@ def named_methods(methods: Sequence[str | Method]) -> dict[str, Method]:
     if not found:
         raise InvalidArgumentError("methods", "none", "at least one method")
     return found
+
+
+def unsupported_methods(net: nn.Module, methods: Sequence[str | Method], images: Tensor) -> dict[str, str]:
+    """Which methods refuse a network, and why: ``"grad_cam"`` without a map, ``"guided_backprop"`` without ReLUs.
+
+    The others attribute something on it; a warning of theirs is given when they are used.
+
+    Args:
+        methods: names or functions.
+        images: [N, 3, H, W] in [0, 1], of the size that the methods will see; one is enough.
+
+    Returns:
+        Reasons by the name of the method, in the order of ``methods``.
+    """
+    reasons: dict[str, str] = {}
+    for name, made in named_methods(methods).items():
+        check = getattr(made, "check", None)
+        if check is None:
+            continue
+        try:
+            check(net, images)
+        except BcosError as error:
+            reasons[name] = str(error)
+    return reasons
 
 
 def methods_of(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bcos_rt.data import loader, open_data, shard
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
+from bcos_rt.evaluation.checks import example_tensor
 from bcos_rt.explanation.text import require_embedding
 from bcos_rt.graph.capture import eval_mode
 from bcos_rt.nn.network import BcosNetwork, EmbeddingLayer
@@ -49,7 +50,7 @@ def batches_of(
     images = open_data(data)
     if len(images) == 0:
         raise InvalidArgumentError("data", "no image", "images with labels")
-    like = next(net.parameters())
+    like = example_tensor(net)
     with eval_mode(net):
         batches = shard(len(images), batch_size)
         for batch, (pixels, labels) in zip(batches, loader(images, batches, workers), strict=True):

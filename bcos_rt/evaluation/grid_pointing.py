@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from bcos_rt.data import ImageData, loader, open_data, shard
 from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.evaluation.attribution import Method, methods_of
+from bcos_rt.evaluation.checks import checked_logits, checked_maps, example_tensor
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.graph.capture import eval_mode
 
@@ -142,12 +143,12 @@ def confident_images(
     tell: Callable[[int, int], None] | None = None,
 ) -> dict[int, list[tuple[int, float]]]:  # fmt: skip
     """The images that a network classifies right: class -> (index, logit of the class), the surest first."""
-    like = next(net.parameters())
+    like = example_tensor(net)
     found: list[tuple[int, int, float]] = []
     batches = shard(len(data), batch_size)  # type: ignore[arg-type]
     classes = 0
     for batch, (images, labels) in zip(batches, loader(data, batches, workers), strict=True):
-        logits = net(images.to(like.device, like.dtype))
+        logits = checked_logits(net(images.to(like.device, like.dtype)), batch[0])
         classes = logits.shape[1]
         top = logits.max(1)
         for index, label, predicted, logit in zip(
@@ -260,7 +261,14 @@ def tiled(images: Tensor, n: int) -> Tensor:
     return images.reshape(n, n, c, h, w).permute(2, 1, 3, 0, 4).reshape(c, n * h, n * w)
 
 
-def _strided(apply: Method, net: nn.Module, images: Tensor, targets: Tensor, side: int, stride: int) -> Tensor:
+def _map(apply: Method, name: str, net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """A method's maps [N, K, H, W], finite: anything else would be scored as nothing, or in the wrong cells."""
+    return checked_maps(apply(net, images, targets), name, (*targets.shape, *images.shape[2:]))
+
+
+def _strided(
+    apply: Method, name: str, net: nn.Module, images: Tensor, targets: Tensor, side: int, stride: int
+) -> Tensor:
     """Maps [N, K, H, W] of windows of ``side`` pixels, ``stride`` apart, averaged where they overlap.
 
     The last windows lie at the image's edge, closer to the others where the stride does not fit.
@@ -271,7 +279,7 @@ def _strided(apply: Method, net: nn.Module, images: Tensor, targets: Tensor, sid
     for top in (*range(0, height - side, stride), height - side):
         for left in (*range(0, width - side, stride), width - side):
             part = (..., slice(top, top + side), slice(left, left + side))
-            total[part] += apply(net, images[part], targets)
+            total[part] += _map(apply, name, net, images[part], targets)
             count[part] += 1
     return total / count
 
@@ -316,7 +324,10 @@ def grid_pointing_game(
         tell: called with what is being done, steps done and steps in all.
 
     Raises:
-        InvalidArgumentError: unusable arguments; no grid can be made for a network (named).
+        InvalidArgumentError: unusable arguments; no grid can be made for a network (named); logits or maps that are not
+            finite, or maps of another size than the grid.
+        UnsupportedOpError: a method that refuses a network, see
+            :func:`~bcos_rt.evaluation.attribution.unsupported_methods`.
     """
     if n < 2:
         raise InvalidArgumentError("n", n, "at least 2 cells on a side")
@@ -369,7 +380,7 @@ def grid_pointing_game(
     for network, net in networks.items():
         judges[network] = sharing or (network,)
         chosen = shared if shared is not None else grids_for(network)
-        like = next(net.parameters())
+        like = example_tensor(net)
         for name, apply in own[network].items():
             found: list[np.ndarray] = []
             for i, indices in enumerate(chosen):
@@ -382,9 +393,9 @@ def grid_pointing_game(
                 grid = tiled(cells, n)
                 with eval_mode(net):
                     if variant == "strided":
-                        maps = _strided(apply, net, grid[None], targets, side, step)[0].detach()
+                        maps = _strided(apply, name, net, grid[None], targets, side, step)[0]
                     else:
-                        maps = apply(net, grid[None], targets)[0].detach()
+                        maps = _map(apply, name, net, grid[None], targets)[0]
                 inside = share_in_cells(maps, n, window).cpu()
                 found.append(inside.gather(1, places[:, None])[:, 0].numpy())
                 if i == 0:

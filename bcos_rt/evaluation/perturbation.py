@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bcos_rt.data import open_data
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation.attribution import Method, methods_of
+from bcos_rt.evaluation.checks import checked_logits, checked_maps, example_tensor
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.explanation.explain import class_ids_of
 from bcos_rt.graph.capture import eval_mode
@@ -188,7 +189,8 @@ def perturbation_curves(
 
     Raises:
         InvalidTypeError: ``net`` is no module.
-        InvalidArgumentError: images, targets or maps that do not fit; more steps than pixels.
+        InvalidArgumentError: images, targets or maps that do not fit; logits that are not finite; more steps than
+            pixels.
     """
     options = options or Perturbation()
     if not isinstance(net, nn.Module):
@@ -204,7 +206,7 @@ def perturbation_curves(
     if options.steps > pixels:
         raise InvalidArgumentError("Perturbation.steps", options.steps, f"at most {pixels}, the number of pixels")
     with eval_mode(net):
-        logits = torch.cat([net(part) for part in images.split(options.batch_size)])  # type: ignore[no-untyped-call]
+        logits = checked_logits(torch.cat([net(part) for part in images.split(options.batch_size)]))  # type: ignore[no-untyped-call]
         classes = class_ids_of(targets, n, logits.shape[1], images.device)
         if classes.ndim != 1:
             raise InvalidArgumentError("targets", f"shape {tuple(classes.shape)}", f"one class an image, [{n}]")
@@ -262,7 +264,8 @@ def insertion_deletion(
         tell: called with what is being done, images done and images in all.
 
     Raises:
-        InvalidArgumentError: no network, no method, no image, images of several sizes, or numbers below 1.
+        InvalidArgumentError: no network, no method, no image, images of several sizes, numbers below 1, logits or maps
+            that are not finite, or maps of another size than the images.
     """
     options = options or Perturbation()
     if not networks:
@@ -277,7 +280,7 @@ def insertion_deletion(
     chosen = [i * len(source) // count for i in range(count)]
     curves: dict[tuple[str, str], PerturbationCurves] = {}
     for network, net in networks.items():
-        like = next(net.parameters())
+        like = example_tensor(net)
         with eval_mode(net):
             for name, apply in methods_of(methods, network).items():
                 parts = []
@@ -288,8 +291,9 @@ def insertion_deletion(
                         raise InvalidArgumentError("data", "images of several sizes", "one size", " (give a size)")
                     batch = torch.stack(read).to(like.device, like.dtype)
                     with torch.no_grad():
-                        top = net(batch).argmax(1)
-                    parts.append(perturbation_curves(net, batch, top, apply(net, batch, top).detach(), options))
+                        top = checked_logits(net(batch), start, network).argmax(1)
+                    maps = checked_maps(apply(net, batch, top), name, (len(batch), *batch.shape[2:]))
+                    parts.append(perturbation_curves(net, batch, top, maps, options))
                     if tell is not None:
                         tell(f"{network}: {name}", start + len(indices), count)
                 curves[network, name] = PerturbationCurves(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.evaluation.attribution import Method, named_methods
+from bcos_rt.evaluation.checks import checked_logits, checked_maps
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.explanation.explain import class_ids_of
 from bcos_rt.nn.conventional import inner_network
@@ -117,7 +118,8 @@ def parameter_randomisation(
 
     Raises:
         InvalidTypeError: ``net`` is no module.
-        InvalidArgumentError: unusable images, targets or stages; a method whose maps do not fit the images.
+        InvalidArgumentError: unusable images, targets or stages; a network without parameters; a method whose maps do
+            not fit the images, or values that are not finite.
     """
     if not isinstance(net, nn.Module):
         raise InvalidTypeError("net", type(net).__name__, "a torch.nn.Module")
@@ -126,12 +128,16 @@ def parameter_randomisation(
     chosen = named_methods(methods)
     work = copy.deepcopy(net).eval()
     inner = inner_network(work)
-    logits = work(images)
+    logits = checked_logits(work(images))
     classes = class_ids_of(targets, len(images), logits.shape[1], images.device)
     if classes.ndim != 1:
         raise InvalidArgumentError("targets", f"shape {tuple(classes.shape)}", f"one class an image, [{len(images)}]")
     classes = torch.where(classes < 0, logits.argmax(1), classes)
     names = stages_of(work, images[:1]) if stages is None else _checked(work, stages)
+    if not names:
+        raise InvalidArgumentError(
+            "net", f"{type(inner).__name__}, which has no parameters", "a network with parameters"
+        )
     trained = {name: _map(apply, name, work, images, classes) for name, apply in chosen.items()}
     correlations: dict[str, list[Tensor]] = {name: [] for name in chosen}
     magnitudes: dict[str, list[Tensor]] = {name: [] for name in chosen}
@@ -260,10 +266,4 @@ def _randomise(module: nn.Module, drawn: set[int], generator: torch.Generator) -
 def _map(apply: Method, name: str, net: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     """A method's maps; the caller's ``no_grad`` must not reach it."""
     with torch.enable_grad():
-        found = apply(net, images, classes).detach()
-    expected = (len(images), *images.shape[2:])
-    if tuple(found.shape) != expected:
-        raise InvalidArgumentError("methods", f"maps of shape {tuple(found.shape)} from {name!r}", f"{expected}")
-    if not bool(torch.isfinite(found).all()):
-        raise InvalidArgumentError("methods", f"maps with NaN or infinite values from {name!r}", "finite ones")
-    return found
+        return checked_maps(apply(net, images, classes), name, (len(images), *images.shape[2:]))

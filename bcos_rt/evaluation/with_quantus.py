@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from bcos_rt.errors import InvalidTypeError
+from bcos_rt.evaluation.checks import example_tensor
 from bcos_rt.explanation.explain import explain
 from bcos_rt.nn.network import BcosNetwork
 
@@ -36,7 +37,7 @@ def quantus_explain(model: BcosNetwork, inputs: Any, targets: Any, **_: Any) -> 
     """
     if not isinstance(model, BcosNetwork):
         raise InvalidTypeError("model", type(model).__name__, "a BcosNetwork", " (bcosify makes one)")
-    like = next(model.parameters())
+    like = example_tensor(model)
     # A copy in plain order: what Quantus cuts and flips may lie backwards in memory, which torch does not take.
     images = torch.tensor(np.ascontiguousarray(inputs), device=like.device, dtype=like.dtype)
     explanation = explain(model, images, torch.tensor(np.ascontiguousarray(targets)).reshape(-1))

@@ -157,3 +157,37 @@ def test_bad_data_is_named(images: Tensor, labels: Tensor | None, message: str) 
 def test_wrong_types_are_named() -> None:
     with pytest.raises(InvalidTypeError, match="net: got str"):
         evaluate("resnet", (torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)))  # type: ignore[arg-type]
+
+
+class Poolings(nn.Module):
+    """Has neither parameters nor buffers; three classes, the colours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def test_a_network_without_parameters() -> None:
+    images = torch.zeros(6, 3, 8, 8)
+    labels = torch.arange(6) % 3
+    images[torch.arange(6), labels] = 1.0
+    assert evaluate(Poolings(), (images, labels)).top1 == 1.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_named(value: float) -> None:
+    class Broken(Poolings):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            return logits.where(x[:, :1, 0, 0] < 1, torch.full_like(logits, value))
+
+    images = torch.rand(7, 3, 8, 8)
+    images[4, 0] = 1.0
+    with pytest.raises(InvalidArgumentError, match=r"NaN or infinite values \(image 4\)"):
+        evaluate(Broken(), (images, torch.zeros(7, dtype=torch.int64)), batch_size=3)
+    with pytest.raises(InvalidArgumentError, match=r"shape \(3, 3, 8\), expected logits \[N, classes\]"):
+        evaluate(Rows(), (images, torch.zeros(7, dtype=torch.int64)), batch_size=3)
+
+
+class Rows(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(3)

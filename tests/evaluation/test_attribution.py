@@ -1,15 +1,18 @@
 """Attribution methods against direct computations in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from bcos_rt import Recipe, bcosify, explain
-from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
-from bcos_rt.evaluation import METHODS, method
-from bcos_rt.models.small import SmallResNet
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, UnsupportedOpError
+from bcos_rt.evaluation import METHODS, method, unsupported_methods
+from bcos_rt.models.small import SmallResNet, small_vit
 from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.nn.exponent import exponents, set_exponents
 
@@ -246,3 +249,263 @@ def test_unknown_methods_and_options_are_named() -> None:
         method("gradcam")
     with pytest.raises(InvalidArgumentError, match="did you mean 'n_steps'"):
         method("integrated_gradients", steps=3)
+
+
+# --- what a method needs of a network --------------------------------------------------------------------------------
+
+
+def logits_and_base(net: ConventionalNetwork, images: Tensor, targets: Tensor) -> Tensor:
+    """How much the targets' logits differ from those of the mean image, [N]."""
+    with torch.no_grad():
+        difference = net(images) - net.model(torch.zeros_like(images))
+    return difference.gather(1, targets[:, None])[:, 0]
+
+
+class Functional(nn.Module):
+    """A convolution, an activation that is a function call, pooling, a classifier."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc, self.act = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.act(4 * self.conv(x)).mean((2, 3)))
+        return logits
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "gelu": lambda x: F.gelu(x, approximate="tanh"), "hardswish": F.hardswish, "mish": F.mish,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.3), "elu": F.elu, "tanh": torch.tanh, "method": lambda x: x.sigmoid(),
+    "relu6": F.relu6, "clamp": lambda x: x.clamp(min=0), "bounded": lambda x: x.clamp(-0.5, max=0.5),
+    "in place": lambda x: F.silu(x, inplace=True), "max_pool": lambda x: F.max_pool2d(x, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_deep_lift_adds_up_with_every_activation(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    net = ConventionalNetwork(Functional(ACTIVATIONS[name]), MEAN, STD).double().eval()
+    found = method("deep_lift")(net, IMAGES, TARGETS)
+    torch.testing.assert_close(found.sum((1, 2)), logits_and_base(net, IMAGES, TARGETS), rtol=1e-6, atol=1e-8)
+    assert not [w for w in recwarn if "deep_lift" in str(w.message)]
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.GELU(), nn.ReLU6(), nn.PReLU(), nn.Hardswish(inplace=True)])
+def test_deep_lift_adds_up_with_activation_modules_that_serve_twice(act: nn.Module) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.fc, self.act = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, 5), act
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.fc(self.act(self.b(self.act(3 * self.a(x)))).mean((2, 3)))
+            return logits
+
+    net = ConventionalNetwork(Twice(), MEAN, STD).double().eval()
+    found = method("deep_lift")(net, IMAGES, TARGETS)
+    torch.testing.assert_close(found.sum((1, 2)), logits_and_base(net, IMAGES, TARGETS), rtol=1e-6, atol=1e-8)
+
+
+def test_deep_lift_says_where_it_does_not_add_up() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            logits: Tensor = self.fc((x * (5 * x.flip(1)).sigmoid()).mean((2, 3)))
+            return logits
+
+    with pytest.warns(UserWarning, match="deep_lift: attributions of Gated miss the logit's difference .* by [0-9]+%"):
+        method("deep_lift")(ConventionalNetwork(Gated()).double().eval(), IMAGES, TARGETS)
+
+
+class Dynamic(nn.Module):
+    """Cannot be traced: what runs depends on values."""
+
+    def __init__(self, as_modules: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+        self.act: Callable[[Tensor], Tensor] = nn.ReLU() if as_modules else torch.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(x))
+        if float(x.sum()) < -1:
+            x = 2 * x
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+def plain_gradient(net: ConventionalNetwork) -> Tensor:
+    images = IMAGES.clone().requires_grad_()
+    net(images).gather(1, TARGETS[:, None]).sum().backward()
+    assert images.grad is not None
+    return images.grad.sum(1)
+
+
+def test_guided_backprop_is_never_the_plain_gradient_without_a_word() -> None:
+    smooth = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    with pytest.raises(UnsupportedOpError, match="Sequential has none, but gelu"):
+        method("guided_backprop")(ConventionalNetwork(smooth).double().eval(), IMAGES, TARGETS)
+    with pytest.raises(UnsupportedOpError, match="Dynamic calls functions and cannot be traced"):
+        method("guided_backprop")(ConventionalNetwork(Dynamic(as_modules=False)).double().eval(), IMAGES, TARGETS)
+    net = ConventionalNetwork(Dynamic(as_modules=True)).double().eval()
+    assert not torch.allclose(method("guided_backprop")(net, IMAGES, TARGETS), plain_gradient(net))
+    mixed = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 5),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="beside ReLUs, silu"):
+        method("guided_backprop")(ConventionalNetwork(mixed).double().eval(), IMAGES, TARGETS)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6(inplace=True), F.relu6, lambda x: x.clamp_min(0)])
+def test_guided_backprop_takes_what_is_a_relu_by_another_name(act: Callable[[Tensor], Tensor]) -> None:
+    net = ConventionalNetwork(Functional(act)).double().eval()
+    found = method("guided_backprop")(net, IMAGES, TARGETS)
+    model = net.model
+    assert isinstance(model, Functional)
+    x = IMAGES.clone().requires_grad_()
+    before = 4 * model.conv(x)
+    after = act(before.clone()).detach().requires_grad_()
+    model.fc(after.mean((2, 3))).gather(1, TARGETS[:, None]).sum().backward()
+    inside = (before > 0) & ((before < 6) | (after > 6))
+    assert after.grad is not None
+    before.backward(after.grad.clamp(min=0) * inside)
+    assert x.grad is not None
+    close(found, x.grad.sum(1))
+    assert not torch.allclose(found, plain_gradient(net))
+
+
+def vit() -> ConventionalNetwork:
+    torch.manual_seed(0)
+    return ConventionalNetwork(small_vit(1, 32)(5)).eval()
+
+
+def cam_refused() -> dict[str, Callable[[], nn.Module]]:
+    timm = pytest.importorskip("timm")
+    swin = timm.models.swin_transformer.SwinTransformer
+    return {
+        "attention": lambda: timm.models.vision_transformer.VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5
+        ),
+        "multi_head": lambda: torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=5),
+        "ours": lambda: small_vit(1, 32)(5),
+        "behind a stem": lambda: small_vit(1, 32, (8, 32))(5),
+        "channels_last": lambda: swin(
+            img_size=32, patch_size=4, embed_dim=12, depths=(1, 1), num_heads=(1, 2), window_size=4, num_classes=5
+        ),
+        "mixer": lambda: timm.models.mlp_mixer.MlpMixer(
+            img_size=32, patch_size=8, embed_dim=16, num_blocks=1, num_classes=5
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("attention", "in VisionTransformer attention follows"),
+        ("multi_head", "in VisionTransformer (attention|a linear layer of tokens) follows"),
+        ("ours", "no module of SimpleViT returns one|follows"),
+        ("behind a stem", "in SimpleViT .* follows"),
+        ("channels_last", r"\(1, 4, 4, 24\) of 'norm', is not known to be one"),
+        ("mixer", "in MlpMixer .* follows"),
+    ],
+)
+def test_grad_cam_refuses_what_is_no_map(name: str, message: str) -> None:
+    torch.manual_seed(0)
+    net = ConventionalNetwork(cam_refused()[name]()).eval()
+    images = torch.rand(2, 3, 32, 32)
+    with pytest.raises(UnsupportedOpError, match=message):
+        method("grad_cam")(net, images, torch.tensor([0, 1]))
+
+
+def test_grad_cam_takes_a_named_layer_of_a_network_it_refuses() -> None:
+    torch.manual_seed(0)
+    net = ConventionalNetwork(cam_refused()["multi_head"]()).eval()
+    images = torch.rand(2, 3, 32, 32)
+    found = method("grad_cam", layer="conv_proj")(net, images, torch.tensor([0, 1]))
+    assert found.shape == (2, 32, 32)
+    with pytest.raises(InvalidArgumentError, match=r"layer: got 'encoder', whose output is \(1, 17, 16\)"):
+        method("grad_cam", layer="encoder")(net, images, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("architecture", ["convnext", "attention first", "known by its pool"])
+def test_grad_cam_takes_maps_behind_norms_and_attention(architecture: str) -> None:
+    """Channels-last layers inside a block, and attention before the last map, are no reason to refuse."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    if architecture == "convnext":
+        model = timm.models.convnext.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), num_classes=5)
+    elif architecture == "attention first":
+        model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), MapAttention(8), nn.BatchNorm2d(8), nn.ReLU(), Pooled(8))
+    else:
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 4, 4), MapAttention(8), ChannelsFirst(), nn.AdaptiveAvgPool2d(1), Pooled(8)
+        )
+    found = method("grad_cam")(ConventionalNetwork(model).eval(), torch.rand(1, 3, 64, 64), torch.tensor([1]))
+    assert found.shape == (1, 64, 64)
+
+
+class MapAttention(nn.Module):
+    """Attention among the places of a map [N, C, H, W]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(channels, 1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        mixed: Tensor = self.attention(tokens, tokens, tokens)[0]
+        return mixed.transpose(1, 2).reshape(x.shape)
+
+
+class ChannelsFirst(nn.Module):
+    """Says nothing about the order of its output's dimensions: the pool behind it does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Not traced, or this would be a function call instead of a module.
+        return x.transpose(2, 3)[..., :-1] if float(x.sum()) < float("inf") else x
+
+
+class Pooled(nn.Sequential):
+    def __init__(self, channels: int) -> None:
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5))
+
+
+def test_what_refuses_a_network_can_be_asked() -> None:
+    everything = [name for name in METHODS if name != "bcos"]
+    images = torch.rand(2, 3, 32, 32)
+    refused = unsupported_methods(vit(), ["bcos", *everything], images)
+    assert list(refused) == ["bcos", "guided_backprop", "grad_cam"]
+    assert "gelu" in refused["guided_backprop"]
+    assert unsupported_methods(resnet(), everything, IMAGES) == {}
+    bcos, _ = bcosify(resnet().model.float(), Recipe(mean=MEAN, std=STD))
+    assert unsupported_methods(bcos.eval(), list(METHODS), images) == {}
+    chosen = [method("grad_cam", layer="to_patch_embedding.patches"), lambda net, images, targets: images.sum(1)]
+    assert unsupported_methods(vit(), chosen, images) == {}
+    # The others work.
+    for name in everything:
+        if name not in refused:
+            found = method(name)(vit(), images, torch.tensor([0, 1]))
+            assert bool(torch.isfinite(found).all())
+
+
+def test_the_gradient_has_its_sign() -> None:
+    net = resnet()
+    _, grad = gradient(net)
+    close(method("gradient")(net, IMAGES, TARGETS), grad.sum(1))
+
+
+def test_grad_cam_resized_as_published() -> None:
+    net = resnet()
+    smooth, blocks = (method("grad_cam", resize=how)(net, IMAGES, TARGETS) for how in ("bilinear", "nearest"))
+    # Four places a side: blocks of 4 x 4 pixels of one value.
+    torch.testing.assert_close(blocks, blocks[:, ::4, ::4].repeat_interleave(4, 1).repeat_interleave(4, 2))
+    assert not torch.allclose(smooth, blocks)
+    with pytest.raises(InvalidArgumentError, match="resize: got 'cubic'"):
+        method("grad_cam", resize="cubic")(net, IMAGES, TARGETS)

@@ -13,6 +13,7 @@ from bcos_rt import Recipe, bcosify, explain
 from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.evaluation import grid_pointing_game
 from bcos_rt.evaluation.grid_pointing import (
+    Variant,
     choose_images,
     confident_for_all,
     confident_images,
@@ -293,3 +294,36 @@ def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> No
     arguments = {"networks": {"a": ConventionalNetwork(Colours())}, "methods": ["random"], "data": images(), "n": 2}
     with pytest.raises(InvalidArgumentError, match=message):
         grid_pointing_game(**{**arguments, **changes})  # type: ignore[arg-type]
+
+
+def test_a_network_without_parameters_plays() -> None:
+    class Six(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Colours()(x)
+
+    result = grid_pointing_game({"a": Six()}, ["input_x_gradient"], images(), n=2, grids=2, smooth=0)
+    assert result.summary()[0]["grids"] == 2
+
+
+@pytest.mark.parametrize("variant", ["full", "strided"])
+def test_maps_that_cannot_be_scored_are_refused(variant: Variant) -> None:
+    """Not a number would count as nothing, and a smaller map's cells are other places."""
+
+    def unfinished(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return torch.full((len(images), *images.shape[2:]), float("nan"))
+
+    def coarse(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return torch.rand(len(images), images.shape[2] // 2, images.shape[3] // 2)
+
+    nets = {"a": ConventionalNetwork(Colours())}
+    for broken, message in ((unfinished, "NaN or infinite values from 'unfinished'"), (coarse, "from 'coarse'")):
+        with pytest.raises(InvalidArgumentError, match=message):
+            grid_pointing_game(nets, [broken], images(), n=2, grids=2, variant=variant)
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    net = ConventionalNetwork(Colours())
+    with torch.no_grad():
+        net.model.head.bias[0] = float("nan")  # type: ignore[union-attr, operator, index]
+    with pytest.raises(InvalidArgumentError, match="NaN or infinite"):
+        grid_pointing_game({"a": net}, ["random"], images(), n=2)

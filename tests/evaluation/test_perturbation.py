@@ -201,3 +201,16 @@ def test_bad_networks_and_data_are_named() -> None:
         insertion_deletion({"a": linear()}, ["random"], data, images=0)
     with pytest.raises(InvalidArgumentError, match="no image"):
         insertion_deletion({"a": linear()}, ["random"], (torch.rand(0, 3, SIDE, SIDE), None))
+
+
+def test_maps_and_logits_of_a_data_set_that_are_not_finite_are_named() -> None:
+    def unfinished(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return images.sum(1) / 0
+
+    with pytest.raises(InvalidArgumentError, match="NaN or infinite values from 'unfinished'"):
+        insertion_deletion({"a": linear()}, [unfinished], (IMAGES.float(), None), options=LOGITS)
+    net = linear()
+    with torch.no_grad():
+        net.model[1].bias[0] = float("nan")  # type: ignore[index, union-attr]
+    with pytest.raises(InvalidArgumentError, match="logits of a with NaN"):
+        insertion_deletion({"a": net}, ["random"], (IMAGES.float(), None), options=LOGITS)

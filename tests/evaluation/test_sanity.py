@@ -167,3 +167,20 @@ def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> No
 def test_a_wrong_type_is_named() -> None:
     with pytest.raises(InvalidTypeError, match="net: got str"):
         parameter_randomisation("resnet", [edges], IMAGES)  # type: ignore[arg-type]
+
+
+def test_a_network_without_parameters_is_named() -> None:
+    class Poolings(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3))
+
+    with pytest.raises(InvalidArgumentError, match="net: got Poolings, which has no parameters"):
+        parameter_randomisation(Poolings(), [edges], IMAGES)
+
+
+def test_logits_that_are_not_finite_are_named() -> None:
+    net = resnet()
+    with torch.no_grad():
+        net.model.fc.bias[2] = float("nan")  # type: ignore[union-attr, operator, index]
+    with pytest.raises(InvalidArgumentError, match=r"NaN or infinite values \(image 0\)"):
+        parameter_randomisation(net, [edges], IMAGES)

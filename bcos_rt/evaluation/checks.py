@@ -1,0 +1,56 @@
+"""What every evaluation asks of a network, of its logits and of the maps of a method."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from bcos_rt.errors import InvalidArgumentError
+
+__all__ = ["checked_logits", "checked_maps", "example_tensor"]
+
+
+def example_tensor(net: nn.Module) -> Tensor:
+    """One floating-point tensor of a network, to put images where it is; for a network without any, on the CPU."""
+    for tensor in chain(net.parameters(), net.buffers()):
+        if tensor.is_floating_point():
+            return tensor
+    return torch.empty(0)
+
+
+def checked_logits(outputs: object, first: int = 0, network: str = "the network") -> Tensor:
+    """``outputs`` as finite logits [N, classes].
+
+    Args:
+        outputs: what the network returned.
+        first: index of the first image of these, for the message.
+        network: what the message calls it.
+
+    Raises:
+        InvalidArgumentError: something else, or a logit that is NaN or infinite; the first such image is named.
+    """
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InvalidArgumentError("net", f"an output of {network} of {got}", "logits [N, classes]")
+    finite = torch.isfinite(outputs).all(1)
+    if not bool(finite.all()):
+        index = first + int((~finite).nonzero()[0, 0])
+        raise InvalidArgumentError(
+            "net", f"logits of {network} with NaN or infinite values (image {index})", "finite ones"
+        )
+    return outputs
+
+
+def checked_maps(maps: Tensor, name: str, expected: tuple[int, ...]) -> Tensor:
+    """Finite maps of the shape ``expected``, detached.
+
+    Raises:
+        InvalidArgumentError: others; the method ``name`` is named.
+    """
+    if tuple(maps.shape) != expected:
+        raise InvalidArgumentError("methods", f"maps of shape {tuple(maps.shape)} from {name!r}", f"{expected}")
+    if not bool(torch.isfinite(maps).all()):
+        raise InvalidArgumentError("methods", f"maps with NaN or infinite values from {name!r}", "finite ones")
+    return maps.detach()
