@@ -28,6 +28,8 @@ from bcos_rt.evaluation.attribution import Method, methods_of
 from bcos_rt.evaluation.checks import checked_logits, checked_maps, example_tensor
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.graph.capture import eval_mode
+from bcos_rt.nn.conventional import ConventionalNetwork
+from bcos_rt.nn.network import BcosNetwork
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +46,8 @@ __all__ = [
     "tiled",
 ]
 
-Variant = Literal["full", "rescaled", "strided"]
+Variant = Literal["full", "rescaled", "strided", "strided_padded"]
+VARIANTS = ("full", "rescaled", "strided", "strided_padded")
 # The published window is 15 pixels where a cell has 224.
 SMOOTH, SMOOTH_AT = 15, 224
 
@@ -284,6 +287,31 @@ def _strided(
     return total / count
 
 
+def _strided_padded(
+    apply: Method, name: str, net: nn.Module, images: Tensor, targets: Tensor, side: int, stride: int
+) -> Tensor:
+    """Maps [N, K, H, W] as B-cosification's code makes them: the sum of those of windows of the padded grid.
+
+    Its grids are what the network's dataset gives: a conventional network's normalised, a B-cos network's encoded as
+    ``[x, 1 - x]``. ``side - stride`` zeros are put around *those*, so outside there is a conventional network's mean
+    colour, and nothing in any of a B-cos network's six channels, which no colour gives.
+    """
+    padding = side - stride
+    if isinstance(net, BcosNetwork):
+        images = net.encode(images)
+    outside = net.mean.to(images.dtype) if isinstance(net, ConventionalNetwork) else images.new_zeros(())
+    height, width = (length + 2 * padding for length in images.shape[2:])
+    padded = outside.expand(*images.shape[:2], height, width).clone()
+    inside = (..., slice(padding, height - padding), slice(padding, width - padding))
+    padded[inside] = images
+    total = images.new_zeros(*targets.shape, height, width)
+    for top in range(0, height - side + 1, stride):
+        for left in range(0, width - side + 1, stride):
+            part = (..., slice(top, top + side), slice(left, left + side))
+            total[part] += _map(apply, name, net, padded[part], targets)
+    return total[inside]
+
+
 def grid_pointing_game(
     networks: Mapping[str, nn.Module],
     methods: Sequence[str | Method] | Mapping[str, Sequence[str | Method]],
@@ -298,6 +326,7 @@ def grid_pointing_game(
     same_grids: str | Literal[True] | None = None,
     published_offsets: bool = True,
     batch_size: int = 64,
+    workers: int = 0,
     tell: Callable[[str, int, int], None] | None = None,
 ) -> GridPointing:
     """Play the grid pointing game.
@@ -314,13 +343,15 @@ def grid_pointing_game(
         variant: ``"full"``: the grid is n times an image's size. ``"rescaled"``: images are shrunk first, so that the
             grid has an image's size (to the next multiple of n below). ``"strided"``: the network sees windows of an
             image's size, ``stride`` apart (default: half a window), whose maps are averaged where they overlap; for
-            networks that take no other size. B-cosification's code pads the grid instead, so that all pixels are in as
-            many windows.
-        stride: of ``variant="strided"``, at most an image's side.
+            networks that take no other size. ``"strided_padded"``: the same as B-cosification's code has it: zeros are
+            put around the (normalised or encoded) grid, so that all pixels are in as many windows, and maps are
+            summed. A function as a method then sees a B-cos network's windows encoded, with six channels.
+        stride: of both strided variants, at most an image's side; of the second a divisor of it.
         same_grids: None gives each network grids of the images that itself classifies right and with confidence, as
             published. True gives all networks the same grids, of images that every one of them does; a name the same
             grids of that network's images, whatever the others make of them.
         published_offsets: see :func:`grids_of`.
+        batch_size, workers: images at a time while the sure ones are looked for; processes that read them.
         tell: called with what is being done, steps done and steps in all.
 
     Raises:
@@ -333,8 +364,8 @@ def grid_pointing_game(
         raise InvalidArgumentError("n", n, "at least 2 cells on a side")
     if not networks:
         raise InvalidArgumentError("networks", "none", "at least one network")
-    if variant not in ("full", "rescaled", "strided"):
-        raise InvalidArgumentError("variant", repr(variant), "'full', 'rescaled' or 'strided'")
+    if variant not in VARIANTS:
+        raise InvalidArgumentError("variant", repr(variant), f"one of {', '.join(VARIANTS)}")
     if same_grids is not None and same_grids is not True and same_grids not in networks:
         raise InvalidArgumentError("same_grids", repr(same_grids), f"True, None or one of {', '.join(networks)}")
     if grids < 1:
@@ -348,6 +379,8 @@ def grid_pointing_game(
     step = max(1, side // 2) if stride is None else stride
     if not 1 <= step <= side:
         raise InvalidArgumentError("stride", stride, f"1 to {side}, the side of a window")
+    if variant == "strided_padded" and side % step:
+        raise InvalidArgumentError("stride", step, f"a divisor of {side}, so that all pixels are in as many windows")
     own = {name: methods_of(methods, name) for name in networks}
     shares: dict[tuple[str, str], np.ndarray] = {}
     example: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
@@ -358,7 +391,7 @@ def grid_pointing_game(
     def sure_images(name: str) -> dict[int, list[tuple[int, float]]]:
         with eval_mode(networks[name]):
             return confident_images(
-                networks[name], images, batch_size=batch_size,
+                networks[name], images, batch_size=batch_size, workers=workers,
                 tell=None if tell is None else lambda done, of: tell(f"{name}: confidences", done, of),
             )  # fmt: skip
 
@@ -394,6 +427,8 @@ def grid_pointing_game(
                 with eval_mode(net):
                     if variant == "strided":
                         maps = _strided(apply, name, net, grid[None], targets, side, step)[0]
+                    elif variant == "strided_padded":
+                        maps = _strided_padded(apply, name, net, grid[None], targets, side, step)[0]
                     else:
                         maps = _map(apply, name, net, grid[None], targets)[0]
                 inside = share_in_cells(maps, n, window).cpu()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bcos_rt import Recipe, bcosify, explain
+from bcos_rt import BcosNetwork, Recipe, bcosify, explain
 from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.evaluation import grid_pointing_game
 from bcos_rt.evaluation.grid_pointing import (
@@ -327,3 +327,57 @@ def test_logits_that_are_not_finite_are_refused() -> None:
         net.model.head.bias[0] = float("nan")  # type: ignore[union-attr, operator, index]
     with pytest.raises(InvalidArgumentError, match="NaN or infinite"):
         grid_pointing_game({"a": net}, ["random"], images(), n=2)
+
+
+@pytest.mark.parametrize("kind", ["conventional", "bcos"])
+def test_the_published_strided_variant(kind: str) -> None:
+    """Against a literal reading: unfold with padding, a map of every window, fold."""
+    net: nn.Module = ConventionalNetwork(Colours(), (0.4, 0.5, 0.6), (0.5, 0.25, 0.5))
+    if kind == "bcos":
+        net = bcosify(Colours(), Recipe(mean=(0.4, 0.5, 0.6), std=(0.5, 0.25, 0.5), logit_bias=None, biases="keep"))[0]
+    data, stride, side = images(), 4, SIDE
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def squares(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """Depends on every channel and on the class."""
+        assert isinstance(net, ConventionalNetwork | BcosNetwork)
+        inner = (images - net.mean) / net.std if isinstance(net, ConventionalNetwork) else net.encode(images)
+        maps = inner.square().sum(1) * (1 + targets[:, None, None])
+        seen.append((inner, targets, maps))
+        return maps
+
+    result = grid_pointing_game(
+        {"a": net.eval()}, [squares], data, n=2, grids=1, smooth=0, variant="strided_padded", stride=stride
+    )
+    grid, found = result.example["a", "squares"]
+    normalised = (grid[None] - torch.tensor([0.4, 0.5, 0.6])[:, None, None]) / torch.tensor([0.5, 0.25, 0.5])[
+        :, None, None
+    ]
+    multi = normalised if kind == "conventional" else torch.cat([grid, 1 - grid])[None]
+    patches = torch.nn.functional.unfold(multi, side, stride=stride, padding=side - stride)
+    patches = patches.view(1, multi.shape[1], side, side, -1)
+    assert len(seen) == patches.shape[-1] == 64
+    first = int(seen[0][1][0])
+    maps = []
+    for i, (inner, targets, _) in enumerate(seen):
+        assert int(targets[0]) == first
+        torch.testing.assert_close(inner[0], patches[0, ..., i])
+        maps.append(patches[..., i].square().sum(1) * (1 + first))
+    stacked = torch.stack(maps, -1).view(1, side * side, -1)
+    expected = torch.nn.functional.fold(stacked, (2 * side, 2 * side), side, stride=stride, padding=side - stride)
+    torch.testing.assert_close(found, expected[0, 0])
+    with pytest.raises(InvalidArgumentError, match="stride: got 5, expected a divisor of 12"):
+        grid_pointing_game({"a": net}, [squares], data, n=2, variant="strided_padded", stride=5)
+
+
+def test_our_own_explanation_of_padded_windows() -> None:
+    recipe = Recipe(mean=(0, 0, 0), std=(1, 1, 1), logit_bias=None, biases="keep", head="after_pool")
+    net = bcosify(Colours(), recipe)[0].eval()
+    result = grid_pointing_game({"a": net}, ["bcos"], images(), n=2, grids=1, smooth=0, variant="strided_padded")
+    assert result.summary()[0]["mean"] > 0.9
+
+
+def test_workers_read_the_same_images() -> None:
+    net = {"a": ConventionalNetwork(Colours())}
+    one, two = (grid_pointing_game(net, ["random"], images(), n=2, grids=3, workers=k, batch_size=16) for k in (0, 1))
+    np.testing.assert_array_equal(one.shares["a", "random"], two.shares["a", "random"])
