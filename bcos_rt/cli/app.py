@@ -13,6 +13,7 @@ from bcos_rt.cli.evaluate import evaluate, localise
 from bcos_rt.cli.explain import explain
 from bcos_rt.cli.export import export
 from bcos_rt.cli.output import CommandGroup
+from bcos_rt.cli.perturb import perturb, randomise
 from bcos_rt.cli.train import finetune, train
 
 __all__ = ["app", "main"]
@@ -51,6 +52,8 @@ app.command()(finetune)
 app.command()(train)
 app.command()(evaluate)
 app.command()(localise)
+app.command()(perturb)
+app.command()(randomise)
 app.command()(export)
 app.command()(doctor)
 app.add_typer(bench, name="bench")

@@ -13,6 +13,7 @@ from rich.text import Text
 from bcos_rt.cli.inputs import (
     Checkpoint,
     Clip,
+    Device,
     Json,
     Model,
     NumClasses,
@@ -20,15 +21,29 @@ from bcos_rt.cli.inputs import (
     Power,
     Size,
     Weights,
-    check_classifier,
     check_output,
     check_writable_place,
+    chosen_device,
     has_embedding,
     load_clip_network,
-    load_network,
-    load_source,
 )
 from bcos_rt.cli.output import Outcome, Progress, run
+from bcos_rt.cli.several import (
+    BatchSize,
+    Checkpoints,
+    Convert,
+    Data,
+    Methods,
+    Models,
+    Split,
+    WeightsOfEach,
+    Workers,
+    common_side,
+    compared_networks,
+    methods_for,
+    one_network,
+    warn_left_out,
+)
 from bcos_rt.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -46,16 +61,6 @@ __all__ = ["evaluate", "localise"]
 WORDNET = re.compile(r"n\d{8}")
 _TOWERS = "Image towers"
 
-Data = Annotated[
-    str, typer.Option("--data", "-d", metavar="DATA", help="Images: a folder of class folders, tar files, hf:NAME.")
-]
-Split = Annotated[str, typer.Option(help="Which part of the data, where it has parts.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images at a time.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
-Convert = Annotated[
-    bool, typer.Option("--convert", help="Convert --model to an equivalent B-cos network (B = 1) first.")
-]
-
 
 def evaluate(
     data: Data,
@@ -68,6 +73,7 @@ def evaluate(
     size: Size = None,
     batch_size: BatchSize = 64,
     workers: Workers = 0,
+    device: Device = "auto",
     explained: Annotated[int, typer.Option(min=0, help="Images explained for the completeness error.")] = 256,
     clip: Clip = None,
     zero_shot: Annotated[
@@ -128,6 +134,7 @@ def evaluate(
             else:
                 check_writable_place(output)
         with progress.working("loading the network"):
+            place = chosen_device(device)
             from bcos_rt.data import open_data
             from bcos_rt.evaluation import evaluate as measure
             from bcos_rt.evaluation.accuracy import check_place
@@ -138,12 +145,13 @@ def evaluate(
             if clip is not None:
                 net, side, described, source = _clip_network(clip, checkpoint, weights, convert, model, num_classes)
             else:
-                net, side, described = _network(model, checkpoint, weights, num_classes, convert)
+                net, side, described = one_network(model, checkpoint, weights, num_classes, convert)
             _check_protocol(net, towers)
+            net = net.to(place)
         with progress.working(f"looking at {data}"):
             images = open_data(data, size=size or side, split=split)
             others = _training_images(train, data, size or side, images) if linear_probe else None
-        about: dict[str, Any] = {"command": "evaluate", "network": described, "data": data}
+        about: dict[str, Any] = {"command": "evaluate", "network": described, "data": data, "device": str(place)}
         with progress.bar() as tell:
             if others is not None:
                 from bcos_rt.evaluation import linear_probe as fit
@@ -181,23 +189,12 @@ def evaluate(
 def localise(
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Tables and pictures.")],
-    checkpoints: Annotated[
-        list[Path] | None,
-        typer.Option("--checkpoint", "-c", metavar="PATH", help="A saved B-cos network; may be repeated."),
-    ] = None,
-    model: Model = None,
-    weights: Weights = None,
+    checkpoints: Checkpoints = None,
+    models: Models = None,
+    weights: WeightsOfEach = None,
     num_classes: NumClasses = None,
     convert: Convert = False,
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--method",
-            metavar="NAME",
-            help="An attribution method; may be repeated. Default: bcos for checkpoints, "
-            "four post-hoc methods for --model. Networks are measured with those they know.",
-        ),
-    ] = None,
+    methods: Methods = None,
     split: Split = "val",
     size: Size = None,
     grid: Annotated[int, typer.Option("--grid", min=2, help="Cells on a side.")] = 3,
@@ -206,7 +203,13 @@ def localise(
         int | None, typer.Option(min=0, help="Window in pixels. Default: 15 at a cell of 224, in proportion.")
     ] = None,
     confidence: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least sigmoid of an image's logit.")] = 0.5,
-    variant: Annotated[str, typer.Option(metavar="full|rescaled|strided", help="How networks see a grid.")] = "full",
+    variant: Annotated[
+        str, typer.Option(metavar="full|rescaled|strided|strided_padded", help="How networks see a grid.")
+    ] = "full",
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the strided variants: pixels between windows. Default: half an image's side."),
+    ] = None,
     same_grids: Annotated[
         bool,
         typer.Option(
@@ -216,49 +219,43 @@ def localise(
         ),
     ] = False,
     batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """The grid pointing game: does an explanation of a class point at the image of that class?"""
+    """The grid pointing game: does an explanation of a class point at the image of that class?
+
+    Default methods: bcos for B-cos networks, four post-hoc methods for conventional ones.
+    """
 
     def work(progress: Progress) -> Outcome:
         check_writable_place(output)
-        if model is None and not checkpoints:
-            raise InvalidArgumentError("--model, --checkpoint", "neither", "at least one of them")
-        if convert and model is None:
-            raise InvalidArgumentError("--convert", "no --model", "a conventional model to convert")
+        if stride is not None and not variant.startswith("strided"):
+            raise InvalidArgumentError("--stride", f"{stride} with --variant {variant}", "--variant strided")
         with progress.working("loading the networks"):
+            place = chosen_device(device)
             from bcos_rt.data import open_data
             from bcos_rt.evaluation import grid_pointing_game
             from bcos_rt.evaluation.attribution import method
-            from bcos_rt.nn.network import BcosNetwork
+            from bcos_rt.evaluation.grid_pointing import check_variant
 
+            check_variant(variant)
             for name in methods or ():
                 method(name)
-            networks: dict[str, nn.Module] = {}
-            sides = []
-            for path in checkpoints or ():
-                name = path.stem if path.stem not in networks else str(path)
-                networks[name], side, _ = _network(None, path, None, None)
-                sides.append(side)
-            if model is not None:
-                networks[model], side, _ = _network(model, None, weights, num_classes, convert)
-                sides.append(side)
-        chosen: dict[str, list[str]] = {}
-        for name, net in networks.items():
-            if isinstance(net, BcosNetwork):
-                chosen[name] = list(methods or ("bcos",))
-            else:
-                standard = ("input_x_gradient", "integrated_gradients", "guided_backprop", "grad_cam")
-                chosen[name] = [entry for entry in methods or standard if entry != "bcos"]
-            if not chosen[name]:
-                raise InvalidArgumentError("--method", "bcos alone", f"a post-hoc method for {name!r}")
+            networks = compared_networks(models, checkpoints, weights, num_classes, convert, place)
+            side = common_side(networks, size)
+            seen = {"full": grid * side, "rescaled": side // grid * grid}.get(variant, side)
+            chosen, left_out = methods_for(networks, methods, ("bcos",), seen)
+        warn_left_out(left_out)
         with progress.working(f"looking at {data}"):
-            images = open_data(data, size=size or sides[0], split=split)
+            images = open_data(data, size=side, split=split)
+        nets = {name: network.net for name, network in networks.items()}
         with progress.bar() as tell:
             found = grid_pointing_game(
-                networks, chosen, images, n=grid, grids=grids, smooth=smooth, confidence=confidence,
+                nets, chosen, images, n=grid, grids=grids, smooth=smooth, confidence=confidence,
                 variant=variant,  # type: ignore[arg-type]
-                same_grids=True if same_grids else None, batch_size=batch_size, tell=tell,
+                stride=stride, same_grids=True if same_grids else None, batch_size=batch_size, workers=workers,
+                tell=tell,
             )  # fmt: skip
         found.save(output)
         rows = found.summary()
@@ -270,7 +267,8 @@ def localise(
                 table.add_row(row["network"], row["method"], str(row["grids"]), *numbers)
             return [table, Text(f"chance is {1 / grid**2:.3f}; tables and pictures are in {output}")]
 
-        return Outcome({"command": "localise", "data": data, "output": str(output), "results": rows}, shown)
+        about = {"command": "localise", "data": data, "output": str(output), "device": str(place), "results": rows}
+        return Outcome({**about, "left_out": left_out}, shown)
 
     run(work, as_json)
 
@@ -382,18 +380,3 @@ def _clip_network(
     if checkpoint is not None or convert:
         return network.net, network.input_size, network.described, source
     return source.image_tower.conventional().eval(), network.input_size, network.described, source
-
-
-def _network(
-    model: str | None, checkpoint: Path | None, weights: str | None, num_classes: int | None, convert: bool = False
-) -> tuple[nn.Module, int, dict[str, Any]]:
-    """The network, the side of its images, and what to call it: a checkpoint's, or a model's, as it is or converted."""
-    if convert and checkpoint is not None:
-        raise InvalidArgumentError("--convert", "a checkpoint", "a conventional --model to convert")
-    if model is None or checkpoint is not None or convert:
-        network = load_network(model, checkpoint, weights, num_classes)
-        return network.net, network.input_size, network.described
-    check_classifier(model)
-    source = load_source(model, weights, num_classes)
-    described = {"model": model, "weights": weights, "source": source.source}
-    return source.conventional().eval(), source.input_size, described

@@ -16,6 +16,7 @@ from bcos_rt.errors import InvalidArgumentError, did_you_mean
 from bcos_rt.packaged import is_packaged
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from bcos_rt.conversion import ConversionReport, Recipe
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "Clip",
+    "Device",
     "Json",
     "Model",
     "Network",
@@ -38,6 +40,7 @@ __all__ = [
     "check_output",
     "check_photos",
     "check_writable_place",
+    "chosen_device",
     "convert_source",
     "find_class",
     "has_embedding",
@@ -110,6 +113,10 @@ Size = Annotated[
     typer.Option(
         "--size", "-s", min=1, help=f"Side of the image in pixels. Default: the model's own, {DEFAULT_SIZE} if unknown."
     ),
+]
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to run; auto is a GPU where there is one."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
@@ -327,6 +334,24 @@ def load_photos(photos: Sequence[Path], size: int) -> Tensor:
     from bcos_rt.images import load_image
 
     return torch.stack([load_image(photo, size) for photo in photos])
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device behind ``--device``.
+
+    Raises:
+        InvalidArgumentError: a name of none, or of one that is not there.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
+    known = ["auto", "cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
+    if name not in known:
+        missing = "" if gpus else " (PyTorch finds no GPU here)"
+        raise InvalidArgumentError("--device", repr(name), f"one of {', '.join(known)}", missing)
+    return torch.device(name)
 
 
 def check_output(path: Path, suffixes: Sequence[str] = (), option: str = "--output") -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bcos_rt.data import ImageData, loader, open_data, shard
-from bcos_rt.errors import InvalidArgumentError
+from bcos_rt.errors import InvalidArgumentError, did_you_mean
 from bcos_rt.evaluation.attribution import Method, methods_of
 from bcos_rt.evaluation.checks import checked_logits, checked_maps, example_tensor
 from bcos_rt.evaluation.saving import save_results
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GridPointing",
+    "check_variant",
     "choose_images",
     "confident_for_all",
     "confident_images",
@@ -312,6 +313,17 @@ def _strided_padded(
     return total[inside]
 
 
+def check_variant(variant: str) -> None:
+    """Refuse a variant that :func:`grid_pointing_game` does not know.
+
+    Raises:
+        InvalidArgumentError: an unknown one.
+    """
+    if variant not in VARIANTS:
+        expected = f"one of {', '.join(VARIANTS)}"
+        raise InvalidArgumentError("variant", repr(variant), expected, did_you_mean(variant, VARIANTS))
+
+
 def grid_pointing_game(
     networks: Mapping[str, nn.Module],
     methods: Sequence[str | Method] | Mapping[str, Sequence[str | Method]],
@@ -364,8 +376,7 @@ def grid_pointing_game(
         raise InvalidArgumentError("n", n, "at least 2 cells on a side")
     if not networks:
         raise InvalidArgumentError("networks", "none", "at least one network")
-    if variant not in VARIANTS:
-        raise InvalidArgumentError("variant", repr(variant), f"one of {', '.join(VARIANTS)}")
+    check_variant(variant)
     if same_grids is not None and same_grids is not True and same_grids not in networks:
         raise InvalidArgumentError("same_grids", repr(same_grids), f"True, None or one of {', '.join(networks)}")
     if grids < 1:

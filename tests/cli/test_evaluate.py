@@ -1,16 +1,22 @@
-"""bcos-rt evaluate and localise, on a seeded network at 64 pixels; trained networks are in test_train.py."""
+"""bcos-rt evaluate, localise, perturb and randomise, on seeded networks; trained networks are in test_train.py."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
-from bcos_rt import bcosify, save
-from bcos_rt.cli.inputs import load_network
+from bcos_rt import Recipe, bcosify, save
+from bcos_rt.cli.inputs import chosen_device, load_network
+from bcos_rt.cli.several import Compared, methods_for
 from bcos_rt.data import open_data
+from bcos_rt.errors import InvalidArgumentError
+from bcos_rt.evaluation import Perturbation, insertion_deletion, parameter_randomisation
 from bcos_rt.models import load_model
+from bcos_rt.models.small import SMALL_NETWORKS, small_resnet, small_vit
+from bcos_rt.nn.conventional import ConventionalNetwork
 from tests.cli.conftest import CLASSES
 
 SIZE = 64
@@ -131,9 +137,248 @@ def test_checkpoints_of_small_networks_take_small_images(checkpoint, tmp_path):
     assert load_network(None, checkpoint, None).input_size == 224
 
 
-@pytest.mark.parametrize("command", ["evaluate", "localise"])
+@pytest.mark.parametrize("command", ["evaluate", "localise", "perturb", "randomise"])
 def test_help(bcos, command):
     result = bcos(command, "--help")
     assert result.code == 0
-    for option in ("--data", "--convert", "--json"):
+    for option in ("--data", "--convert", "--device", "--json"):
         assert option in result.out
+
+
+# --- several networks, the device, what methods need ------------------------------------------------------------------
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """A network that takes no time, as small:tiny."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SMALL_NETWORKS, "tiny", small_resnet(1, 4))
+        patch.setitem(SMALL_NETWORKS, "tiny_vit", small_vit(1, 32))
+        yield
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Six classes of noisy colours, 32 pixels."""
+    root = tmp_path_factory.mktemp("colours")
+    random = np.random.default_rng(0)
+    for k, colour in enumerate(((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1))):
+        folder = root / f"class{k}"
+        folder.mkdir()
+        for i in range(4):
+            pixels = 0.7 * np.array(colour) + 0.3 * random.random((SIDE, SIDE, 3))
+            Image.fromarray((255 * pixels).astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+def sure(module, images, labels):
+    """Give a network of random weights a head by which it knows the images."""
+    features = []
+    handle = module.fc.register_forward_pre_hook(lambda _module, given: features.append(given[0].detach()))
+    with torch.no_grad():
+        module.eval()(images)
+    handle.remove()
+    x = torch.cat([features[0], torch.ones(len(images), 1)], 1).double()
+    wanted = 8.0 * torch.nn.functional.one_hot(labels, CLASSES).double() - 4.0
+    solved = torch.linalg.lstsq(x, wanted, driver="gelsd").solution.float()
+    with torch.no_grad():
+        module.fc.weight.copy_(solved[:-1].T)
+        module.fc.bias.copy_(solved[-1])
+    return module
+
+
+@pytest.fixture(scope="module")
+def small_weights(tiny, colours, tmp_path_factory):
+    """Two files of weights of small:tiny for six classes, which know the colours."""
+    items = [open_data(colours, size=SIDE)[i] for i in range(4 * CLASSES)]
+    images, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+    folder = tmp_path_factory.mktemp("small")
+    paths = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        source = load_model("small:tiny", weights="random", num_classes=CLASSES)
+        mean, std = (torch.tensor(v)[:, None, None] for v in (source.mean, source.std))
+        sure(source.module, (images - mean) / std, labels)
+        paths.append(folder / f"{seed}.pth")
+        torch.save(source.module.state_dict(), paths[-1])
+    return paths
+
+
+SMALL = ("--model", "small:tiny")
+
+
+def test_several_models_conventional_and_converted(bcos, colours, small_weights, tmp_path):
+    first, second = small_weights
+    result = bcos(
+        "localise", *SMALL, "-m", "convert:small:tiny", *SMALL, "-w", first, "-w", first, "-w", second,
+        "--num-classes", CLASSES, "--data", colours, "--grid", 2, "--grids", 2, "--method", "bcos",
+        "--method", "input_x_gradient", "--workers", 1, "--device", "cpu", "-o", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    rows = result.json["results"]
+    plain = [f"small:tiny ({path})" for path in small_weights]
+    assert [(row["network"], row["method"]) for row in rows] == [
+        (plain[0], "input_x_gradient"),
+        ("convert:small:tiny", "bcos"),
+        ("convert:small:tiny", "input_x_gradient"),
+        (plain[1], "input_x_gradient"),
+    ]
+    assert rows[0]["mean"] != rows[3]["mean"], "each has its own weights"
+    assert (result.json["device"], result.json["left_out"]) == ("cpu", {})
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "localisation.csv", "localisation.npz", "localisation.png", "localisation_example.png",
+    }  # fmt: skip
+
+
+def test_strided_windows_from_the_command_line(bcos, colours, small_weights, tmp_path):
+    def mean(*options):
+        result = bcos(
+            "localise", *SMALL, "-w", small_weights[0], "--num-classes", CLASSES, "--data", colours, "--grid", 2,
+            "--grids", 1, "--method", "input_x_gradient", *options, "-o", tmp_path / "out", "--json",
+        )  # fmt: skip
+        assert result.code == 0, result.err
+        return result.json["results"][0]["mean"]
+
+    apart, padded = (mean("--variant", variant, "--stride", SIDE) for variant in ("strided", "strided_padded"))
+    assert apart == padded, "a window of each cell alone, once: the sum is the mean"
+    assert mean("--variant", "strided") != apart
+
+
+def test_networks_of_different_sizes_need_one(bcos, weights, data, tmp_path):
+    arguments = ("-m", "timm:resnet18", "-m", "small:tiny", "-w", weights, "-w", "random", "--data", data)
+    result = bcos("localise", *arguments, "-o", tmp_path / "out")
+    assert result.code == 2
+    assert (
+        "--size: got none, and networks for images of different sizes (timm:resnet18 224, small:tiny 32" in result.err
+    )
+
+
+def vit_weights(folder):
+    torch.manual_seed(0)
+    path = folder / "vit.pth"
+    torch.save(load_model("small:tiny_vit", weights="random", num_classes=CLASSES).module.state_dict(), path)
+    return path
+
+
+def test_methods_that_do_not_work_on_a_network_are_left_out_and_said(bcos, colours, tmp_path):
+    vit = ("--model", "small:tiny_vit", "-w", vit_weights(tmp_path), "--num-classes", CLASSES, "--data", colours)
+    quick = ("--images", 2, "--steps", 2, "-o", tmp_path / "out")
+    result = bcos("perturb", *vit, *quick, "--method", "grad_cam", "--method", "input_x_gradient", "--json")
+    assert result.code == 0, result.err
+    assert [row["method"] for row in result.json["results"]] == ["input_x_gradient"]
+    assert list(result.json["left_out"]["small:tiny_vit"]) == ["grad_cam"]
+    assert any("small:tiny_vit is not measured with grad_cam" in text for text in result.json["warnings"])
+    result = bcos("perturb", *vit, *quick, "--json")
+    assert [row["method"] for row in result.json["results"]] == ["input_x_gradient", "integrated_gradients", "random"]
+    result = bcos("perturb", *vit, *quick, "--method", "guided_backprop")
+    assert (result.code, "guided_backprop changes gradients at ReLUs" in result.err) == (2, True), result.err
+
+
+def test_a_size_that_a_network_does_not_take_is_named():
+    """torchvision's transformers are of one size, and say so in an assertion."""
+    net = ConventionalNetwork(torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=5)).eval()
+    networks = {"vit": Compared(net, 32, {})}
+    assert methods_for(networks, ["saliency"], (), 32) == ({"vit": ["saliency"]}, {})
+    with pytest.raises(InvalidArgumentError, match="96 x 96 pixels, which 'vit' does not take .*--variant strided"):
+        methods_for(networks, ["saliency"], (), 96)
+
+
+def test_insertion_and_deletion(bcos, colours, small_weights, tmp_path):
+    weights = ("-w", small_weights[0], "--num-classes", CLASSES)
+    arguments = (
+        "perturb", *SMALL, *weights, "--data", colours, "--images", 3, "--steps", 4, "--deletion", "0,0.5,1",
+        "--insertion", "mean", "--score", "logit", "--device", "cpu", "-o", tmp_path / "out",
+    )  # fmt: skip
+    result = bcos(*arguments, "--convert", "--json")
+    assert result.code == 0, result.err
+    rows = result.json["results"]
+    assert [(row["network"], row["method"]) for row in rows] == [
+        ("small:tiny", "bcos"),
+        ("small:tiny", "random"),
+    ]
+    source = load_model("small:tiny", weights=small_weights[0], num_classes=CLASSES)
+    net = bcosify(source, Recipe.equivalent())[0].eval()
+    options = Perturbation(steps=4, deletion=(0, 0.5, 1), insertion="mean", score="logit")
+    expected = insertion_deletion({"a": net}, ["bcos"], open_data(colours, size=SIDE), images=3, options=options)
+    assert rows[0]["deletion"] == pytest.approx(expected.summary()[0]["deletion"], rel=1e-4)
+    assert rows[0]["insertion"] == pytest.approx(expected.summary()[0]["insertion"], rel=1e-4)
+    names = {"perturbation.csv", "perturbation.npz", "perturbation.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    shown = bcos(*arguments, "--method", "random")
+    assert "insertion" in shown.out
+    assert f"{rows[1]['deletion']:.4f}" in shown.out
+
+
+def test_randomised_parameters(bcos, colours, small_weights, tmp_path):
+    arguments = (
+        "randomise", *SMALL, "-w", small_weights[0], "--num-classes", CLASSES, "--data", colours, "--images", 3,
+        "--stage", "fc", "--stage", "conv1", "--method", "input_x_gradient", "--method", "saliency", "--seed", 3,
+        "--device", "cpu", "-o", tmp_path / "out",
+    )  # fmt: skip
+    result = bcos(*arguments, "--json")
+    assert result.code == 0, result.err
+    rows = result.json["results"]
+    assert [(row["method"], row["stage"]) for row in rows] == [
+        (name, stage) for name in ("input_x_gradient", "saliency") for stage in ("fc", "conv1")
+    ]
+    source = load_model("small:tiny", weights=small_weights[0], num_classes=CLASSES)
+    images = open_data(colours, size=SIDE)
+    pixels = torch.stack([images[i][0] for i in (0, 8, 16)])
+    expected = parameter_randomisation(
+        source.conventional().eval(), ["input_x_gradient"], pixels, stages=["fc", "conv1"], seed=3
+    )
+    assert rows[1]["correlation"] == pytest.approx(expected.summary()[1]["correlation"], abs=1e-4)
+    names = {"randomisation.csv", "randomisation.npz", "randomisation.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    shown = bcos(*arguments)
+    assert "randomised down to" in shown.out
+    assert f"{rows[1]['correlation']:.3f}" in shown.out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "localise", "perturb", "randomise"])
+@pytest.mark.parametrize("device", ["cuda:99", "tpu"])
+def test_a_device_that_is_not_there_is_named(bcos, command, device, data, tmp_path):
+    result = bcos(command, *SMALL, "-w", "random", "--data", data, "--device", device, "-o", tmp_path / "out", "--json")
+    assert result.code == 2
+    error = result.json["error"]
+    assert (error["type"], error["argument"], error["got"]) == ("InvalidArgumentError", "--device", repr(device))
+    assert error["expected"].startswith("one of auto, cpu")
+
+
+def test_the_device_is_a_gpu_where_there_is_one(bcos, model, data, monkeypatch):
+    assert chosen_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert chosen_device("auto") == torch.device("cpu")
+    result = bcos("evaluate", *model, "--data", data, "--device", "auto", "--json")
+    assert result.json["device"] == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert chosen_device("auto") == torch.device("cuda", 1)
+    assert chosen_device("cuda:0") == torch.device("cuda", 0)
+    with pytest.raises(InvalidArgumentError, match="one of auto, cpu, cuda, cuda:0, cuda:1"):
+        chosen_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("perturb", *SMALL, "-w", "random", "--deletion", "grey"), "--deletion: got 'grey'"),
+        (("perturb", *SMALL, "-w", "random", "--insertion", "0,0,2"), "--insertion: got '0,0,2'"),
+        (("perturb", *SMALL, "-w", "random", "--score", "loss"), "Perturbation.score: got 'loss'"),
+        (("perturb", *SMALL, "-w", "random", "--method", "lime"), "method: got 'lime'"),
+        (("perturb",), "--model, --checkpoint: got neither"),
+        (("perturb", *SMALL, *SMALL, "-w", "random", "-w", "random"), "'small:tiny (random)' twice"),
+        (("perturb", *SMALL, *SMALL, "-w", "random"), "--weights: got 1 for 2 models"),
+        (("randomise", *SMALL, "-c", "x"), "--model, --checkpoint: got both"),
+        (("randomise", *SMALL, "-w", "random", "--stage", "layer9"), "did you mean 'layer"),
+        (("localise", *SMALL, "--stride", 4), "--stride: got 4 with --variant full"),
+        (("localise", "-c", "x", "-w", "random"), "--weights: got no --model"),
+    ],
+)
+def test_bad_input_of_comparisons_is_named(bcos, data, tmp_path, arguments, message):
+    result = bcos(*arguments, "--data", data, "-o", tmp_path / "out")
+    assert (result.code, message in result.err) == (2, True), result.err
+    assert not (tmp_path / "out").exists()
