@@ -281,7 +281,7 @@ def test_a_size_that_a_network_does_not_take_is_named():
     net = ConventionalNetwork(torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=5)).eval()
     networks = {"vit": Compared(net, 32, {})}
     assert methods_for(networks, ["saliency"], (), 32) == ({"vit": ["saliency"]}, {})
-    with pytest.raises(InvalidArgumentError, match="96 x 96 pixels, which 'vit' does not take .*--variant strided"):
+    with pytest.raises(InvalidArgumentError, match=r"96 x 96 pixels, which 'vit' does not take .*--variant strided"):
         methods_for(networks, ["saliency"], (), 96)
 
 

@@ -1,6 +1,8 @@
 """The explanation under captum and Quantus, against autograd and against explain()."""
 
+import copy
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -164,8 +166,62 @@ def test_bad_arguments_of_the_function_for_quantus(net: BcosNetwork) -> None:
         quantus_explain(net, IMAGES.numpy(), np.array([0.5, 1, 2]))
 
 
+class AsQuantus:
+    """How a metric of Quantus calls an ``explain_func`` and what it asks of the result, without the package.
+
+    Read from ``Metric.general_preprocess`` in quantus/metrics/base.py, and from what it calls: ``assert_explain_func``,
+    ``expand_attribution_channel``, ``assert_attributions``. The package itself is not asked.
+    """
+
+    def __init__(self, explain_func: Callable[..., np.ndarray], explain_func_kwargs: dict[str, object] | None = None):
+        assert callable(explain_func)
+        self.explain_func, self.options = explain_func, dict(explain_func_kwargs or {})
+
+    def attributions(
+        self, model: torch.nn.Module, x_batch: np.ndarray, y_batch: np.ndarray, device: str | None
+    ) -> np.ndarray:
+        if device is not None and "device" not in self.options:
+            self.options["device"] = device
+        a_batch = self.explain_func(model=model, inputs=x_batch, targets=y_batch, **self.options)
+        assert type(a_batch) is np.ndarray
+        # The dimensions of an attribution are those of the image, or have one channel for all of its.
+        assert a_batch.shape[0] == x_batch.shape[0]
+        assert a_batch.ndim == x_batch.ndim
+        assert all(a in (1, x) for a, x in zip(a_batch.shape[1:], x_batch.shape[1:], strict=True))
+        expanded = np.broadcast_to(a_batch, x_batch.shape)
+        assert not np.all(expanded == 0)
+        assert not np.all(expanded == 1)
+        assert not np.any(np.isnan(expanded))
+        return expanded
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("device", ["cpu", None])
+def test_it_is_called_as_quantus_documents(net: BcosNetwork, dtype: type, device: str | None) -> None:
+    x, y = IMAGES.numpy().astype(dtype), np.array(TARGETS)
+    found = AsQuantus(quantus_explain).attributions(net, x, y, device)
+    expected = explain(net, IMAGES, TARGETS).contributions
+    for channel in range(3):
+        np.testing.assert_allclose(found[:, channel], expected, rtol=1e-5, atol=1e-7)
+    # Other options of a user's are passed on, and say nothing to an explanation without any.
+    again = AsQuantus(quantus_explain, {"method": "Saliency", "device": "cpu"}).attributions(net, x, y, device)
+    np.testing.assert_array_equal(again, found)
+
+
+def test_it_explains_the_copies_that_quantus_randomises(net: BcosNetwork) -> None:
+    """The model parameter randomisation test calls it with deep copies, of which layers are reset."""
+    randomised = copy.deepcopy(net)
+    torch.manual_seed(1)
+    randomised.backbone.fc.reset_parameters()  # type: ignore[union-attr, operator]
+    x, y = IMAGES.numpy(), np.array(TARGETS)
+    called = AsQuantus(quantus_explain)
+    before = called.attributions(net, x, y, "cpu")
+    assert not np.allclose(called.attributions(randomised, x, y, "cpu"), before)
+    np.testing.assert_array_equal(called.attributions(net, x, y, "cpu"), before)
+
+
 def test_a_metric_of_quantus_calls_it(net: BcosNetwork) -> None:
-    """Its scores are those of the maps given to it directly."""
+    """Its scores are those of the maps given to it directly. Not among what CI installs: see AsQuantus."""
     quantus = pytest.importorskip("quantus")
     x, y = IMAGES.numpy(), np.array(TARGETS)
     options = {"model": net, "x_batch": x, "y_batch": y, "device": "cpu", "softmax": False, "channel_first": True}
