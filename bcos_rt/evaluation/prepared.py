@@ -178,7 +178,7 @@ def _own_module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         name = str(node.target).removesuffix("_")
     operands = list(node.args) or [node.kwargs.get("input")]
     constants: list[Any] = operands[1:]
-    options = {k: v for k, v in node.kwargs.items() if k not in ("input", "inplace", "_stacklevel")}
+    options: dict[str, Any] = {k: v for k, v in node.kwargs.items() if k not in ("input", "inplace", "_stacklevel")}
     # In a gate another operand depends on the image too.
     if name not in _FUNCTIONS or any(isinstance(value, fx.Node) for value in (*constants, *options.values())):
         return None
@@ -194,7 +194,7 @@ def _own_module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     if made is not None:
         own = made(*constants, **options)
         if hasattr(own, "inplace"):
-            own.inplace = False
+            own.inplace = False  # type: ignore[assignment]
         return own
     home = Tensor if node.op == "call_method" else torch if hasattr(torch, name) else F
     return OwnActivation(functools.partial(_call, getattr(home, name), tuple(constants), options), name)
@@ -243,7 +243,7 @@ class _Calls(TorchFunctionMode):
     """Tells a function of every call of torch's functions and tensors' methods."""
 
     def __init__(self, tell: Callable[[str, tuple[Any, ...], Any], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.tell = tell
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -377,10 +377,10 @@ def _watching(
 
     def watch(name: str, module: nn.Module, is_classifier: bool) -> Callable[..., None]:
         def note(_module: nn.Module, given: tuple[Any, ...], out: object) -> None:
-            if isinstance(out, Tensor) and out.ndim == 4 and out.shape[2] * out.shape[3] > 1:
-                events.append(_Map(name, module, out, not is_classifier))
             if not is_classifier and isinstance(module, nn.Linear) and given and _is_tokens(given[0]):
                 events.append(_Tokens("a linear layer of tokens"))
+            if isinstance(out, Tensor) and out.ndim == 4 and out.shape[2] * out.shape[3] > 1:
+                events.append(_Map(name, module, out, not is_classifier))
 
         return note
 

@@ -399,6 +399,9 @@ def cam_refused() -> dict[str, Callable[[], nn.Module]]:
         "channels_last": lambda: swin(
             img_size=32, patch_size=4, embed_dim=12, depths=(1, 1), num_heads=(1, 2), window_size=4, num_classes=5
         ),
+        "channels_last_in_blocks": lambda: torchvision.models.ConvNeXt(
+            [torchvision.models.convnext.CNBlockConfig(12, None, 2)], num_classes=5
+        ),
         "mixer": lambda: timm.models.mlp_mixer.MlpMixer(
             img_size=32, patch_size=8, embed_dim=16, num_blocks=1, num_classes=5
         ),
@@ -413,6 +416,7 @@ def cam_refused() -> dict[str, Callable[[], nn.Module]]:
         ("ours", "no module of SimpleViT returns one|follows"),
         ("behind a stem", "in SimpleViT .* follows"),
         ("channels_last", r"\(1, 4, 4, 24\) of 'norm', is not known to be one"),
+        ("channels_last_in_blocks", r"\(1, 8, 8, 12\) of 'features.1.1.block.5', is not known to be one"),
         ("mixer", "in MlpMixer .* follows"),
     ],
 )
@@ -432,6 +436,8 @@ def test_grad_cam_takes_a_named_layer_of_a_network_it_refuses() -> None:
     assert found.shape == (2, 32, 32)
     with pytest.raises(InvalidArgumentError, match=r"layer: got 'encoder', whose output is \(1, 17, 16\)"):
         method("grad_cam", layer="encoder")(net, images, torch.tensor([0, 1]))
+    net = ConventionalNetwork(cam_refused()["channels_last_in_blocks"]()).eval()
+    assert float(method("grad_cam", layer="features")(net, images, torch.tensor([0, 1])).std()) > 0
 
 
 @pytest.mark.parametrize("architecture", ["convnext", "attention first", "known by its pool"])
