@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,20 +172,45 @@ def _collate(items: list[Item | _Failure]) -> Any:
 
 class _Loader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
+        # Processes that read begin with SIGTERM blocked in all of their threads.
+        with _sigterm_blocked():
+            batches = super().__iter__()
+        for batch in batches:
             if isinstance(batch, _Failure):
                 raise batch.error
             yield batch
 
 
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    if not hasattr(signal, "sigwaitinfo"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _outlive_signals(_worker: int) -> None:
     """Have a process that reads go on when its whole group is told to stop: when to stop is the training's to say.
 
-    Ctrl-C, and SLURM's SIGTERM, reach every process of a job. A second SIGTERM ends this one: with it torch ends
-    readers that do not come to an end by themselves.
+    Ctrl-C, and SLURM's SIGTERM, reach every process of a job. A SIGTERM of its parent, which ends readers with it,
+    still ends this one. Who sent a signal is told by ``sigwaitinfo`` alone, which not every system has, and which needs
+    the signal blocked.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def read_batch(data: Dataset[Item], indices: Sequence[int]) -> Any:

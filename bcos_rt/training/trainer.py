@@ -176,7 +176,7 @@ def _make_fabric(
         raise InvalidArgumentError(
             "strategy", repr(strategy), "a strategy whose processes call finetune themselves, such as 'ddp'"
         )
-    if any(name in strategy for name in ("fsdp", "deepspeed")):
+    if strategy == "dp" or any(name in strategy for name in ("fsdp", "deepspeed")):
         raise _sharded(repr(strategy))
     if devices == "auto":
         devices, num_nodes = _launched() or (devices, num_nodes)
@@ -829,10 +829,10 @@ class _Training:
             for part in self._parts(images, labels):
                 again = first_not_finite(self.net, partial(compute, *part))
                 found = found or again
-        found = self._first_of_all(found) or "nothing, when the step was done again"
+        found, names = self._first_of_all(found, list(bad))
         what = "gradient"
         if in_loss:
-            what = f"loss ({', '.join(bad)})" if bad else "loss"
+            what = f"loss ({', '.join(names)})" if names else "loss"
         raise TrainingError(
             f"the {what} is not finite in epoch {epoch + 1}, step {within + 1} of {self.steps}; "
             f"first not finite: {found}; {self._kept()}. A smaller learning rate, gradient clipping or fp32 may help."
@@ -846,13 +846,15 @@ class _Training:
         where = f"epoch {epoch + 1}, step {step}" if step else f"the end of epoch {epoch}"
         return f"{self.folder.state} is that of {where}"
 
-    def _first_of_all(self, text: str | None) -> str | None:
-        """The first process's text that has one."""
+    def _first_of_all(self, found: str | None, names: list[str]) -> tuple[str, list[str]]:
+        """What the first process found that found something, and its parts of the loss."""
+        nothing = "nothing, when the step was done again"
         if self.fabric.world_size == 1:
-            return text
-        texts: list[str | None] = [None] * self.fabric.world_size
-        torch.distributed.all_gather_object(texts, text)
-        return next((f"{t}, in process {i}" for i, t in enumerate(texts) if t is not None), None)
+            return found or nothing, names
+        all_found: list[Any] = [None] * self.fabric.world_size
+        torch.distributed.all_gather_object(all_found, (found, names))
+        some = ((f"{text}, in process {i}", parts) for i, (text, parts) in enumerate(all_found) if text is not None)
+        return next(some, (nothing, []))
 
     def _check_weights(self) -> None:
         """Raise before anything is saved that is not finite: an update of finite gradients may overflow."""
