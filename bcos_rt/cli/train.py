@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,10 +80,34 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run in -
 Photos = Annotated[
     list[Path] | None, typer.Option("--explain", metavar="IMAGE", help="Explain this photo every epoch; repeatable.")
 ]
-Devices = Annotated[str, typer.Option(help="Number of devices, or 'auto'.", rich_help_panel=_WHERE)]
+Devices = Annotated[str, typer.Option(help="Number of devices of each node, or 'auto'.", rich_help_panel=_WHERE)]
+Nodes = Annotated[
+    int, typer.Option("--num-nodes", min=1, help="Nodes; torchrun and SLURM say it themselves.", rich_help_panel=_WHERE)
+]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.", rich_help_panel=_WHERE)]
-Strategy = Annotated[str, typer.Option(help="auto, ddp, fsdp, ...", rich_help_panel=_WHERE)]
+Strategy = Annotated[str, typer.Option(help="auto or ddp.", rich_help_panel=_WHERE)]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.", rich_help_panel=_WHERE)]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a run takes place: the options under that heading."""
+
+    accelerator: str
+    devices: str
+    strategy: str
+    num_nodes: int
+    workers: int
+
+    @property
+    def devices_as_given(self) -> int | str:
+        return int(self.devices) if self.devices.isdecimal() else self.devices
+
+
+def _is_silent() -> bool:
+    """Whether another process speaks: the first of those that torchrun, SLURM or Fabric started."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
+    return any(os.environ.get(name, "").isdecimal() and int(os.environ[name]) > 0 for name in names)
 
 
 def finetune(
@@ -113,6 +138,7 @@ def finetune(
     photos: Photos = None,
     accelerator: Accelerator = "auto",
     devices: Devices = "auto",
+    num_nodes: Nodes = 1,
     strategy: Strategy = "auto",
     workers: Workers = 2,
     as_json: Json = False,
@@ -149,9 +175,8 @@ def finetune(
         teaching = source.conventional() if teacher else None
         return net, teaching, {"model": model, "weights": weights, "source": source.source}
 
-    _run(
-        "finetune", build, chosen, data, val, output, resume, photos, (accelerator, devices, strategy, workers), as_json
-    )
+    place = _Place(accelerator, devices, strategy, num_nodes, workers)
+    _run("finetune", build, chosen, data, val, output, resume, photos, place, as_json)
 
 
 def train(
@@ -178,6 +203,7 @@ def train(
     photos: Photos = None,
     accelerator: Accelerator = "auto",
     devices: Devices = "auto",
+    num_nodes: Nodes = 1,
     strategy: Strategy = "auto",
     workers: Workers = 2,
     as_json: Json = False,
@@ -195,7 +221,8 @@ def train(
         net.class_names = list(names) if names is not None else None
         return net, None, {"model": model, "source": source.source}
 
-    _run("train", build, chosen, data, val, output, resume, photos, (accelerator, devices, strategy, workers), as_json)
+    place = _Place(accelerator, devices, strategy, num_nodes, workers)
+    _run("train", build, chosen, data, val, output, resume, photos, place, as_json)
 
 
 def _clip_towers(
@@ -224,7 +251,7 @@ def _run(
     output: Path,
     resume: bool,
     photos: list[Path] | None,
-    place: tuple[str, str, str, int],
+    place: _Place,
     as_json: bool,
 ) -> None:
     def work(progress: Progress) -> Outcome:
@@ -246,13 +273,11 @@ def _run(
             names = images.class_names
             net, teacher, about = build(None if names is None else len(names), names)
             check_numbers(names, getattr(net, "class_names", None), "--data", "the network has it")
-        accelerator, devices, strategy, workers = place
         pictures = load_photos(photos, chosen.augmentation.size or DEFAULT_SIZE) if photos else None
         result = fit(
             net, images, chosen, validation=validation, output=output, teacher=teacher, resume=resume,
-            explain_images=pictures, accelerator=accelerator,
-            devices=devices if devices == "auto" or not devices.isdecimal() else int(devices), strategy=strategy,
-            workers=workers, console=progress.console,
+            explain_images=pictures, accelerator=place.accelerator, devices=place.devices_as_given,
+            strategy=place.strategy, num_nodes=place.num_nodes, workers=place.workers, console=progress.console,
         )  # fmt: skip
         last = result.history[-1]
         described = {
@@ -262,7 +287,7 @@ def _run(
         return Outcome(described, lambda: [_table(result.history), Text(f"the run is in {output}", style="bold")])
 
     try:
-        if int(os.environ.get("RANK", "0")) > 0:  # of several processes one speaks
+        if _is_silent():
             work(Progress())
         else:
             run(work, as_json)

@@ -22,7 +22,8 @@ _COMMON: dict[str, Any] = {
 STANDARD = TrainingRecipe.standard(**_COMMON, weight_decay=5e-4, warmup_epochs=1.0)
 # Transformers are not trained by SGD (arXiv 2205.01580).
 STANDARD_VIT = STANDARD.replace(optimizer="adamw", lr=1e-3, weight_decay=0.05)
-SCRATCH = TrainingRecipe.bcos(**_COMMON, lr=1e-3, agc=None)
+# As B-cos v2 on CIFAR-10, not on ImageNet: plain BCE, no warm-up, no clipping.
+SCRATCH = TrainingRecipe.bcos(**_COMMON, lr=1e-3, loss="bce", agc=None, warmup_epochs=0.0, step_schedule=True)
 COSIFIED = TrainingRecipe.bcosify(**_COMMON, lr=1e-3, loss="bce", agc=None)
 
 
