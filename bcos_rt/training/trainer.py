@@ -150,7 +150,12 @@ def finetune(
             "output", f"{str(output)!r}, which holds a run", "a new folder", " (or resume=True to go on)"
         )
     fabric = _make_fabric(accelerator, devices, strategy, num_nodes, recipe, folder)
-    fabric.launch()
+    try:
+        fabric.launch()
+    except ValueError as error:  # SLURM started other numbers
+        raise InvalidArgumentError(
+            "devices, num_nodes", f"{devices!r}, {num_nodes!r} ({error})", "what the processes were started with"
+        ) from error
     training = _Training(fabric, net, data, validation, recipe, folder, teacher, explain_images, workers, on_epoch)
     return training.run(console or Console(stderr=True))
 

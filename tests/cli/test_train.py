@@ -125,6 +125,31 @@ def test_bad_input_is_named(bcos, data, tmp_path, arguments, message):
     assert not (tmp_path / "run" / "state.pt").exists()
 
 
+def test_more_nodes_than_there_are_are_named(bcos, data, tmp_path, monkeypatch):
+    """srun says two nodes; what is said here is passed on, not ignored."""
+    arguments = ("train", "-m", "small:resnet20", "--data", data, "-o", tmp_path / "run", *QUICK)
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0",
+                        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "train"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    result = bcos(*arguments, "--devices", 1, "--num-nodes", 3)
+    assert (result.code, "num_nodes=3" in result.err) == (2, True), result.err
+
+
+@pytest.mark.parametrize(
+    ("variables", "silent"),
+    [({}, False), ({"RANK": "0"}, False), ({"RANK": "1"}, True), ({"SLURM_PROCID": "3"}, True),
+     ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, True), ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, True)],
+)  # fmt: skip
+def test_one_process_speaks(variables, silent, monkeypatch):
+    from bcos_rt.cli.train import _is_silent
+
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert _is_silent() is silent
+
+
 def test_missing_data_is_named(bcos, tmp_path):
     result = bcos("train", "-m", "small:resnet20", "--data", tmp_path / "nothing", "-o", tmp_path / "run")
     assert (result.code, "which does not exist" in result.err) == (2, True)

@@ -1,5 +1,7 @@
 """The trainer: what it learns, that a resumed run is the run that was not stopped, and how it fails."""
 
+import csv
+import io
 import json
 import os
 import signal
@@ -13,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 
 from bcos_rt import Recipe, bcosify, explain, finetune, load
@@ -384,6 +388,101 @@ def test_a_loss_that_is_not_finite_names_step_and_layer(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert state["progress"]["epoch"] == 1
     assert all(bool(torch.isfinite(v).all()) for v in state["model"].values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize("loss", ["bce", "cross_entropy", "none"])
+@pytest.mark.parametrize("where", ["data", "validation"])
+def test_a_label_without_a_logit_is_named(where: str, loss: str) -> None:
+    images, labels = colours(32)
+    wrong = labels.clone()
+    wrong[5] = 7
+    given = {"data": wrong if where == "data" else labels, "validation": wrong if where == "validation" else labels}
+    if where == "data" and loss == "none":
+        return  # labels are not read
+    recipe = PLAIN.replace(epochs=1, loss=loss, distillation=Distillation())
+    with pytest.raises(InvalidArgumentError, match=rf"{where}: got label 7, expected labels 0 to 2"):
+        finetune(network(), (images, given["data"]), recipe, validation=(images, given["validation"]),
+                 teacher=ConventionalNetwork(convnet()))  # fmt: skip
+
+
+def test_labels_are_looked_at_before_they_leave_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU looking would wait for it, and a label without a logit end the process's use of it."""
+    moved: list[Any] = []
+    real = Fabric.to_device
+    monkeypatch.setattr(Fabric, "to_device", lambda self, x: (moved.append(x), real(self, x))[1])
+    with pytest.raises(InvalidArgumentError, match="images without labels"):
+        finetune(network(), (colours(32)[0], None), PLAIN)
+    assert not [x for x in moved if isinstance(x, Tensor)]
+
+
+class _Partly(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Images of which every second has no label; those that have one have a wrong one."""
+
+    def __init__(self, teacher: nn.Module, count: int) -> None:
+        self.images = colours(count)[0].float() / 255
+        with torch.no_grad():
+            self.answers = teacher.eval()(self.images).argmax(1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], -1 if index % 2 else (int(self.answers[index]) + 1) % 3
+
+
+def test_the_teacher_answers_where_labels_are_missing_and_only_there() -> None:
+    teacher = ConventionalNetwork(convnet())
+    student = ConventionalNetwork(convnet())
+    recipe = PLAIN.replace(epochs=1, loss="none", distillation=Distillation(), lr=0.0, batch_size=16)
+    # At rate 0 only running statistics move: as in evaluation from the first step.
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+    result = finetune(student, (colours(16)[0], None), recipe, teacher=teacher, validation=_Partly(teacher, 16))
+    assert result.history[0]["val_top1"] == 0.5
+
+
+def test_tensorboard_has_steps_epochs_and_explanations(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    finetune(
+        network(), colours(32), PLAIN.replace(epochs=2), validation=colours(16), output=tmp_path / "run",
+        explain_images=colours(1)[0].float() / 255,
+    )  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"step/train_loss", "step/lr", "epoch/train_loss", "epoch/val_top1"} <= set(tags["scalars"])
+    assert [e.step for e in events.Scalars("step/train_loss")] == [1, 2, 3, 4]
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    found = [(e.step, e.value) for e in events.Scalars("epoch/train_loss")]
+    assert found == [(2 * i + 2, pytest.approx(float(row["train_loss"]))) for i, row in enumerate(rows)]
+    assert tags["images"] == ["explanations"]
+    pictures = events.Images("explanations")
+    assert [p.step for p in pictures] == [2, 4]
+    with Image.open(tmp_path / "run" / "explanations" / "epoch_002.png") as saved:
+        seen = Image.open(io.BytesIO(pictures[1].encoded_image_string))
+        np.testing.assert_array_equal(np.asarray(seen.convert("RGB")), np.asarray(saved.convert("RGB")))
+
+
+class _Slow(_Signalling):
+    """An epoch of 48 takes longer than the time between two pictures of the bar."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        time.sleep(0.006)
+        return super().__getitem__(index)
+
+
+def test_progress_says_how_long_it_will_take() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=120, _environ={"TERM": "xterm"})
+    finetune(network(), _Slow(48, None, 0), PLAIN, console=console)
+    text = shown.getvalue()
+    assert "epoch 1/3" in text
+    assert "epoch 3/3" in text
+    assert "9/9" in text
+    assert "loss 0." in text
+    assert text.count("0:00:0") >= 2, "elapsed, and what remains"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """The training recipe: what it refuses, and that it survives JSON."""
 
 import json
+import math
 
 import pytest
 
 from bcos_rt.data.augment import Mixing
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.training import Distillation, TrainingRecipe
+from bcos_rt.training.schedules import Schedule
 
 
 @pytest.mark.parametrize(
@@ -81,3 +83,17 @@ def test_unknown_fields_of_a_file_are_named() -> None:
         TrainingRecipe.from_dict({"shedule": "cosine"})
     with pytest.raises(InvalidArgumentError, match=r"TrainingRecipe\.augmentation: got field 'sizes'"):
         TrainingRecipe.from_dict({"augmentation": {"sizes": 3}})
+
+
+def test_from_scratch_is_b_cos_v2s_imagenet_training() -> None:
+    """Its loss, and its rate at some epochs: linear from a hundredth over 5 epochs, then half a cosine over 85."""
+    recipe = TrainingRecipe.bcos()
+    assert (recipe.loss, recipe.optimizer, recipe.agc, recipe.epochs, recipe.batch_size, recipe.weight_decay) == (
+        "uniform_off_bce", "adam", 0.01, 90, 256, 0.0,
+    )  # fmt: skip
+    schedule = Schedule(recipe, 10)
+    by_epoch = [[schedule.lr(10 * epoch + i) for i in range(10)] for epoch in range(90)]
+    assert all(len(set(rates)) == 1 for rates in by_epoch)
+    rates = [one[0] for one in by_epoch]
+    assert rates[:6] == pytest.approx([1e-5, 2.08e-4, 4.06e-4, 6.04e-4, 8.02e-4, 1e-3])
+    assert rates[5 + 17] == pytest.approx(1e-3 * (1 + math.cos(math.pi / 5)) / 2)
