@@ -104,8 +104,9 @@ def finetune(
     """Train a network: fine-tune a B-cosified one, or train any classifier from scratch.
 
     Devices, processes and precision are Lightning Fabric's: on several devices, or under ``torchrun`` or SLURM, every
-    process calls this function with the same arguments. Batches, their order, augmentation and dropout depend on
-    ``recipe.seed``, epoch and step alone; a run that is stopped and resumed is the run that was not.
+    process calls this function with the same arguments. Batches, their order and augmentation depend on
+    ``recipe.seed``, epoch and step alone, mixing and dropout on the process too; a run that is stopped and resumed is
+    the run that was not.
 
     Args:
         net: a :class:`BcosNetwork`, a :class:`ConventionalNetwork`, or any module that takes images [N, 3, H, W] in
@@ -114,8 +115,8 @@ def finetune(
         data: what :func:`bcos_rt.data.open_data` takes: a folder of class folders, a tar file, ``hf:NAME``, a pair of
             tensors, a data set of (image, label).
         recipe: default :meth:`TrainingRecipe.bcosify`.
-        validation: like ``data``; evaluated every epoch. Images without labels count as right where the network's top
-            class is the teacher's; of embeddings the mean cosine with the teacher's is measured.
+        validation: like ``data``; evaluated every epoch. An image without a label counts as right where the network's
+            top class is the teacher's; of embeddings the mean cosine with the teacher's is measured.
         output: the run's folder: state, networks, logs, pictures (see :mod:`bcos_rt.training.run`). Without it nothing
             is written and nothing can be resumed.
         teacher: for ``recipe.distillation``: takes the same images.
@@ -123,14 +124,16 @@ def finetune(
             run is an error.
         explain_images: [M, 3, H, W] in [0, 1], explained after every epoch (the first 8), for B-cos networks with
             logits.
-        accelerator, devices, strategy, num_nodes: as in ``lightning_fabric.Fabric``; ``"auto"`` takes a GPU where there
-            is one, and the processes ``torchrun`` made.
+        accelerator, devices, num_nodes: as in ``lightning_fabric.Fabric``; ``"auto"`` takes a GPU where there is one,
+            and the processes and nodes of ``torchrun`` or SLURM's ``srun``.
+        strategy: ``"auto"`` or ``"ddp"`` (also Fabric's other names of it): every process holds the whole network.
         workers: processes that read images.
         console: for progress; default stderr, shown where that is a terminal.
         on_epoch: called with every new row of the history.
 
     Raises:
-        TrainingError: the loss is not finite; the message names the step and the layer. The state is the last epoch's.
+        TrainingError: a loss or gradient is not finite; the message names the step, the layer and the state that is
+            kept. The weights are those before that step.
         TrainingInterruptedError: after SIGTERM, with the state saved in ``output``; Ctrl-C saves it too.
         InvalidArgumentError, InvalidTypeError: unusable arguments, named.
         MissingDependencyError: Lightning Fabric (extra ``train``) is not installed.
