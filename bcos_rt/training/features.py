@@ -43,16 +43,20 @@ def watch(net: nn.Module, name: str, keep: Callable[[Tensor], None], side: str) 
     def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         keep(inputs[0].clone())
 
+    handle: RemovableHandle
     node = _output_of(inner, name) if isinstance(inner, fx.GraphModule) else None
     if node is None:
-        return modules[name].register_forward_hook(after)
+        handle = modules[name].register_forward_hook(after)
+        return handle
     calls = [n.target for n in node.graph.nodes if n.op == "call_module"]
     # A module may be called at several places; what is kept then is its last call's.
     if node.op == "call_module" and _is_last_call(node):
-        return modules[str(node.target)].register_forward_hook(after)
+        handle = modules[str(node.target)].register_forward_hook(after)
+        return handle
     for user in node.users:
         if user.op == "call_module" and user.args[:1] == (node,) and calls.count(user.target) == 1:
-            return modules[str(user.target)].register_forward_pre_hook(before)
+            handle = modules[str(user.target)].register_forward_pre_hook(before)
+            return handle
     raise InvalidArgumentError(
         "Distillation.modules",
         f"{name!r}, whose output goes into {', '.join(user.name for user in node.users)} in the {side}",
@@ -72,4 +76,5 @@ def _output_of(net: fx.GraphModule, name: str) -> fx.Node | None:
     leaving = [node for node in net.graph.nodes if node in inside and not inside.issuperset(node.users)]
     if not leaving or any(node.op == "call_module" and node.target == name for node in inside):
         return None
-    return leaving[-1]
+    last: fx.Node = leaving[-1]
+    return last

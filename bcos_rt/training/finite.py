@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["FirstBad", "all_finite", "first_not_finite"]
 
@@ -56,8 +57,9 @@ def first_not_finite(net: nn.Module, compute: Callable[[], Tensor]) -> str | Non
         if not found and not bool(torch.isfinite(tensor).all()):
             found.append(text)
 
-    def watch(tensor: Tensor, text: str) -> torch.utils.hooks.RemovableHandle:
-        return tensor.register_hook(lambda gradient: note(gradient, text))
+    def watch(tensor: Tensor, text: str) -> RemovableHandle:
+        handle: RemovableHandle = tensor.register_hook(lambda gradient: note(gradient, text))  # type: ignore[no-untyped-call]
+        return handle
 
     def look(module: nn.Module, _inputs: object, out: object) -> None:
         if isinstance(out, Tensor):

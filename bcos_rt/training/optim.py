@@ -44,7 +44,7 @@ def make_optimizers(
     else:
         kind = Adam if recipe.optimizer == "adam" else AdamW
         made = kind(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
-    optimizers = [made, SGD(learned, lr=recipe.b_lr)] if learned else [made]
+    optimizers: list[Optimizer] = [made, SGD(learned, lr=recipe.b_lr)] if learned else [made]
     for optimizer in optimizers:
         set_fused(optimizer, fused)
     return optimizers

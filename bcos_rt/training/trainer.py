@@ -175,7 +175,8 @@ def _make_fabric(
         from lightning_fabric import Fabric
         from lightning_fabric.loggers.logger import Logger
         from lightning_fabric.loggers.tensorboard import TensorBoardLogger
-        from lightning_fabric.strategies import DDPStrategy, SingleDeviceStrategy
+        from lightning_fabric.strategies.ddp import DDPStrategy
+        from lightning_fabric.strategies.single_device import SingleDeviceStrategy
     except ImportError as error:
         raise MissingDependencyError("training needs Lightning Fabric: pip install 'bcos-rt[train]'") from error
     if not isinstance(strategy, str):
@@ -219,7 +220,7 @@ def _sharded(got: str) -> InvalidArgumentError:
 
 def _launched() -> tuple[int, int] | None:
     """Processes on a node, and nodes, as torchrun or else SLURM's srun started them; None where neither did."""
-    from lightning_fabric.plugins.environments import SLURMEnvironment
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if here:
@@ -666,8 +667,11 @@ class _Training:
         metric = row.get(f"val_{self.recipe.select}")
         sign = -1.0 if self.recipe.select == "loss" else 1.0
         progress = self.progress
-        better = metric is not None and math.isfinite(metric)
-        better = better and (progress.best is None or sign * metric > sign * progress.best)
+        better = (
+            metric is not None
+            and math.isfinite(metric)
+            and (progress.best is None or sign * metric > sign * progress.best)
+        )
         if better:
             progress.best = metric
         if self.folder is not None:
@@ -697,10 +701,11 @@ class _Training:
         target = self.folder.path / "explanations" / f"epoch_{self.progress.epoch:03d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         explanation.save(target, dpi=70)
+        with Image.open(target) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
         for logger in self.fabric.loggers:
-            with Image.open(target) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-            logger.experiment.add_image("explanations", pixels, self.progress.epoch * self.steps, dataformats="HWC")
+            writer: Any = logger
+            writer.experiment.add_image("explanations", pixels, self.progress.epoch * self.steps, dataformats="HWC")
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"model": self.model}
