@@ -496,9 +496,11 @@ def _depthwise_grads(
     return grad_x, grad_w, grad_bias, grad_b if needs[3] else None
 
 
-def _triton_depthwise(x: Tensor, weight: Tensor, *geometry: Any) -> tuple[Callable[..., Tensor], ...]:
+def _triton_depthwise(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> tuple[Callable[..., Tensor], ...]:
     """The last two arguments of :func:`_depthwise_grads`, of the GPU kernels."""
-    *window, groups = geometry
+    window = (stride, padding, dilation)
 
     def transposed(grad: Tensor, filters: Tensor, plus: Tensor | None) -> Tensor:
         end = () if plus is None else (None, plus, None, False)
@@ -514,9 +516,11 @@ def _triton_depthwise(x: Tensor, weight: Tensor, *geometry: Any) -> tuple[Callab
     return transposed, grad_weight
 
 
-def _cpp_depthwise(x: Tensor, weight: Tensor, *geometry: Any) -> tuple[Callable[..., Tensor], ...]:
+def _cpp_depthwise(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> tuple[Callable[..., Tensor], ...]:
     """The last two arguments of :func:`_depthwise_grads`, of the C++ kernels; the filters' gradient is torch's."""
-    *window, groups = geometry
+    window = (stride, padding, dilation)
 
     def transposed(grad: Tensor, filters: Tensor, plus: Tensor | None) -> Tensor:
         packed = cpu.pack_depthwise(filters)

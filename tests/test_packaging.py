@@ -54,6 +54,8 @@ def test_mapped_packages_and_type_marker_are_in(names):
         "bcos_rt/kernels/ops.py",
         "bcos_rt/kernels/reference.py",
         "bcos_rt/export/__init__.py",
+        "bcos_rt/packaged/cifar10-resnet20.safetensors",
+        "bcos_rt/packaged/cifar10-resnet20.json",
     ):
         assert name in names
 

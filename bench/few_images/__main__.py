@@ -82,6 +82,9 @@ VARIANTS: dict[str, Variant] = {
     "short": Variant(),
     # Biases dropped, norms uncentred and B = 2 from the first step.
     "at_once": Variant(conversion=AS_PUBLISHED, training={"b_start": None, "bias_decay_epochs": None}),
+    # How much of B = 2 this many photographs carry.
+    "b1": Variant(conversion={**SAME_AT_FIRST, "b": 1.0}, training={"b_start": None}),
+    "b1.25": Variant(conversion={**SAME_AT_FIRST, "b": 1.25}),
     "long": Variant(LONG),
     "biases_kept": Variant(training={"bias_decay_epochs": None}),
     "biases_dropped": Variant(conversion=AS_PUBLISHED, training={"bias_decay_epochs": None}),
