@@ -25,7 +25,8 @@ def last_epoch(logs: Path, run: Run) -> dict[str, str] | None:
 
 def localisation(logs: Path, run: Run) -> dict[str, float]:
     """Mean share inside the right cell by method."""
-    rows = read_rows(logs / run.name / "localisation.csv")
+    files = ("localisation.csv", "localisation_costly.csv")
+    rows = [row for name in files for row in read_rows(logs / run.name / name)]
     return {row["method"]: float(row["mean"]) for row in rows}
 
 

@@ -8,6 +8,7 @@ import torch
 
 from bcos_rt.files import read_rows, write_csv
 from bcos_rt.training.run import save_network
+from bench.cifar10.localise import localise_run, methods_for
 from bench.cifar10.networks import COMMITTED_WEIGHTS, build, weights_of
 from bench.cifar10.plan import STUDY, Run, runs
 from bench.cifar10.ship import LARGEST, ship_best
@@ -24,6 +25,8 @@ def logs(folder: Path, name: str, accuracies: list[float], methods: dict[str, fl
 def test_table_from_logs(tmp_path: Path) -> None:
     rising = [0.5 + 0.03 * i for i in range(12)]  # 0.83 at the end
     logs(tmp_path, "resnet20-standard-seed0", [0.9] * 12, {"grad_cam": 0.4, "occlusion": 0.3, "random": 0.9})
+    costly = [{"method": "integrated_gradients", "mean": 0.45}]
+    write_csv(tmp_path / "resnet20-standard-seed0" / "localisation_costly.csv", costly, ("method", "mean"))
     logs(tmp_path, "resnet20-bcos-seed0", rising, {"bcos": 0.8, "grad_cam": 0.2})
     logs(tmp_path, "resnet20-bcosified-seed0", [0.7, 0.8, 0.84, *[0.85] * 9], {"bcos": 0.75})
     logs(tmp_path, "resnet20-standard-seed1", [0.9] * 12, {})
@@ -35,7 +38,7 @@ def test_table_from_logs(tmp_path: Path) -> None:
     assert row == {
         "model": "resnet20", "seed": "0", "pretrained_top1": "90.00", "bcos_top1": "83.00", "bcosified_top1": "85.00",
         "delta": "+2.00", "scratch_epochs": "12", "t": "3", "speedup": "4.0", "loc_bcos": "80.00",
-        "loc_bcosified": "75.00", "loc_best_posthoc": "40.00", "best_posthoc": "grad_cam",
+        "loc_bcosified": "75.00", "loc_best_posthoc": "45.00", "best_posthoc": "integrated_gradients",
     }  # fmt: skip
     (study,) = read_rows(tmp_path / "out" / "cifar10_study.csv")
     assert (study["variant"], study["top1"], study["localisation"]) == ("b1", "75.00", "25.00")
@@ -103,3 +106,40 @@ def test_the_best_seed_is_shipped_with_its_numbers(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=f"{LARGEST + 1} bytes"):
         ship_best("resnet20", results, folder)
     assert target.read_bytes() == b"weights" * 2
+
+
+def test_methods_that_refuse_a_network_are_left_out(tmp_path: Path) -> None:
+    for name, left_out in (("resnet20", set()), ("vit6", {"grad_cam", "guided_backprop", "deep_lift"})):
+        run = next(run for run in runs() if run.network == name and run.kind == "standard")
+        methods = methods_for(run, build(run, tmp_path, tmp_path).eval(), 32)
+        assert {"gradient", "input_x_gradient", "guided_backprop", "deep_lift", "grad_cam", "random"} - left_out == set(
+            methods
+        )
+        assert "random" in methods
+
+
+def test_conventional_networks_play_costly_methods_on_fewer_grids(tmp_path: Path) -> None:
+    """A network that knows ten hues."""
+    run = next(run for run in runs() if run.network == "resnet20" and run.kind == "standard")
+
+    class Hues(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 10, 4, 4)
+            self.relu = torch.nn.ReLU()
+            with torch.no_grad():
+                self.conv.weight.copy_(60 * (hues - 0.5)[:, :, None, None].expand(-1, -1, 4, 4) / 16)
+                self.conv.bias.copy_(-30 * (hues - 0.5).square().sum(1))  # the nearest hue wins
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.relu(self.conv(x - 0.5)).mean((2, 3))
+
+    corners = torch.tensor([[(c >> i) & 1 for i in range(3)] for c in range(8)], dtype=torch.float32)
+    hues = torch.cat([corners, torch.tensor([[0.5, 0.5, 1.0], [1.0, 0.5, 0.5]])])
+    labels = torch.arange(10).repeat(6)
+    images = hues[labels][:, :, None, None].expand(-1, -1, 8, 8).contiguous()
+    localise_run(run, Hues().eval(), (images, labels), tmp_path / "localisation.csv", grids=5)
+    rows = read_rows(tmp_path / "localisation.csv")
+    assert {row["method"] for row in rows} >= {"gradient", "input_x_gradient", "grad_cam", "random"}
+    costly = read_rows(tmp_path / "localisation_costly.csv")
+    assert {(row["method"], row["grids"]) for row in costly} == {("integrated_gradients", "1"), ("occlusion", "1")}
