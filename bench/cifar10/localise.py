@@ -50,3 +50,5 @@ def localise_run(run: Run, net: nn.Module, images: tuple[Tensor, Tensor], target
                 tell=lambda what, done, of: bar.update(task, description=what, completed=done, total=of),
             )  # fmt: skip
             result.save(target.parent, name)
+            # It shows images of the data set, which are not this project's to publish.
+            (target.parent / f"{name}_example.png").unlink()
