@@ -107,10 +107,10 @@ def _finished(one: Run, work: Path) -> bool:
 
 
 def _localise(one: Run, data: Path, work: Path, grids: int = GRIDS) -> None:
-    from bench.cifar10.localise import localise_run
+    from bench.cifar10.localise import is_localised, localise_run
 
     target = _logs(one) / "localisation.csv"
-    if target.exists() or not _finished(one, work) or weights_of(one.name, work, RESULTS) is None:
+    if is_localised(one, target) or not _finished(one, work) or weights_of(one.name, work, RESULTS) is None:
         return
     console.print(f"[bold]{one.name}[/bold]: grids")
     net = trained(one, work, RESULTS)

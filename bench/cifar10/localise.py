@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bcos_rt.evaluation import grid_pointing_game, unsupported_methods
 from bench.cifar10.plan import Run
 
-__all__ = ["COSTLY", "localise_run", "methods_for"]
+__all__ = ["COSTLY", "is_localised", "localise_run", "methods_for"]
 
 SIDE = 3
 # The study asks only how good the network's own explanation is.
@@ -34,21 +34,29 @@ def methods_for(run: Run, net: nn.Module, side: int) -> list[str]:
     return [method for method in wanted if method not in refused]
 
 
+def _costly(target: Path) -> Path:
+    return target.with_stem(f"{target.stem}_costly")
+
+
+def is_localised(run: Run, target: Path) -> bool:
+    """Whether there is nothing left to play."""
+    return target.exists() and (run.kind != "standard" or _costly(target).exists())
+
+
 def localise_run(run: Run, net: nn.Module, images: tuple[Tensor, Tensor], target: Path, grids: int) -> None:
     """Play 3 x 3 grids with the test images and write ``target`` and its picture."""
-    games = [(methods_for(run, net, images[0].shape[-1]), grids, target.stem)]
+    games = [(methods_for(run, net, images[0].shape[-1]), grids, target)]
     if run.kind == "standard":
-        # First, so that a run that was stopped between the two is not taken for a finished one.
-        games.insert(0, (list(COSTLY), -(-grids // 5), f"{target.stem}_costly"))
+        games.append((list(COSTLY), -(-grids // 5), _costly(target)))
     with Progress(transient=True) as bar:
         task = bar.add_task(run.name)
-        for methods, count, name in games:
-            if (target.parent / f"{name}.csv").exists():
+        for methods, count, path in games:
+            if path.exists():
                 continue
             result = grid_pointing_game(
                 {run.name: net}, methods, images, n=SIDE, grids=count,
                 tell=lambda what, done, of: bar.update(task, description=what, completed=done, total=of),
             )  # fmt: skip
-            result.save(target.parent, name)
+            result.save(path.parent, path.stem)
             # It shows images of the data set, which are not this project's to publish.
-            (target.parent / f"{name}_example.png").unlink()
+            path.with_name(f"{path.stem}_example.png").unlink()
