@@ -76,10 +76,12 @@ def localise(data: Data, name: Names = None, work: Work = WORK, grids: int = GRI
 
 @app.command("table")
 def make_table() -> None:
-    """Write docs/results/cifar10.csv and cifar10_study.csv from the committed logs."""
+    """Write docs/results/cifar10.csv, cifar10_study.csv and the picture beside them from the committed logs."""
+    from bench.cifar10.picture import draw
     from bench.cifar10.table import write_tables
 
     write_tables(RESULTS, ROOT / "docs" / "results")
+    draw("resnet20", 0, RESULTS, ROOT / "docs" / "images" / "cifar10.png")
 
 
 @app.command()

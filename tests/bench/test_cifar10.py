@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from bcos_rt.files import read_rows, write_csv
 from bcos_rt.training.run import save_network
 from bench.cifar10.localise import localise_run, methods_for
 from bench.cifar10.networks import COMMITTED_WEIGHTS, build, weights_of
+from bench.cifar10.picture import draw
 from bench.cifar10.plan import STUDY, Run, runs
 from bench.cifar10.ship import LARGEST, ship_best
 from bench.cifar10.table import epoch_of_passing, write_tables
@@ -42,6 +45,18 @@ def test_table_from_logs(tmp_path: Path) -> None:
     }  # fmt: skip
     (study,) = read_rows(tmp_path / "out" / "cifar10_study.csv")
     assert (study["variant"], study["top1"], study["localisation"]) == ("b1", "75.00", "25.00")
+
+
+def test_picture_of_what_there_is(tmp_path: Path) -> None:
+    logs(tmp_path, "resnet20-bcosified-seed0", [0.6, 0.7], {})
+    draw("resnet20", 0, tmp_path, tmp_path / "first.png")
+    logs(tmp_path, "resnet20-bcos-seed0", [0.5, 0.65], {})
+    shares = np.linspace(0, 1, 20, dtype=np.float32)
+    np.savez(tmp_path / "resnet20-bcos-seed0" / "localisation.npz", **{"resnet20-bcos-seed0/bcos": shares})
+    draw("resnet20", 0, tmp_path, tmp_path / "second.png")
+    pictures = [np.asarray(Image.open(tmp_path / name)) for name in ("first.png", "second.png")]
+    assert pictures[0].shape == pictures[1].shape
+    assert (pictures[0] != pictures[1]).mean() > 0.01
 
 
 def test_never_passing_stays_blank() -> None:

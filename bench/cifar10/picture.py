@@ -1,0 +1,66 @@
+"""One row of the table as a picture: learning curves, and where explanations point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bcos_rt.files import read_rows, replacing
+from bench.cifar10.table import epoch_of_passing
+
+__all__ = ["draw"]
+
+NAMES = {"standard": "conventional", "bcos": "B-cos, from scratch", "bcosified": "B-cosified"}
+COLOURS = {"standard": "0.5", "bcos": "tab:orange", "bcosified": "tab:blue"}
+
+
+def draw(network: str, seed: int, logs: Path, target: Path) -> None:
+    """Write the picture of a network's three runs, those of them that have logs."""
+    folders = {kind: logs / f"{network}-{kind}-seed{seed}" for kind in NAMES}
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    curves, boxes = figure.subplots(1, 2, width_ratios=(1, 1.4))
+    _curves(curves, folders)
+    _boxes(boxes, folders)
+    figure.suptitle(f"{network}, CIFAR-10, seed {seed}", fontsize=11)
+    with replacing(target) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def _curves(axes: Axes, folders: dict[str, Path]) -> None:
+    rows = {kind: read_rows(folder / "metrics.csv") for kind, folder in folders.items()}
+    for kind, history in rows.items():
+        axes.plot([int(row["epoch"]) for row in history], [100 * float(row["val_top1"]) for row in history],
+                  color=COLOURS[kind], label=NAMES[kind], marker=".")  # fmt: skip
+    if rows["bcos"] and rows["bcosified"]:
+        final = float(rows["bcos"][-1]["val_top1"])
+        axes.axhline(100 * final, color=COLOURS["bcos"], linestyle="--", linewidth=0.8)
+        if (passed := epoch_of_passing(rows["bcosified"], final)) is not None:
+            axes.axvline(passed, color=COLOURS["bcosified"], linestyle="--", linewidth=0.8)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("test accuracy, %")
+    axes.legend(fontsize=9)
+
+
+def _boxes(axes: Axes, folders: dict[str, Path]) -> None:
+    """Quartiles, whiskers at 5 and 95 %; the dashed line is chance."""
+    shares: list[np.ndarray] = []
+    labels: list[str] = []
+    colours: list[str] = []
+    for kind in ("bcosified", "bcos", "standard"):
+        for path in sorted(folders[kind].glob("localisation*.npz")):
+            with np.load(path) as arrays:
+                for key, values in arrays.items():
+                    shares.append(values)
+                    labels.append(key.rpartition("/")[2].replace("_", "\n"))
+                    colours.append(COLOURS[kind])
+    if shares:
+        drawn = axes.boxplot(shares, whis=(5, 95), showfliers=False, widths=0.6, patch_artist=True)
+        for box, colour in zip(drawn["boxes"], colours, strict=True):
+            box.set(facecolor=colour, alpha=0.5)
+        axes.set_xticks(range(1, len(labels) + 1), labels, fontsize=8)
+    axes.axhline(1 / 9, color="grey", linestyle="--", linewidth=0.8)
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("positive contributions in the right cell of 3 x 3")
