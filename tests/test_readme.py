@@ -20,7 +20,7 @@ def test_the_example_runs_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "readme"}
     exec(compile(code, "README.md", "exec"), names)
-    assert {p.name for p in tmp_path.iterdir()} >= {"chelsea.png", "network.safetensors", "network.onnx"}
+    assert {p.name for p in tmp_path.iterdir()} >= {"chelsea.png", "network.safetensors", "network.onnx", "cat.png"}
     assert float(names["explanation"].completeness_error()) < 1e-4
     assert "cat" in capsys.readouterr().out
     assert "bcos_rt" in sys.modules
