@@ -114,8 +114,10 @@ def test_ctrl_c_ends_the_process_with_130(tmp_path):
         "import sys; sys.argv = ['bcos-rt', 'doctor']; main()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        # As a terminal starts it: shells have their background jobs ignore SIGINT, tests among them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         assert process.stderr.readline().strip() == "working"  # prints of libraries go to stderr
         time.sleep(0.1)
