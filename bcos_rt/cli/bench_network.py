@@ -9,10 +9,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from bcos_rt.cli.inputs import DEFAULT_SIZE, Json, NumClasses, Weights, check_output
+from bcos_rt.cli.inputs import DEFAULT_SIZE, Json, NumClasses, Weights, check_output, is_saved
 from bcos_rt.cli.output import Outcome, Progress, run
 from bcos_rt.errors import BcosError, InvalidArgumentError, did_you_mean
-from bcos_rt.packaged import is_packaged
 
 if TYPE_CHECKING:
     from bcos_rt.benchmark.comparison import Entry
@@ -66,7 +65,7 @@ def network(
         entries = _entries(backends)
         if csv is not None:
             check_output(csv, (".csv",), "--csv")
-        saved = Path(model).exists() or is_packaged(model)
+        saved = is_saved(model)
         if not saved and weights not in (None, "random", "default") and not Path(str(weights)).is_file():
             raise InvalidArgumentError("--weights", repr(weights), "an existing file, or 'random'")
         from bcos_rt.benchmark import machine

@@ -38,6 +38,7 @@ from bcos_rt.cli.several import (
     Split,
     WeightsOfEach,
     Workers,
+    check_methods,
     common_side,
     compared_networks,
     methods_for,
@@ -236,12 +237,10 @@ def localise(
             place = chosen_device(device)
             from bcos_rt.data import open_data
             from bcos_rt.evaluation import grid_pointing_game
-            from bcos_rt.evaluation.attribution import method
             from bcos_rt.evaluation.grid_pointing import check_variant
 
             check_variant(variant)
-            for name in methods or ():
-                method(name)
+            check_methods(methods)
             networks = compared_networks(models, checkpoints, weights, num_classes, convert, place)
             side = common_side(networks, size)
             seen = {"full": grid * side, "rescaled": side // grid * grid}.get(variant, side)

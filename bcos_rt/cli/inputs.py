@@ -44,6 +44,7 @@ __all__ = [
     "convert_source",
     "find_class",
     "has_embedding",
+    "is_saved",
     "load_clip_network",
     "load_network",
     "load_photos",
@@ -164,6 +165,11 @@ def convert_source(
     return bcosify(model, recipe, verify_images=verify_images)
 
 
+def is_saved(model: str) -> bool:
+    """Whether what stands for a model is a saved network: a path, or one that comes with the package."""
+    return os.path.exists(model) or is_packaged(model)
+
+
 def load_network(
     model: str | None, checkpoint: Path | None, weights: str | None, num_classes: int | None = None
 ) -> Network:
@@ -173,7 +179,7 @@ def load_network(
         InvalidArgumentError: neither or both are given, or options that do not go together.
         CheckpointError: unreadable or unfitting weights.
     """
-    if model is not None and checkpoint is None and (os.path.exists(model) or is_packaged(model)):
+    if model is not None and checkpoint is None and is_saved(model):
         checkpoint, model = Path(model), None
     if model is not None and checkpoint is not None:
         raise InvalidArgumentError("--model, --checkpoint", "both", "one of them")

@@ -29,6 +29,7 @@ from bcos_rt.cli.several import (
     Models,
     Split,
     WeightsOfEach,
+    check_methods,
     common_side,
     compared_networks,
     methods_for,
@@ -79,7 +80,7 @@ def perturb(
         with progress.working("loading the networks"):
             place = chosen_device(device)
             from bcos_rt.data import open_data
-            from bcos_rt.evaluation import Perturbation, insertion_deletion, method
+            from bcos_rt.evaluation import Perturbation, insertion_deletion
 
             options = Perturbation(
                 steps=steps,
@@ -87,8 +88,7 @@ def perturb(
                 insertion=_fill("--insertion", insertion),
                 score=score,  # type: ignore[arg-type]
             )
-            for name in methods or ():
-                method(name)
+            check_methods(methods)
             networks = compared_networks(models, checkpoints, weights, num_classes, convert, place)
             side = common_side(networks, size)
             chosen, left_out = methods_for(networks, methods, ("bcos", "random"), side)
@@ -153,10 +153,9 @@ def randomise(
         with progress.working("loading the network"):
             place = chosen_device(device)
             from bcos_rt.data import open_data
-            from bcos_rt.evaluation import method, parameter_randomisation
+            from bcos_rt.evaluation import parameter_randomisation
 
-            for name in methods or ():
-                method(name)
+            check_methods(methods)
             networks = compared_networks(
                 [model] if model is not None else None,
                 [checkpoint] if checkpoint is not None else None,

@@ -29,6 +29,7 @@ __all__ = [
     "Split",
     "WeightsOfEach",
     "Workers",
+    "check_methods",
     "common_side",
     "compared_networks",
     "methods_for",
@@ -151,6 +152,18 @@ def compared_networks(
         converted = convert or given.startswith(CONVERT)
         add(called, given.removeprefix(CONVERT), None, of, num_classes, converted)
     return found
+
+
+def check_methods(asked: Sequence[str] | None) -> None:
+    """Refuse an unknown method before anything is loaded.
+
+    Raises:
+        InvalidArgumentError: there is none of that name.
+    """
+    from bcos_rt.evaluation import method
+
+    for name in asked or ():
+        method(name)
 
 
 def common_side(networks: Mapping[str, Compared], size: int | None) -> int:

@@ -265,13 +265,13 @@ def _check_cam(net: nn.Module, images: Tensor, *, layer: str | None = None, **_:
 
 def _cam_layer(net: nn.Module, made: Prepared, inputs: Tensor, layer: str | None) -> tuple[nn.Module, nn.Module]:
     """The network and the module in it whose channels are weighted."""
-    if layer is not None:
-        return named_layer(net, layer, inputs)
     # Of another size of images, another layer may be the last with more than one place.
-    key = ("grad_cam", tuple(inputs.shape[2:]))
+    key = ("grad_cam", layer, tuple(inputs.shape[2:]))
     if key not in made.known:
-        made.known[key] = last_map(made, inputs, net)
-    return made.model, made.known[key]
+        found = (made.model, last_map(made, inputs, net)) if layer is None else named_layer(net, layer, inputs)
+        made.known[key] = found
+    model, chosen = made.known[key]
+    return model, chosen
 
 
 def _occlusion(

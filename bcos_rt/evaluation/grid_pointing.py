@@ -270,10 +270,10 @@ def _map(apply: Method, name: str, net: nn.Module, images: Tensor, targets: Tens
     return checked_maps(apply(net, images, targets), name, (*targets.shape, *images.shape[2:]))
 
 
-def _strided(
+def _of_windows(
     apply: Method, name: str, net: nn.Module, images: Tensor, targets: Tensor, side: int, stride: int
-) -> Tensor:
-    """Maps [N, K, H, W] of windows of ``side`` pixels, ``stride`` apart, averaged where they overlap.
+) -> tuple[Tensor, Tensor]:
+    """Sums [N, K, H, W] of the maps of windows of ``side`` pixels, ``stride`` apart, and how many cover each pixel.
 
     The last windows lie at the image's edge, closer to the others where the stride does not fit.
     """
@@ -285,6 +285,14 @@ def _strided(
             part = (..., slice(top, top + side), slice(left, left + side))
             total[part] += _map(apply, name, net, images[part], targets)
             count[part] += 1
+    return total, count
+
+
+def _strided(
+    apply: Method, name: str, net: nn.Module, images: Tensor, targets: Tensor, side: int, stride: int
+) -> Tensor:
+    """Maps [N, K, H, W] of windows, averaged where they overlap."""
+    total, count = _of_windows(apply, name, net, images, targets, side, stride)
     return total / count
 
 
@@ -305,12 +313,7 @@ def _strided_padded(
     padded = outside.expand(*images.shape[:2], height, width).clone()
     inside = (..., slice(padding, height - padding), slice(padding, width - padding))
     padded[inside] = images
-    total = images.new_zeros(*targets.shape, height, width)
-    for top in range(0, height - side + 1, stride):
-        for left in range(0, width - side + 1, stride):
-            part = (..., slice(top, top + side), slice(left, left + side))
-            total[part] += _map(apply, name, net, padded[part], targets)
-    return total[inside]
+    return _of_windows(apply, name, net, padded, targets, side, stride)[0][inside]
 
 
 def check_variant(variant: str) -> None:

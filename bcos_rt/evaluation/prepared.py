@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from bcos_rt.errors import InvalidArgumentError, UnsupportedOpError, did_you_mean
 from bcos_rt.explanation.explain import fingerprint
@@ -252,28 +253,39 @@ class _Calls(TorchFunctionMode):
         return out
 
 
+class _Running:
+    """Follows calls of modules.
+
+    Attributes:
+        depth: how many are under way.
+        calls: how many there were.
+    """
+
+    def __init__(self) -> None:
+        self.depth = self.calls = 0
+
+    def follow(self, module: nn.Module) -> list[RemovableHandle]:
+        return [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)]
+
+    def _enter(self, *_: object) -> None:
+        self.depth += 1
+        self.calls += 1
+
+    def _leave(self, *_: object) -> None:
+        self.depth -= 1
+
+
 @torch.no_grad()
 def activations_of(model: nn.Module, inputs: Tensor) -> tuple[int, int, Counter[str]]:
     """Calls of ReLUs that are modules, of ReLUs that are not, and of other rectifiers by name, for one input."""
-    inside = [0]
-    counts = [0, 0]
+    relus = _Running()
+    functions: list[str] = []
     others: Counter[str] = Counter()
-    handles = []
-
-    def enter(*_: object) -> None:
-        inside[0] += 1
-        counts[0] += 1
-
-    def leave(*_: object) -> None:
-        inside[0] -= 1
-
-    for module in model.modules():
-        if isinstance(module, nn.ReLU):
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    handles = [h for module in model.modules() if isinstance(module, nn.ReLU) for h in relus.follow(module)]
 
     def tell(name: str, _args: tuple[Any, ...], _out: object) -> None:
-        if name in _RELUS and not inside[0]:
-            counts[1] += 1
+        if name in _RELUS and not relus.depth:
+            functions.append(name)
         elif name in _RECTIFIERS:
             others[name.removesuffix("_")] += 1
 
@@ -283,7 +295,7 @@ def activations_of(model: nn.Module, inputs: Tensor) -> tuple[int, int, Counter[
     finally:
         for handle in handles:
             handle.remove()
-    return counts[0], counts[1], others
+    return relus.calls, len(functions), others
 
 
 @dataclass(frozen=True)
@@ -366,14 +378,8 @@ def _watching(
     model: nn.Module, events: list[_Map | _Pooled | _Tokens], classifier: str | None
 ) -> Iterator[None]:  # fmt: skip
     """Note what runs, without gradients; inside the classifier nothing but its output's order counts."""
-    handles = []
-    inside = [0]
-
-    def enter(*_: object) -> None:
-        inside[0] += 1
-
-    def leave(*_: object) -> None:
-        inside[0] -= 1
+    handles: list[RemovableHandle] = []
+    inside = _Running()
 
     def watch(name: str, module: nn.Module, is_classifier: bool) -> Callable[..., None]:
         def note(_module: nn.Module, given: tuple[Any, ...], out: object) -> None:
@@ -386,7 +392,7 @@ def _watching(
 
     def tell(name: str, args: tuple[Any, ...], out: object) -> None:
         operand = next((value for value in args if isinstance(value, Tensor)), None)
-        if inside[0] or operand is None:
+        if inside.depth or operand is None:
             return
         if name in _POOLS:
             events.append(_Pooled(operand))
@@ -402,7 +408,7 @@ def _watching(
             continue
         is_classifier = classifier is not None and name.removeprefix("1.") == classifier
         if is_classifier:
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+            handles += inside.follow(module)
         handles.append(module.register_forward_hook(watch(name, module, is_classifier)))
     try:
         with torch.no_grad(), _Calls(tell):

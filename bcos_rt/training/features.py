@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
@@ -10,11 +11,43 @@ from torch.utils.hooks import RemovableHandle
 from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.nn.conventional import inner_network
 
-__all__ = ["watch"]
+__all__ = ["Place", "place_of"]
 
 
-def watch(net: nn.Module, name: str, keep: Callable[[Tensor], None], side: str) -> RemovableHandle:
-    """Have ``keep`` called with the output of a module at every forward pass.
+@dataclass(frozen=True)
+class Place:
+    """Where a network's forward pass shows what a module of its source model returns.
+
+    Attributes:
+        module: of the network.
+        before: whether it is what ``module`` is given, not what it returns.
+    """
+
+    module: nn.Module
+    before: bool = False
+
+    def watch(self, keep: Callable[[Tensor], None]) -> RemovableHandle:
+        """Have ``keep`` called at every forward pass, until the handle is removed.
+
+        It is given a copy, which operations in place (``ReLU(inplace=True)``) do not change afterwards.
+        """
+
+        def after(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            keep(output.clone())
+
+        def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            keep(inputs[0].clone())
+
+        handle: RemovableHandle
+        if self.before:
+            handle = self.module.register_forward_pre_hook(before)
+        else:
+            handle = self.module.register_forward_hook(after)
+        return handle
+
+
+def place_of(net: nn.Module, name: str, side: str) -> Place:
+    """Where the output of a module can be read.
 
     A converted network is one traced graph that calls the innermost modules by themselves; what the source model's
     blocks and stages returned are then values between them, read on the way from one such module to the next.
@@ -22,11 +55,7 @@ def watch(net: nn.Module, name: str, keep: Callable[[Tensor], None], side: str) 
     Args:
         net: a B-cos network, a conventional one, or any other module.
         name: the module's name in the source model, such as ``"layer1"`` or ``"blocks.2"``.
-        keep: given a copy, which operations in place (``ReLU(inplace=True)``) do not change afterwards.
         side: what to call the network in a message.
-
-    Returns:
-        What stops it: ``handle.remove()``.
 
     Raises:
         InvalidArgumentError: no such module, or its output goes only into operations that are no modules.
@@ -36,37 +65,22 @@ def watch(net: nn.Module, name: str, keep: Callable[[Tensor], None], side: str) 
     if name not in modules:
         shown = ", ".join(list(modules)[1:6])
         raise InvalidArgumentError("Distillation.modules", repr(name), f"a module of the {side}: {shown}, ...")
-
-    def after(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-        keep(output.clone())
-
-    def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        keep(inputs[0].clone())
-
-    handle: RemovableHandle
     node = _output_of(inner, name) if isinstance(inner, fx.GraphModule) else None
     if node is None:
-        handle = modules[name].register_forward_hook(after)
-        return handle
-    calls = [n.target for n in node.graph.nodes if n.op == "call_module"]
+        return Place(modules[name])
+    calls = [n for n in node.graph.nodes if n.op == "call_module"]
     # A module may be called at several places; what is kept then is its last call's.
-    if node.op == "call_module" and _is_last_call(node):
-        handle = modules[str(node.target)].register_forward_hook(after)
-        return handle
+    if node.op == "call_module" and [n for n in calls if n.target == node.target][-1] is node:
+        return Place(modules[str(node.target)])
     for user in node.users:
-        if user.op == "call_module" and user.args[:1] == (node,) and calls.count(user.target) == 1:
-            handle = modules[str(user.target)].register_forward_pre_hook(before)
-            return handle
+        once = sum(n.target == user.target for n in calls) == 1
+        if user.op == "call_module" and user.args[:1] == (node,) and once:
+            return Place(modules[str(user.target)], before=True)
     raise InvalidArgumentError(
         "Distillation.modules",
         f"{name!r}, whose output goes into {', '.join(user.name for user in node.users)} in the {side}",
         "a module whose output is another module's input",
     )
-
-
-def _is_last_call(node: fx.Node) -> bool:
-    calls = [n for n in node.graph.nodes if n.op == "call_module" and n.target == node.target]
-    return calls[-1] is node
 
 
 def _output_of(net: fx.GraphModule, name: str) -> fx.Node | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["FirstBad", "all_finite", "first_not_finite"]
+__all__ = ["FirstBad", "all_finite", "first_not_finite", "is_finite"]
 
 
 class FirstBad:
@@ -43,6 +43,11 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(list(tensors), norm_type=torch.inf).isfinite()
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all elements are finite, as integers are; waits for the device."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach()).all())
+
+
 def first_not_finite(net: nn.Module, compute: Callable[[], Tensor]) -> str | None:
     """What is not finite first in a forward and backward pass, in words; None where all is finite.
 
@@ -50,11 +55,11 @@ def first_not_finite(net: nn.Module, compute: Callable[[], Tensor]) -> str | Non
         net: its parameters, then its modules' outputs, then the gradients are looked at, in the order they arise.
         compute: runs ``net`` and returns the loss.
     """
-    found = [f"parameter {name}" for name, p in net.named_parameters() if not bool(torch.isfinite(p).all())]
+    found = [f"parameter {name}" for name, p in net.named_parameters() if not is_finite(p)]
     names = {module: name for name, module in net.named_modules() if not any(True for _ in module.children())}
 
     def note(tensor: Tensor, text: str) -> None:
-        if not found and not bool(torch.isfinite(tensor).all()):
+        if not found and not is_finite(tensor):
             found.append(text)
 
     def watch(tensor: Tensor, text: str) -> RemovableHandle:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bcos_rt.errors import InvalidArgumentError
-from bcos_rt.training.features import watch
+from bcos_rt.training.features import place_of
 from bcos_rt.training.recipe import Distillation, TrainingRecipe
 
 __all__ = [
@@ -173,12 +173,11 @@ class Teaching(nn.Module):
         super().__init__()
         self.settings = settings
         self.siglip = SigLip(settings.siglip_learned) if settings.siglip > 0 else None
-        # In tuples: they are no submodules, the teacher's weights are neither trained nor saved.
+        # In a tuple: the teacher is no submodule, its weights are neither trained nor saved.
         self._teacher = (teacher.eval(),)
-        self._student = (student,)
         self._watched = settings.modules if settings.features > 0 else ()
-        with self.watching():
-            pass  # modules that are not there are named before the first step
+        sides = {"student": student, "teacher": teacher}
+        self._places = [(s, name, place_of(net, name, s)) for name in self._watched for s, net in sides.items()]
 
     @property
     def teacher(self) -> nn.Module:
@@ -190,10 +189,8 @@ class Teaching(nn.Module):
         """Inside, every forward pass leaves the modules' outputs in the dictionary: side -> module -> features."""
         seen: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}}
         with ExitStack() as stack:
-            for name in self._watched:
-                for side, (net,) in (("student", self._student), ("teacher", self._teacher)):
-                    keep = partial(seen[side].__setitem__, name)
-                    stack.callback(watch(net, name, keep, side).remove)
+            for side, name, place in self._places:
+                stack.callback(place.watch(partial(seen[side].__setitem__, name)).remove)
             yield seen
 
     def teach(self, images: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from bcos_rt.nn.exponent import bcos_layers, exponents, fix_exponents, fixed_exp
 from bcos_rt.nn.network import BcosNetwork, EmbeddingLayer
 from bcos_rt.nn.norms import BatchNormUncentered2d
 from bcos_rt.training.biases import bias_names
-from bcos_rt.training.finite import FirstBad, all_finite, first_not_finite
+from bcos_rt.training.finite import FirstBad, all_finite, first_not_finite, is_finite
 from bcos_rt.training.losses import Teaching, agreement, check_label, label_loss
 from bcos_rt.training.optim import clip_adaptively, make_optimizers, set_fused, step_all
 from bcos_rt.training.recipe import TrainingRecipe
@@ -308,7 +308,7 @@ class _Training:
             self.pictures = explain_images[:MAX_PICTURES]
         self.label_loss = label_loss(recipe)
         # What may be checked before it is saved: a network may hold infinities of its own, as a mask.
-        self.finite_names = [k for k, v in net.state_dict().items() if _is_finite(v)]
+        self.finite_names = [k for k, v in net.state_dict().items() if is_finite(v)]
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -701,9 +701,9 @@ class _Training:
         target = self.folder.path / "explanations" / f"epoch_{self.progress.epoch:03d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         explanation.save(target, dpi=70)
-        with Image.open(target) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
         for logger in self.fabric.loggers:
+            with Image.open(target) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
             writer: Any = logger
             writer.experiment.add_image("explanations", pixels, self.progress.epoch * self.steps, dataformats="HWC")
 
@@ -833,10 +833,10 @@ class _Training:
 
         def compute(some: Tensor, theirs: Tensor) -> Tensor:
             losses, _ = self._losses(lambda x: self._run(self.net, x), some, theirs)
-            bad.update(dict.fromkeys(k for k, v in losses.items() if not _is_finite(v)))
+            bad.update(dict.fromkeys(k for k, v in losses.items() if not is_finite(v)))
             return torch.stack(list(losses.values())).sum()
 
-        if not _is_finite(images):
+        if not is_finite(images):
             found = "the images"
         with self.fabric.no_backward_sync(self.model):
             for part in self._parts(images, labels):
@@ -872,7 +872,7 @@ class _Training:
     def _check_weights(self) -> None:
         """Raise before anything is saved that is not finite: an update of finite gradients may overflow."""
         states = [net.state_dict() for net in self._nets()]
-        bad = [name for state in states for name in self.finite_names if not _is_finite(state[name])]
+        bad = [name for state in states for name in self.finite_names if not is_finite(state[name])]
         if float(self._summed(torch.tensor([float(len(bad))]))) == 0:
             return
         raise TrainingError(
@@ -923,10 +923,6 @@ def _check_metrics(embeds: bool, recipe: TrainingRecipe, validated: bool, explai
 def _agc_parameters(net: nn.Module) -> list[nn.Parameter]:
     exempt = {id(layer.b) for layer in bcos_layers(net).values()}
     return [p for p in net.parameters() if p.grad is not None and id(p) not in exempt]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach()).all())
 
 
 @contextmanager
