@@ -68,7 +68,7 @@ def test_every_measured_number_is_committed():
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     assert len(rows) >= 5
     for row in rows:
-        files = re.findall(r"`([\w/.-]+\.json)`", row)
+        files = re.findall(r"`([\w/.-]+\.(?:json|csv))`", row)
         assert files, row
         for file in files:
             assert (ROOT / file).is_file(), file

@@ -32,6 +32,7 @@ from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.nn import BatchNormUncentered2d, BcosConv2d, BcosLinear, BcosNetwork, InputEncoding
 from bcos_rt.nn.attention import PROJECTIONS, AttentionPool, MultiheadAttention, call_projections
 from bcos_rt.nn.network import EmbeddingLayer, LogitLayer
+from bcos_rt.nn.outputs import write_to_no_input
 
 __all__ = ["bcosify"]
 
@@ -341,6 +342,7 @@ class _Conversion:
         stem = self._stem_convs()
         stem_names = {key: self.names[key] for key in stem}
         activations = self._activation_calls()
+        writing = self._writing_calls()
 
         pool_call = pool is not None and self._is_pool_call(pool)
         for name, module in list(self.root.named_modules()):
@@ -354,9 +356,10 @@ class _Conversion:
                 self._install(module, new)
         self._widen_checks([name for key in stem for name in stem_names[key]])
         root = self.root
-        if head is not None or activations or pool_call:
-            root = self._rewrite(head, activations, pool if pool_call else None)
+        if head is not None or activations or pool_call or writing:
+            root = self._rewrite(head, activations, pool if pool_call else None, writing)
             self.rewritten = True
+        write_to_no_input(root)
         return root
 
     # --- names, roles --------------------------------------------------------------------------------------------
@@ -920,6 +923,21 @@ class _Conversion:
                 found.append(node)
         return found
 
+    def _writing_calls(self) -> list[fx.Node]:
+        """Calls that write to a layer's output, which the gradient of a B-cos layer is computed from."""
+        if self.graph is None or not self.rewritable:
+            return []
+        layers = {node for node in self.graph.nodes if node.op == "call_module"}
+        return [
+            node
+            for node in self.graph.nodes
+            if nodes.out_of_place(node) is not None
+            and node.args
+            and node.args[0] in layers
+            and isinstance(self.modules[str(node.args[0].target)], nn.Conv2d | nn.Linear)
+            and nodes.is_last_use(node, node.args[0])
+        ]
+
     # --- the classifier ------------------------------------------------------------------------------------------
 
     def _output_layer(self) -> fx.Node | None:
@@ -1037,11 +1055,17 @@ class _Conversion:
 
     # --- rewriting the graph -------------------------------------------------------------------------------------
 
-    def _rewrite(self, head: _Head | None, activations: list[fx.Node], pool: fx.Node | None) -> fx.GraphModule:
+    def _rewrite(
+        self, head: _Head | None, activations: list[fx.Node], pool: fx.Node | None, writing: list[fx.Node]
+    ) -> fx.GraphModule:
         if self.graph is None:
             raise InvalidArgumentError("model", "no graph", "a traceable model")
         graph = self.graph
         self._install_constants(graph)
+        for node in writing:
+            call = nodes.out_of_place(node)
+            if call is not None:
+                node.target, node.kwargs = call
         for node in activations:
             source = nodes.sole_input(node)
             if source is None:

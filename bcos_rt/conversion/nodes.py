@@ -27,12 +27,14 @@ __all__ = [
     "is_dropout",
     "is_flatten",
     "is_identity",
+    "is_last_use",
     "is_layer_norm",
     "is_shape_query",
     "live_nodes",
     "loose_biases",
     "max_pool_options",
     "node_name",
+    "out_of_place",
     "owner_of",
     "pools_channels_last",
     "returns_tensor",
@@ -105,6 +107,10 @@ _SQUASHING |= {torch.linalg.vector_norm, torch.linalg.norm, torch.norm, "norm"}
 _ACTIVATIONS: set[Any] = {F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.prelu}
 _ACTIVATIONS |= {torch.prelu, F.rrelu, F.rrelu_, F.gelu, F.silu, F.mish, F.hardswish, F.elu, F.elu_, F.selu, F.selu_}
 _ACTIVATIONS |= {F.celu, F.celu_, "relu", "relu_", "prelu"}
+_OUT_OF_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}  # fmt: skip
 # What may stand between a gate's squashing function and the product: it only moves, pools or scales the gate.
 _PASSING: set[Any] = {
     torch.reshape, torch.flatten, torch.unsqueeze, torch.squeeze, torch.permute, torch.transpose, torch.mean, torch.sum,
@@ -135,6 +141,32 @@ def is_activation(module: nn.Module) -> bool:
 def is_activation_call(node: fx.Node) -> bool:
     """Whether a node is a functional ReLU or one of its relatives."""
     return node.op in ("call_function", "call_method") and node.target in _ACTIVATIONS
+
+
+def out_of_place(node: fx.Node) -> tuple[Any, dict[str, Any]] | None:
+    """Target and keyword arguments of the same call that writes to no operand; None where it writes to none."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    kwargs = dict(node.kwargs)
+    if kwargs.get("inplace") is True:
+        return node.target, {**kwargs, "inplace": False}
+    if node.target in _OUT_OF_PLACE:
+        return _OUT_OF_PLACE[node.target], kwargs
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    plain = name.removesuffix("_")
+    homes = (torch.Tensor,) if node.op == "call_method" else (F, torch)
+    home = next((home for home in homes if hasattr(home, plain)), None)
+    if home is None:
+        return None
+    return plain if node.op == "call_method" else getattr(home, plain), kwargs
+
+
+def is_last_use(node: fx.Node, operand: fx.Node) -> bool:
+    """Whether nothing that runs after ``node`` sees ``operand``, and something sees the result of ``node``."""
+    after = set(list(node.graph.nodes)[list(node.graph.nodes).index(node) + 1 :])
+    return bool(node.users) and after.isdisjoint(operand.users)
 
 
 def is_shape_query(node: fx.Node) -> bool:

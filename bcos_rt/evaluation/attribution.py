@@ -126,7 +126,7 @@ def _random(net: nn.Module, images: Tensor, targets: Tensor, *, seed: int = 0) -
 def _gradient(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     """The gradient with its sign, B-cos v2's ``Grad``."""
     inputs, made = seen(net, images)
-    return _summed(_captum("Saliency")(made.model).attribute(inputs, targets, abs=False))
+    return _summed(_of_image(net, _captum("Saliency")(made.model).attribute(inputs, targets, abs=False)))
 
 
 def _saliency(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def _guided_backprop(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     """Springenberg et al. 2015: at ReLUs nothing negative goes back."""
     inputs, made = seen(net, images)
     _needs_relus(made, inputs[:1])
-    return _summed(_captum("GuidedBackprop")(made.model).attribute(inputs, targets))
+    return _summed(_of_image(net, _captum("GuidedBackprop")(made.model).attribute(inputs, targets)))
 
 
 def _check_guided(net: nn.Module, images: Tensor) -> None:
@@ -296,6 +296,17 @@ def _occlusion(
 def _summed(attributions: Tensor) -> Tensor:
     """Over channels."""
     return attributions.sum(1).detach()
+
+
+def _of_image(net: nn.Module, gradients: Tensor) -> Tensor:
+    """Gradients of the encoded image ``[x, 1 - x]`` as those of x: what one half adds the other takes away.
+
+    Their plain sum over channels is 0 wherever a first layer's filters are antisymmetric, as conversion makes them.
+    """
+    if isinstance(net, BcosNetwork) and net.encoding.six_channels:
+        of_x, of_inverse = gradients.chunk(2, dim=1)
+        return of_x - of_inverse
+    return gradients
 
 
 METHODS: dict[str, Callable[..., Tensor]] = {

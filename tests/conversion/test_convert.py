@@ -804,3 +804,64 @@ def test_a_module_that_cannot_be_copied_is_named():
 def test_a_logit_bias_is_finite(bias):
     with pytest.raises(InvalidArgumentError, match="logit_bias"):
         Recipe(logit_bias=bias)
+
+
+# --- what writes to its input ----------------------------------------------------------------------------------------
+
+
+class InPlace(nn.Module):
+    """Layers whose outputs are written over: by a module, a function, a method, an operator."""
+
+    def __init__(self, write=True):
+        super().__init__()
+        self.write = write
+        self.convs = nn.ModuleList(nn.Conv2d(c, 6, 3, padding=1) for c in (3, 6, 6, 6))
+        self.act, self.fc, self.last = nn.Hardswish(inplace=write), nn.Linear(6, 8), nn.Linear(8, 4)
+        self.drop = nn.Dropout(0.0, inplace=write)
+
+    def forward(self, x):
+        x = self.act(self.convs[0](x))
+        x = F.relu(self.convs[1](x), inplace=True) if self.write else F.relu(self.convs[1](x))
+        x = self.convs[2](x).relu_() if self.write else self.convs[2](x).relu()
+        y = self.convs[3](x)
+        if self.write:
+            y += x
+        else:
+            y = y + x
+        return self.last(self.drop(self.fc(y.mean((2, 3)))))
+
+
+@pytest.mark.parametrize("b", [1.5, 2.0])
+@pytest.mark.parametrize("head", ["before_pool", "after_pool"])
+def test_layers_whose_outputs_were_written_over_can_be_trained(b, head):
+    """A B-cos layer's gradient is computed from its output."""
+    torch.manual_seed(0)
+    writing = InPlace()
+    plain = InPlace(write=False)
+    plain.load_state_dict(writing.state_dict())
+    grads = []
+    for source in (writing, plain):
+        network = bcosify(source, Recipe(b=b, head=head))[0].train()
+        network(images()).square().sum().backward()
+        grads.append({name: p.grad for name, p in network.named_parameters()})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[1].items():
+        torch.testing.assert_close(grads[0][name], grad, msg=name)
+    assert writing.act.inplace, "the source stays as it was"
+
+
+def test_a_value_that_is_read_again_is_still_written_over():
+    """There, writing is what the forward means."""
+
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            z = y.relu_()
+            return self.fc((y * z).mean((2, 3)))
+
+    torch.manual_seed(0)
+    equivalent(Reading(), head="before_pool")

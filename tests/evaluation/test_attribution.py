@@ -1,5 +1,6 @@
 """Attribution methods against direct computations in float64."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -505,6 +506,23 @@ def test_the_gradient_has_its_sign() -> None:
     net = resnet()
     _, grad = gradient(net)
     close(method("gradient")(net, IMAGES, TARGETS), grad.sum(1))
+
+
+def test_the_gradient_of_an_encoded_image_is_that_of_the_image() -> None:
+    """A B-cos network sees [x, 1 - x]: of filters that are antisymmetric the two halves' gradients would cancel."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    net = bcosify(nn.Sequential(*layers, nn.Linear(8, 10)), Recipe())[0].double().eval()
+    images = IMAGES.requires_grad_()
+    (expected,) = torch.autograd.grad(net(images).gather(1, TARGETS[:, None]).sum(), images)
+    found = method("gradient")(net, IMAGES, TARGETS)
+    torch.testing.assert_close(found, expected.sum(1), rtol=1e-9, atol=1e-12)
+    assert float(found.abs().max()) > 1e-6
+    # Guided: as large as the gradient, no rounding; and the same in another batch.
+    guided = method("guided_backprop")
+    assert float(guided(net, IMAGES, TARGETS).abs().max()) > 1e-6
+    single = guided(copy.deepcopy(net).float(), IMAGES.float(), TARGETS).double()
+    assert float((single - guided(net, IMAGES, TARGETS)).abs().max() / single.abs().max()) < 1e-3
 
 
 def test_grad_cam_resized_as_published() -> None:
