@@ -25,46 +25,61 @@ from rich.console import Console
 from torch import Tensor, nn
 from torchvision.transforms import functional as transforms
 
-from bcos_rt import BcosNetwork, Recipe, bcosify, load, recalibrate
+from bcos_rt import BcosNetwork, Recipe, bcosify, load, recalibrate, save
 from bcos_rt.data import Augmentation
 from bcos_rt.files import read_rows, write_csv, write_json
 from bcos_rt.images import resized
 from bcos_rt.models import load_model
 from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.training import Distillation, TrainingRecipe, finetune
+from bench.few_images.blocks import fit_blocks
 from bench.logs import ROOT, copy_logs
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
+LAST = "last.safetensors"
+BLOCK_COLUMNS = ("block", "error_before", "error_after")
 RESULTS = ROOT / "bench" / "results" / "few_images"
 WORK = ROOT / "build" / "few_images"
 Photos = Annotated[Path, typer.Option("--photos", metavar="TAR", help="NNNN_WNID_NAME.jpg, 500 of them.")]
 Work = Annotated[Path, typer.Option(help="Weights and states.")]
 # Every fifth photograph, in the order of their names (classes), is held out.
 HELD_OUT_EVERY = 5
-SHORT, LONG = 6, 40
-# Of the training crops: a third of the time of 224. Everything is measured at 224.
-CROP = 128
+SHORT, LONG = 6, 30
+# Pixels of the training crops, of the images that blocks are fitted to (their number is VIEWS crops of each photograph)
+# and of those measured.
+CROP, FITTED, MEASURED = 128, 160, 224
+VIEWS, STEPS = 2, 100
 STAGES = tuple(f"blocks.{i}" for i in range(7))
 # The converted network is the original at first (B = 1, biases kept, the norms' means folded into them). Its logits are
 # those of a softmax, so nothing is added to them.
 SAME_AT_FIRST: dict[str, Any] = {"biases": "keep", "batch_norm": "uncentered_folded", "logit_bias": None}
 AS_PUBLISHED: dict[str, Any] = {"logit_bias": None}
+# The encoded image itself, [x, 1 - x]: its two halves add up to 1, which does the work of a bias. Normalised they are
+# each other's negative, and nothing in the network is constant.
+PLAIN: dict[str, Any] = {"mean": (0.0,) * 6, "std": (1.0,) * 6}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How the network is converted and trained; the fields not given are the long run's.
+    """How the network is converted and trained; the fields not given are the short run's.
 
     Attributes:
+        epochs: of training from end to end.
+        conversion: of the recipe.
+        training: of the training recipe.
+        steps: of each block's fit to the original's, before the training; None: not fitted.
+        start: the variant whose network is trained, in place of a converted one.
         recalibrated: whether the norms' statistics are recomputed from the photographs, after the conversion and again
             after the training (a few hundred steps do not move running averages far enough).
     """
 
     epochs: int = SHORT
-    recalibrated: bool = True
     conversion: dict[str, Any] = field(default_factory=lambda: SAME_AT_FIRST)
     training: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    start: str | None = None
+    recalibrated: bool = True
 
     def recipe(self) -> TrainingRecipe:
         """Logits and features of the teacher; B from 1 to 2 and the biases to 0 in the first two thirds."""
@@ -78,20 +93,25 @@ class Variant:
         return base.replace(**self.training)
 
 
+def _fitted(**conversion: Any) -> Variant:
+    return Variant(0, {**AS_PUBLISHED, **conversion}, steps=STEPS, recalibrated=False)
+
+
+AT_ONCE: dict[str, Any] = {"b_start": None, "bias_decay_epochs": None}
 VARIANTS: dict[str, Variant] = {
-    "short": Variant(),
-    # Biases dropped, norms uncentred and B = 2 from the first step.
-    "at_once": Variant(conversion=AS_PUBLISHED, training={"b_start": None, "bias_decay_epochs": None}),
-    # How much of B = 2 this many photographs carry.
+    # From end to end. B = 1 shows what the biases alone do; at_once drops them and has B = 2 from the first step.
     "b1": Variant(conversion={**SAME_AT_FIRST, "b": 1.0}, training={"b_start": None}),
-    "b1.25": Variant(conversion={**SAME_AT_FIRST, "b": 1.25}),
-    "long": Variant(LONG),
+    "short": Variant(),
+    "at_once": Variant(conversion=AS_PUBLISHED, training=AT_ONCE),
     "biases_kept": Variant(training={"bias_decay_epochs": None}),
-    "biases_dropped": Variant(conversion=AS_PUBLISHED, training={"bias_decay_epochs": None}),
-    "b2_at_once": Variant(training={"b_start": None}),
-    "no_features": Variant(training={"distillation.features": 0.0, "distillation.modules": ()}),
-    "bce": Variant(training={"distillation.logit_loss": "bce", "distillation.logits": 100.0}),
-    "not_recalibrated": Variant(recalibrated=False),
+    # Block by block.
+    "blocks": _fitted(**PLAIN),
+    "blocks_normalised": _fitted(),
+    "blocks_b1": _fitted(**PLAIN, b=1.0),
+    "blocks_b1.5": _fitted(**PLAIN, b=1.5),
+    "blocks_biases_kept": _fitted(**PLAIN, biases="keep", batch_norm="uncentered_folded"),
+    # Both, one after the other.
+    "long": Variant(LONG, training=AT_ONCE, start="blocks"),
 }
 
 
@@ -116,7 +136,7 @@ def measure(photos: Photos, work: Work = WORK) -> None:
     train, held_out = photographs(photos)
     for name in ("teacher", "converted", "recalibrated", *VARIANTS):
         target = RESULTS / name / "measured.json"
-        if target.exists() or (name in VARIANTS and not (work / name / "last.safetensors").exists()):
+        if target.exists() or (name in VARIANTS and not (work / name / LAST).exists()):
             continue
         console.print(f"[bold]{name}")
         write_json(target, _measured(name, _network(name, work, train), held_out))
@@ -161,14 +181,26 @@ def teacher() -> ConventionalNetwork:
 
 def _train(name: str, photos: Path, work: Path) -> None:
     variant, folder = VARIANTS[name], work / name
-    if len(read_rows(folder / "metrics.csv")) >= variant.epochs:
+    if (folder / LAST).exists() and len(read_rows(folder / "metrics.csv")) >= variant.epochs:
         return
     console.print(f"[bold]{name}")
     (images, _), held_out = photographs(photos)
     torch.manual_seed(0)
-    net, _ = bcosify("efficientnet-lite0", Recipe(**variant.conversion))
+    if variant.start is not None:
+        _train(variant.start, photos, work)
+        net = load(work / variant.start / LAST)
+    else:
+        net, _ = bcosify("efficientnet-lite0", Recipe(**variant.conversion))
+    if variant.steps is not None:
+        report = fit_blocks(net.eval(), teacher(), _crops(images), steps=variant.steps, console=console)
+        write_csv(
+            RESULTS / name / "blocks.csv", [dict(zip(BLOCK_COLUMNS, row, strict=True)) for row in report], BLOCK_COLUMNS
+        )
     if variant.recalibrated:
         recalibrate(net, _centre(images).split(50))
+    if not variant.epochs:
+        save(net, folder / LAST)
+        return
 
     def told(row: dict[str, Any]) -> None:
         console.print(f"  epoch {row['epoch']:3} loss {row['train_loss']:.4f} held out {row['val_top1']:.3f} "
@@ -181,8 +213,15 @@ def _train(name: str, photos: Path, work: Path) -> None:
     )  # fmt: skip
 
 
+def _crops(images: Tensor) -> Tensor:
+    """VIEWS random crops of each photograph, float [VIEWS N, 3, FITTED, FITTED] in [0, 1]."""
+    augment = Augmentation.imagenet(FITTED, scale=(0.35, 1.0)).train_transform()
+    found = [augment(image) for _ in range(VIEWS) for image in images]
+    return torch.stack(found).contiguous(memory_format=torch.channels_last)
+
+
 def _centre(images: Tensor) -> Tensor:
-    centred = torch.stack([resized(image.float() / 255, 224) for image in images])
+    centred = torch.stack([resized(image.float() / 255, MEASURED) for image in images])
     return centred.contiguous(memory_format=torch.channels_last)
 
 
@@ -190,7 +229,7 @@ def _network(name: str, work: Path, train: tuple[Tensor, Tensor]) -> nn.Module:
     if name == "teacher":
         return teacher()
     if name in VARIANTS:
-        net, again = load(work / name / "last.safetensors"), VARIANTS[name].recalibrated
+        net, again = load(work / name / LAST), VARIANTS[name].recalibrated
     else:
         net, again = bcosify("efficientnet-lite0", Recipe())[0], name == "recalibrated"
     if again:
