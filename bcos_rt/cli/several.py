@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bcos_rt.cli.inputs import check_classifier, load_network, load_source
+from bcos_rt.cli.inputs import check_classifier, is_saved, load_network, load_source
 from bcos_rt.errors import BcosError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ def one_network(
     model: str | None, checkpoint: Path | None, weights: str | None, num_classes: int | None, convert: bool = False
 ) -> tuple[nn.Module, int, dict[str, Any]]:
     """The network, the side of its images, and what to call it: a checkpoint's, or a model's, as it is or converted."""
+    if model is not None and checkpoint is None and is_saved(model):
+        checkpoint, model = Path(model), None
     if convert and checkpoint is not None:
         raise InvalidArgumentError("--convert", "a checkpoint", "a conventional --model to convert")
     if model is None or checkpoint is not None or convert:
@@ -126,7 +128,9 @@ def compared_networks(
     Raises:
         InvalidArgumentError: none, options that do not go together, or a network twice.
     """
-    models, checkpoints = list(models or ()), list(checkpoints or ())
+    given = list(models or ())
+    models = [model for model in given if not is_saved(model)]
+    checkpoints = [*(checkpoints or ()), *(Path(model) for model in given if is_saved(model))]
     if not models and not checkpoints:
         raise InvalidArgumentError("--model, --checkpoint", "neither", "at least one of them")
     for option, given in (("--convert", convert), ("--weights", weights), ("--num-classes", num_classes)):
@@ -146,11 +150,11 @@ def compared_networks(
     for path in checkpoints:
         # Runs call their checkpoints alike: best, last.
         add(path.stem if stems.count(path.stem) == 1 else str(path), None, path, None, None)
-    for i, given in enumerate(models):
+    for i, model in enumerate(models):
         of = weights[i] if weights else None
-        called = given if models.count(given) == 1 else f"{given} ({of or 'default'})"
-        converted = convert or given.startswith(CONVERT)
-        add(called, given.removeprefix(CONVERT), None, of, num_classes, converted)
+        called = model if models.count(model) == 1 else f"{model} ({of or 'default'})"
+        converted = convert or model.startswith(CONVERT)
+        add(called, model.removeprefix(CONVERT), None, of, num_classes, converted)
     return found
 
 

@@ -69,6 +69,17 @@ def test_a_converted_model_answers_the_same_and_explains(bcos, model, data):
     assert found["completeness"]["largest_relative"] < 1e-4
 
 
+def test_a_saved_network_may_be_named_as_a_model(bcos, checkpoint, data):
+    """As in `bcos-rt explain`."""
+    found = [
+        bcos("evaluate", option, checkpoint, "--data", data, "--size", SIZE, "--json")
+        for option in ("--checkpoint", "--model")
+    ]
+    assert [result.code for result in found] == [0, 0], found[1].err
+    assert found[0].json["results"] == found[1].json["results"]
+    assert found[1].json["network"]["checkpoint"] == str(checkpoint)
+
+
 def test_what_a_person_reads(bcos, checkpoint, data, tmp_path):
     picture = tmp_path / "reliability.png"
     result = bcos(
@@ -230,6 +241,17 @@ def test_several_models_conventional_and_converted(bcos, colours, small_weights,
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "localisation.csv", "localisation.npz", "localisation.png", "localisation_example.png",
     }  # fmt: skip
+
+
+def test_a_saved_network_is_compared_as_a_checkpoint(bcos, checkpoint, data, tmp_path):
+    results = [
+        bcos("perturb", option, checkpoint, "--data", data, "--size", SIZE, "--images", 2, "--steps", 2, "--method",
+             "bcos", "--device", "cpu", "-o", tmp_path / option, "--json")
+        for option in ("--checkpoint", "--model")
+    ]  # fmt: skip
+    assert [result.code for result in results] == [0, 0], results[1].err
+    assert results[0].json["results"] == results[1].json["results"]
+    assert {row["network"] for row in results[1].json["results"]} == {checkpoint.stem}
 
 
 def test_strided_windows_from_the_command_line(bcos, colours, small_weights, tmp_path):
