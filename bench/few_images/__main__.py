@@ -4,6 +4,7 @@
     python -m bench.few_images all --photos photos.tar          every variant
     python -m bench.few_images measure --photos photos.tar      accuracy, agreement, localisation of what is trained
     python -m bench.few_images table                            docs/results/few_images.csv
+    python -m bench.few_images picture --photos photos.tar      docs/images/few_images.png
 
 The photographs are a tar file of ``NNNN_WNID_NAME.jpg``, NNNN an ImageNet class. Weights and states lie in --work; logs
 and numbers are copied to bench/results/few_images. A stopped run goes on at its last epoch.
@@ -33,11 +34,14 @@ from bcos_rt.models import load_model
 from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.training import Distillation, TrainingRecipe, finetune
 from bench.few_images.blocks import fit_blocks
+from bench.few_images.picture import draw
 from bench.logs import ROOT, copy_logs
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
 LAST = "last.safetensors"
+# In the picture.
+SHOWN = ("blocks", "blocks_biases_kept", "blocks_b1.5", "long")
 BLOCK_COLUMNS = ("block", "error_before", "error_after")
 RESULTS = ROOT / "bench" / "results" / "few_images"
 WORK = ROOT / "build" / "few_images"
@@ -140,6 +144,28 @@ def measure(photos: Photos, work: Work = WORK) -> None:
             continue
         console.print(f"[bold]{name}")
         write_json(target, _measured(name, _network(name, work, train), held_out))
+
+
+@app.command()
+def picture(photos: Photos, work: Work = WORK) -> None:
+    """Write docs/images/few_images.png: maps of four held-out photographs, of the source and of what is trained."""
+    train, held_out = photographs(photos)
+    source = teacher()
+    columns: dict[str, tuple[nn.Module, str]] = {
+        "source: Grad-CAM": (source, "grad_cam"), "source: input x gradient": (source, "input_x_gradient"),
+    }  # fmt: skip
+    for name in SHOWN:
+        if (work / name / LAST).exists():
+            columns[f"{name}: its own"] = (_network(name, work, train), "bcos")
+    images, labels = _centre(held_out[0]), held_out[1]
+    nets = [net for net, _ in columns.values()]
+    with torch.no_grad():
+        right = torch.stack([torch.cat([net(x).argmax(1) for x in images.split(25)]) == labels for net in nets]).sum(0)
+    # Those that most of the networks know.
+    chosen = right.argsort(descending=True, stable=True)[:4]
+    names = source.class_names
+    called = [names[int(k)] if names else str(int(k)) for k in labels[chosen]]
+    draw(columns, images[chosen], labels[chosen], called, ROOT / "docs" / "images" / "few_images.png")
 
 
 @app.command()
@@ -248,7 +274,7 @@ def _measured(name: str, net: nn.Module, held_out: tuple[Tensor, Tensor]) -> dic
         "top1": found.top1, "top5": found.top5, "agreement": float(agreement.double().mean()),
         "completeness": None if found.completeness is None else found.completeness.largest,
     }  # fmt: skip
-    methods = ["bcos"] if isinstance(net, BcosNetwork) else ["input_x_gradient", "integrated_gradients", "grad_cam",
+    methods = ["bcos"] if isinstance(net, BcosNetwork) else ["input_x_gradient", "deep_lift", "grad_cam",
                                                              "guided_backprop", "random"]  # fmt: skip
     # The teacher's sure images for all: a network that is sure of few would play with few.
     nets = {"teacher": teacher(), name: net} if name != "teacher" else {"teacher": net}

@@ -1,0 +1,53 @@
+"""What the networks made from 500 photographs point at: maps alone, without the photographs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bcos_rt.evaluation import method
+from bcos_rt.files import replacing
+
+__all__ = ["draw"]
+
+# Of the maps, as the grid pointing game smooths them at 224 pixels.
+_SMOOTHED = 15
+
+
+def draw(
+    columns: Mapping[str, tuple[nn.Module, str]], images: Tensor, classes: Tensor, names: Sequence[str], target: Path
+) -> None:
+    """Write a row of maps for each image: for each column a network and the method that explains its class.
+
+    Args:
+        columns: by title.
+        images: [N, 3, H, W] in [0, 1].
+        classes: [N], the classes explained; ``names`` are theirs.
+    """
+    figure = Figure(figsize=(2.1 * len(columns) + 1, 2.1 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), len(columns), squeeze=False)
+    for column, (title, (net, name)) in enumerate(columns.items()):
+        maps = method(name)(net, images, classes)
+        maps = F.avg_pool2d(maps[:, None].float(), _SMOOTHED, 1, _SMOOTHED // 2)[:, 0]
+        with torch.no_grad():
+            found = net(images).softmax(1)
+        for row, (values, probabilities) in enumerate(zip(maps.numpy(), found, strict=True)):
+            place, wanted = axes[row][column], int(classes[row])
+            limit = float(np.abs(values).max()) or 1.0
+            place.imshow(values, cmap="seismic", vmin=-limit, vmax=limit)
+            place.set_xticks([])
+            place.set_yticks([])
+            rank = int((probabilities > probabilities[wanted]).sum()) + 1
+            place.set_xlabel(f"rank {rank}", fontsize=8)
+            if column == 0:
+                place.set_ylabel(names[row], fontsize=8)
+            if row == 0:
+                place.set_title(title, fontsize=9)
+    with replacing(target) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
