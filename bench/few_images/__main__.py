@@ -52,8 +52,8 @@ HELD_OUT_EVERY = 5
 SHORT, LONG = 6, 30
 # Pixels of the training crops, of the images that blocks are fitted to (their number is VIEWS crops of each photograph)
 # and of those measured.
-CROP, FITTED, MEASURED = 128, 160, 224
-VIEWS, STEPS = 2, 100
+CROP, FITTED, MEASURED = 128, 128, 224
+VIEWS, STEPS = 2, 200
 STAGES = tuple(f"blocks.{i}" for i in range(7))
 # The converted network is the original at first (B = 1, biases kept, the norms' means folded into them). Its logits are
 # those of a softmax, so nothing is added to them.

@@ -68,5 +68,17 @@ def test_a_block_is_trained_towards_what_it_should_give() -> None:
         wanted = made(x)
     error = _relative(wanted)
     before = _error(other, x, wanted, error)
-    _train(other, list(other.parameters()), x, wanted, error, steps=60, batch_size=8)
-    assert _error(other, x, wanted, error) < before / 2
+    after = _train(other, list(other.parameters()), x, wanted, error, steps=60, batch_size=8)
+    assert after == _error(other, x, wanted, error)
+    assert after < before / 2
+
+
+def test_a_block_that_training_makes_worse_is_left_as_it_was() -> None:
+    torch.manual_seed(0)
+    part = nn.Sequential(BcosConv2d(4, 5, 1, bias=False))
+    x = torch.rand(32, 4, 6, 6)
+    with torch.no_grad():
+        wanted = part(x)
+    weights = part[0].weight.detach().clone()
+    assert _train(part, list(part.parameters()), x, wanted, _relative(wanted), steps=3, batch_size=8) == 0
+    assert torch.equal(part[0].weight, weights)
