@@ -24,7 +24,7 @@ from bcos_rt.errors import (
 )
 from bcos_rt.export.errors import ExportError
 from bcos_rt.export.report import ExportReport
-from bcos_rt.graph import ExplanationGraph, TokenPooling, build_explanation_graph
+from bcos_rt.graph import ExplanationGraph, TokenPooling, build_explanation_graph, explanation_graph
 from bcos_rt.graph.capture import Captured, capture, eval_mode
 from bcos_rt.nn.network import BcosNetwork, EmbeddingLayer
 
@@ -135,7 +135,10 @@ def to_onnx(
     say("capture")
     net = _plain(net)
     source: ExplanationGraph | Captured
-    source = capture(net, size) if forward_only else build_explanation_graph(net, size, multi=multi, pooling=how)
+    if forward_only:
+        source = capture(net, size)
+    else:
+        source = explanation_graph(net, size, multi=multi, pooling=how, attention="store")
     program = build_program(source, net, chosen)
     targets = None if isinstance(source, Captured) else _some_targets(source)
 

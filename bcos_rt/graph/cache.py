@@ -7,6 +7,7 @@ import weakref
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import nn
 
 from bcos_rt.graph.adjoint import ExplanationGraph, build_explanation_graph
@@ -30,6 +31,11 @@ def _structure(net: nn.Module) -> Any:
     return repr(net), tuple(exponents(net).values()), tuple((n, t.shape, t.dtype, t.device) for n, t in tensors)
 
 
+def _recomputes(graph: ExplanationGraph) -> bool:
+    """Whether a softmax is made again in the adjoint; where none is, "auto" and "store" are one graph."""
+    return any(node.target is torch.ops.bcos_rt.attention.default for node in graph.module.graph.nodes)
+
+
 def explanation_graph(
     net: BcosNetwork,
     image_size: tuple[int, int],
@@ -42,11 +48,15 @@ def explanation_graph(
 
     The graph reads the network's parameters when it runs; changed weights need no new graph, changed layers get one.
     """
-    key = (image_size, multi, pooling, attention, _structure(net))
+    structure = _structure(net)
+    key, automatic = ((image_size, multi, pooling, choice, structure) for choice in (attention, "auto"))
     with _LOCK:
         graphs = _GRAPHS.setdefault(net, OrderedDict())
         if key not in graphs:
-            graphs[key] = build_explanation_graph(net, image_size, multi=multi, pooling=pooling, attention=attention)
+            kept = graphs.get(automatic)
+            if attention != "store" or kept is None or _recomputes(kept):
+                kept = build_explanation_graph(net, image_size, multi=multi, pooling=pooling, attention=attention)
+            graphs[key] = kept
             while len(graphs) > GRAPHS_PER_NETWORK:
                 graphs.popitem(last=False)
         graphs.move_to_end(key)
