@@ -35,7 +35,14 @@ def build_wheel(tmp_path_factory, **environment):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    return build_wheel(tmp_path_factory)
+    """Its kernels not optimised, which compile several times as fast: what is tested is where they end up."""
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    if compiler is None or os.name == "nt":
+        return build_wheel(tmp_path_factory)
+    unoptimised = tmp_path_factory.mktemp("compiler") / "c++"
+    unoptimised.write_text(f'#!/bin/sh\nexec {compiler} "$@" -O0\n')
+    unoptimised.chmod(0o755)
+    return build_wheel(tmp_path_factory, CXX=str(unoptimised))
 
 
 @pytest.fixture(scope="module")
