@@ -128,9 +128,9 @@ def compared_networks(
     Raises:
         InvalidArgumentError: none, options that do not go together, or a network twice.
     """
-    given = list(models or ())
-    models = [model for model in given if not is_saved(model)]
-    checkpoints = [*(checkpoints or ()), *(Path(model) for model in given if is_saved(model))]
+    named = list(models or ())
+    models = [model for model in named if not is_saved(model)]
+    checkpoints = [*(checkpoints or ()), *(Path(model) for model in named if is_saved(model))]
     if not models and not checkpoints:
         raise InvalidArgumentError("--model, --checkpoint", "neither", "at least one of them")
     for option, given in (("--convert", convert), ("--weights", weights), ("--num-classes", num_classes)):

@@ -274,8 +274,8 @@ def _measured(name: str, net: nn.Module, held_out: tuple[Tensor, Tensor]) -> dic
         "top1": found.top1, "top5": found.top5, "agreement": float(agreement.double().mean()),
         "completeness": None if found.completeness is None else found.completeness.largest,
     }  # fmt: skip
-    methods = ["bcos"] if isinstance(net, BcosNetwork) else ["input_x_gradient", "deep_lift", "grad_cam",
-                                                             "guided_backprop", "random"]  # fmt: skip
+    post_hoc = ["gradient", "input_x_gradient", "grad_cam", "random"]
+    methods = ["bcos"] if isinstance(net, BcosNetwork) else post_hoc
     # The teacher's sure images for all: a network that is sure of few would play with few.
     nets = {"teacher": teacher(), name: net} if name != "teacher" else {"teacher": net}
     chosen = {"teacher": ["random"], name: methods}
