@@ -11,7 +11,7 @@ import torch
 from bcos_rt.benchmark import machine
 from bcos_rt.files import write_json
 
-__all__ = ["ROOT", "copy_logs"]
+__all__ = ["ROOT", "copy_logs", "describe_machine"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,5 +21,10 @@ def copy_logs(run: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.csv", "recipe.json"):
         shutil.copy(run / name, target / name)
+    describe_machine(target)
+
+
+def describe_machine(target: Path) -> None:
+    """Write what this machine is to ``target/machine.json``."""
     described = {**machine.describe(), "threads": torch.get_num_threads(), "python": platform.python_version()}
     write_json(target / "machine.json", described)

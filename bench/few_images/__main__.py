@@ -281,6 +281,8 @@ def _measured(name: str, net: nn.Module, held_out: tuple[Tensor, Tensor]) -> dic
     chosen = {"teacher": ["random"], name: methods}
     game = grid_pointing_game(nets, chosen, data, n=2, grids=24, same_grids="teacher", batch_size=25)
     game.save(RESULTS / name)
+    # It shows photographs, which are not ours to keep.
+    (RESULTS / name / "localisation_example.png").unlink(missing_ok=True)
     means = {row["method"]: row["mean"] for row in game.summary() if row["network"] == name}
     result["localisation"] = means.get("bcos")
     if name == "teacher":
