@@ -35,7 +35,7 @@ from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.training import Distillation, TrainingRecipe, finetune
 from bench.few_images.blocks import fit_blocks
 from bench.few_images.picture import draw
-from bench.logs import ROOT, copy_logs
+from bench.logs import ROOT, copy_logs, describe_machine
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
@@ -222,6 +222,7 @@ def _train(name: str, photos: Path, work: Path) -> None:
         write_csv(
             RESULTS / name / "blocks.csv", [dict(zip(BLOCK_COLUMNS, row, strict=True)) for row in report], BLOCK_COLUMNS
         )
+        describe_machine(RESULTS / name)
     if variant.recalibrated:
         recalibrate(net, _centre(images).split(50))
     if not variant.epochs:
