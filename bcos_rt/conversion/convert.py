@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -32,7 +32,6 @@ from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.nn import BatchNormUncentered2d, BcosConv2d, BcosLinear, BcosNetwork, InputEncoding
 from bcos_rt.nn.attention import PROJECTIONS, AttentionPool, MultiheadAttention, call_projections
 from bcos_rt.nn.network import EmbeddingLayer, LogitLayer
-from bcos_rt.nn.outputs import write_to_no_input
 
 __all__ = ["bcosify"]
 
@@ -343,6 +342,7 @@ class _Conversion:
         stem_names = {key: self.names[key] for key in stem}
         activations = self._activation_calls()
         writing = self._writing_calls()
+        self._write_to_no_input()
 
         pool_call = pool is not None and self._is_pool_call(pool)
         for name, module in list(self.root.named_modules()):
@@ -359,7 +359,6 @@ class _Conversion:
         if head is not None or activations or pool_call or writing:
             root = self._rewrite(head, activations, pool if pool_call else None, writing)
             self.rewritten = True
-        write_to_no_input(root)
         return root
 
     # --- names, roles --------------------------------------------------------------------------------------------
@@ -923,20 +922,30 @@ class _Conversion:
                 found.append(node)
         return found
 
-    def _writing_calls(self) -> list[fx.Node]:
-        """Calls that write to a layer's output, which the gradient of a B-cos layer is computed from."""
-        if self.graph is None or not self.rewritable:
-            return []
-        layers = {node for node in self.graph.nodes if node.op == "call_module"}
-        return [
-            node
-            for node in self.graph.nodes
-            if nodes.out_of_place(node) is not None
-            and node.args
-            and node.args[0] in layers
-            and isinstance(self.modules[str(node.args[0].target)], nn.Conv2d | nn.Linear)
-            and nodes.is_last_use(node, node.args[0])
-        ]
+    def _writing_calls(self) -> dict[fx.Node, tuple[Any, dict[str, Any]]]:
+        """Calls that write to a layer's output, which its gradient is computed from, and what to call instead."""
+        found: dict[fx.Node, tuple[Any, dict[str, Any]]] = {}
+        for node in self.graph.nodes if self.graph is not None and self.rewritable else ():
+            call, operand = nodes.out_of_place(node), node.args[0] if node.args else None
+            if call is None or not isinstance(operand, fx.Node) or operand.op != "call_module":
+                continue
+            layer = self.modules[str(operand.target)]
+            if isinstance(layer, nn.Conv2d | nn.Linear) and nodes.is_last_use(node, operand, self.modules):
+                found[node] = call
+        return found
+
+    def _write_to_no_input(self) -> None:
+        """The same for modules, but those that write over what is read again: there it is part of the forward."""
+        writing: dict[nn.Module, bool] = {}
+        for node in self.graph.nodes if self.graph is not None else ():
+            module = self.modules[str(node.target)] if node.op == "call_module" else None
+            if module is not None and nodes.writes_to_input(module):
+                operand = nodes.sole_input(node)
+                last = operand is not None and nodes.is_last_use(node, operand, self.modules)
+                writing[module] = writing.get(module, True) and last
+        for module, last in writing.items():
+            if last:
+                module.inplace = False  # type: ignore[assignment]
 
     # --- the classifier ------------------------------------------------------------------------------------------
 
@@ -1056,16 +1065,18 @@ class _Conversion:
     # --- rewriting the graph -------------------------------------------------------------------------------------
 
     def _rewrite(
-        self, head: _Head | None, activations: list[fx.Node], pool: fx.Node | None, writing: list[fx.Node]
+        self,
+        head: _Head | None,
+        activations: list[fx.Node],
+        pool: fx.Node | None,
+        writing: Mapping[fx.Node, tuple[Any, dict[str, Any]]],
     ) -> fx.GraphModule:
         if self.graph is None:
             raise InvalidArgumentError("model", "no graph", "a traceable model")
         graph = self.graph
         self._install_constants(graph)
-        for node in writing:
-            call = nodes.out_of_place(node)
-            if call is not None:
-                node.target, node.kwargs = call
+        for node, call in writing.items():
+            node.target, node.kwargs = call
         for node in activations:
             source = nodes.sole_input(node)
             if source is None:

@@ -43,6 +43,7 @@ __all__ = [
     "timm_classes",
     "value_inputs",
     "weights_read",
+    "writes_to_input",
 ]
 
 
@@ -163,10 +164,28 @@ def out_of_place(node: fx.Node) -> tuple[Any, dict[str, Any]] | None:
     return plain if node.op == "call_method" else getattr(home, plain), kwargs
 
 
-def is_last_use(node: fx.Node, operand: fx.Node) -> bool:
-    """Whether nothing that runs after ``node`` sees ``operand``, and something sees the result of ``node``."""
-    after = set(list(node.graph.nodes)[list(node.graph.nodes).index(node) + 1 :])
-    return bool(node.users) and after.isdisjoint(operand.users)
+def is_last_use(node: fx.Node, operand: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node's result is used, and nothing that runs after it sees ``operand`` or what shares its memory."""
+    order = list(node.graph.nodes)
+    after = set(order[order.index(node) + 1 :])
+    value: fx.Node | None = operand
+    while value is not None:
+        if not after.isdisjoint(value.users):
+            return False
+        value = sole_input(value) if _may_share_memory(value, modules) else None
+    return bool(node.users)
+
+
+def writes_to_input(module: nn.Module) -> bool:
+    """Whether a module is told to write to its input (``nn.ReLU(inplace=True)``)."""
+    return getattr(module, "inplace", False) is True
+
+
+def _may_share_memory(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node's result may lie in its input's memory."""
+    if node.op == "call_module":
+        return _is_call_of(node, modules, _PASSING_MODULES) or writes_to_input(modules[str(node.target)])
+    return node.target in _PASSING or is_dropout(node, modules) or out_of_place(node) is not None
 
 
 def is_shape_query(node: fx.Node) -> bool:

@@ -28,7 +28,6 @@ from bcos_rt.models.sources import classifier_name
 from bcos_rt.nn.conventional import ConventionalNetwork, inner_network
 from bcos_rt.nn.layers import BcosConv2d, BcosLinear
 from bcos_rt.nn.network import BcosNetwork
-from bcos_rt.nn.outputs import write_to_no_input
 
 __all__ = ["OwnActivation", "OwnReLU6", "Prepared", "activations_of", "last_map", "named_layer", "prepared", "seen"]
 
@@ -117,7 +116,9 @@ class _Tracer(fx.Tracer):
 def _own_memory(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose activations do not write to their input."""
     model = copy.deepcopy(model).eval()
-    write_to_no_input(model)
+    for module in model.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
     return model
 
 

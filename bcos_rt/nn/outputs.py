@@ -10,19 +10,12 @@ from torch import Tensor, fx, nn
 
 from bcos_rt.errors import InvalidTypeError
 
-__all__ = ["image_sizes", "main_output", "takes_other_sizes", "with_options", "write_to_no_input"]
+__all__ = ["image_sizes", "main_output", "takes_other_sizes", "with_options"]
 
 # The entries of an output object that are the model's answer, the first that is there.
 _ANSWERS = ("logits", "image_embeds", "pooler_output")
 # An option of a transformer's forward: position embeddings are interpolated where the image has another size.
 _INTERPOLATE = "interpolate_pos_encoding"
-
-
-def write_to_no_input(model: nn.Module) -> None:
-    """Have every module that writes to its input (``nn.ReLU(inplace=True)``) return a new tensor instead."""
-    for module in model.modules():
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False  # type: ignore[assignment]
 
 
 def main_output(output: Any) -> Tensor:

@@ -850,18 +850,27 @@ def test_layers_whose_outputs_were_written_over_can_be_trained(b, head):
     assert writing.act.inplace, "the source stays as it was"
 
 
-def test_a_value_that_is_read_again_is_still_written_over():
+@pytest.mark.parametrize("how", ["method", "module", "twice", "behind a dropout"])
+def test_a_value_that_is_read_again_is_still_written_over(how):
     """There, writing is what the forward means."""
 
     class Reading(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+            self.conv, self.fc, self.act = nn.Conv2d(3, 6, 3), nn.Linear(6, 4), nn.ReLU(inplace=True)
+            self.drop = nn.Dropout(0.5)
 
         def forward(self, x):
             y = self.conv(x)
-            z = y.relu_()
-            return self.fc((y * z).mean((2, 3)))
+            if how == "method":
+                z = y.relu_()
+            elif how == "module":
+                z = self.act(y)
+            elif how == "twice":
+                z = self.act(y * 2) + self.act(y)
+            else:
+                z = self.act(self.drop(y))
+            return self.fc((y + z).mean((2, 3)))
 
     torch.manual_seed(0)
-    equivalent(Reading(), head="before_pool")
+    equivalent(Reading().eval(), head="before_pool")
