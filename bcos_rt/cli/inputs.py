@@ -36,6 +36,7 @@ __all__ = [
     "Power",
     "Size",
     "Weights",
+    "as_checkpoint",
     "check_classifier",
     "check_output",
     "check_photos",
@@ -170,6 +171,13 @@ def is_saved(model: str) -> bool:
     return os.path.exists(model) or is_packaged(model)
 
 
+def as_checkpoint(model: str | None, checkpoint: Path | None) -> tuple[str | None, Path | None]:
+    """``--model`` and ``--checkpoint``, where a saved network was given as a model: that as the checkpoint."""
+    if model is not None and checkpoint is None and is_saved(model):
+        return None, Path(model)
+    return model, checkpoint
+
+
 def load_network(
     model: str | None, checkpoint: Path | None, weights: str | None, num_classes: int | None = None
 ) -> Network:
@@ -179,8 +187,7 @@ def load_network(
         InvalidArgumentError: neither or both are given, or options that do not go together.
         CheckpointError: unreadable or unfitting weights.
     """
-    if model is not None and checkpoint is None and is_saved(model):
-        checkpoint, model = Path(model), None
+    model, checkpoint = as_checkpoint(model, checkpoint)
     if model is not None and checkpoint is not None:
         raise InvalidArgumentError("--model, --checkpoint", "both", "one of them")
     if checkpoint is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bcos_rt.cli.inputs import check_classifier, is_saved, load_network, load_source
+from bcos_rt.cli.inputs import as_checkpoint, check_classifier, is_saved, load_network, load_source
 from bcos_rt.errors import BcosError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def one_network(
     model: str | None, checkpoint: Path | None, weights: str | None, num_classes: int | None, convert: bool = False
 ) -> tuple[nn.Module, int, dict[str, Any]]:
     """The network, the side of its images, and what to call it: a checkpoint's, or a model's, as it is or converted."""
-    if model is not None and checkpoint is None and is_saved(model):
-        checkpoint, model = Path(model), None
+    model, checkpoint = as_checkpoint(model, checkpoint)
     if convert and checkpoint is not None:
         raise InvalidArgumentError("--convert", "a checkpoint", "a conventional --model to convert")
     if model is None or checkpoint is not None or convert:

@@ -267,10 +267,10 @@ def _network(name: str, work: Path, train: tuple[Tensor, Tensor]) -> nn.Module:
 def _measured(name: str, net: nn.Module, held_out: tuple[Tensor, Tensor]) -> dict[str, Any]:
     from bcos_rt.evaluation import evaluate, grid_pointing_game
 
-    data = (_centre(held_out[0]), held_out[1])
+    data, source = (_centre(held_out[0]), held_out[1]), teacher()
     found = evaluate(net, data, batch_size=25, completeness_images=20)
     with torch.no_grad():
-        agreement = torch.cat([net(x).argmax(1) == teacher()(x).argmax(1) for x in data[0].split(25)])
+        agreement = torch.cat([net(x).argmax(1) == source(x).argmax(1) for x in data[0].split(25)])
     result: dict[str, Any] = {
         "top1": found.top1, "top5": found.top5, "agreement": float(agreement.double().mean()),
         "completeness": None if found.completeness is None else found.completeness.largest,
@@ -278,7 +278,7 @@ def _measured(name: str, net: nn.Module, held_out: tuple[Tensor, Tensor]) -> dic
     post_hoc = ["gradient", "input_x_gradient", "grad_cam", "random"]
     methods = ["bcos"] if isinstance(net, BcosNetwork) else post_hoc
     # The teacher's sure images for all: a network that is sure of few would play with few.
-    nets = {"teacher": teacher(), name: net} if name != "teacher" else {"teacher": net}
+    nets = {"teacher": source, name: net} if name != "teacher" else {"teacher": net}
     chosen = {"teacher": ["random"], name: methods}
     game = grid_pointing_game(nets, chosen, data, n=2, grids=24, same_grids="teacher", batch_size=25)
     game.save(RESULTS / name)

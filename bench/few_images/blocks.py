@@ -76,8 +76,7 @@ def fit_blocks(
         with torch.no_grad():
             wanted = torch.cat([block(x) for x in given.split(_AT_ONCE)])
         error = _kl if head else _relative(wanted)
-        before = _error(part, own, wanted, error)
-        after = _train(part, list(_trained(backbone, layers)), own, wanted, error, steps, batch_size)
+        before, after = _train(part, list(_trained(backbone, layers)), own, wanted, error, steps, batch_size)
         report.append((name, before, after))
         if console is not None:
             console.print(f"  {name} {before:.3f} -> {after:.3f}", highlight=False)
@@ -227,21 +226,21 @@ def _trained(backbone: nn.Module, layers: list[_Layer]) -> Iterator[nn.Parameter
 def _train(
     part: nn.Module, parameters: list[nn.Parameter], own: Tensor, wanted: Tensor,
     error: Callable[[Tensor, Tensor], Tensor], steps: int, batch_size: int,
-) -> float:  # fmt: skip
-    """Train a block, whose norms keep their statistics, and return its error; never made worse."""
+) -> tuple[float, float]:  # fmt: skip
+    """Train a block, whose norms keep their statistics; its error before and after. It is never made worse."""
     part.eval()
-    best = _error(part, own, wanted, error)
-    before = [p.detach().clone() for p in parameters]
+    before = _error(part, own, wanted, error)
+    values = [p.detach().clone() for p in parameters]
     for step in _STEPS if steps else ():
         _adam(part, parameters, own, wanted, error, steps, batch_size, step)
         after = _error(part, own, wanted, error)
-        if after < best:
-            return after
+        if after < before:
+            return before, after
         # Patches of nearly no length have large gradients: Adam may leave for good.
         with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
+            for parameter, value in zip(parameters, values, strict=True):
                 parameter.copy_(value)
-    return best
+    return before, before
 
 
 def _adam(
