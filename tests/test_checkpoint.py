@@ -97,6 +97,7 @@ RECIPES = {
     "equivalent": Recipe.equivalent(),
     "unit": Recipe(weight_norm="unit", activations="identity", mean=(0.0,) * 6, std=(1.0,) * 6),
     "kept": Recipe(b=1.5, keep=("body.*",), logit_bias=-2.5, logit_temperature=3.0, stem_pool="keep"),
+    "plain": Recipe(input_normalization="none", mean=(0.1, 0.2, 0.3)),
     "three": Recipe(input_encoding="three_channel", head="after_pool", logit_bias=None, mean=(0.1, 0.2, 0.3)),
 }
 

@@ -82,6 +82,14 @@ def convert(
         str | None,
         typer.Option(metavar="six_channel|three_channel", help="Feed [x, 1 - x], or x.", rich_help_panel=_FIELDS),
     ] = None,
+    input_normalization: Annotated[
+        str | None,
+        typer.Option(
+            metavar="source|none",
+            help="Normalise [x, 1 - x] like the source's input, or not at all.",
+            rich_help_panel=_FIELDS,
+        ),
+    ] = None,
     weight_norm: Annotated[
         str | None, typer.Option(metavar="none|unit", help="Scale of the filters.", rich_help_panel=_FIELDS)
     ] = None,
@@ -132,6 +140,7 @@ def convert(
     texts = {
         "b": b,
         "input_encoding": input_encoding,
+        "input_normalization": input_normalization,
         "weight_norm": weight_norm,
         "biases": biases,
         "batch_norm": batch_norm,

@@ -83,16 +83,18 @@ def bcosify(
         hint = " (torch.nn.utils.weight_norm: remove_weight_norm it, or use torch.nn.utils.parametrizations)"
         got = f"a {type(source.module).__name__} that cannot be copied ({str(error).split('.')[0]})"
         raise InvalidArgumentError("model", got, "a module whose tensors are parameters or buffers", hint) from error
+    mean = recipe.mean or source.mean or IMAGENET_MEAN
+    std = recipe.std or source.std or IMAGENET_STD
+    known = {"mean": recipe.mean or source.mean, "std": recipe.std or source.std}
+    recipe = recipe.replace(mean=mean, std=std)
     conversion = _Conversion(work, recipe)
     backbone = conversion.run()
-
-    mean = recipe.mean or source.mean
-    std = recipe.std or source.std
-    for field, value, default in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
-        if value is None:
+    for field, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        if known[field] is None:
             conversion.notes.append(f"input {field}: the model has no metadata, ImageNet's {default} is used")
-    recipe = recipe.replace(mean=mean or IMAGENET_MEAN, std=std or IMAGENET_STD)
-    encoding = InputEncoding(recipe.mean or (), recipe.std or (), six_channels=recipe.input_encoding == "six_channel")
+    if recipe.input_normalization == "none":
+        mean, std = (0.0,) * 6, (1.0,) * 6
+    encoding = InputEncoding(mean, std, six_channels=recipe.input_encoding == "six_channel")
     classes = conversion.classes
     if classes is None:
         classes = _declared_classes(source, conversion.notes)
@@ -115,7 +117,14 @@ def bcosify(
     if reference is not None:
         net.encoding.to(reference.device)
 
-    copied = compare_weights(source.module, backbone, conversion.is_dropped, conversion.folded_bias)
+    copied = compare_weights(
+        source.module,
+        backbone,
+        conversion.is_dropped,
+        conversion.folded_bias,
+        conversion.factors,
+        conversion.patch_channels,
+    )
     equivalence: EquivalenceResult | None = None
     if verify_images is not None:
         equivalence = check_equivalence(source.module, net, verify_images)
@@ -275,6 +284,8 @@ class _Conversion:
             self.live_roles = nodes.live_nodes(self.roles.graph, self.modules)
         self.attention = self._attention_projections()
         self.widenings: dict[int, tuple[Tensor, Tensor]] = {}
+        self.patch_channels: dict[str, Tensor] = {}
+        self.factors, self.first_weights = _channel_factors(recipe)
         self.classes: int | None = None
 
     def _recorded(self, work: nn.Module) -> tuple[Trace, list[str]]:
@@ -527,9 +538,9 @@ class _Conversion:
             weight_norm=self.recipe.weight_norm,
             tf_same_padding=type(conv) in nodes.timm_classes("Conv2dSame"),
         )
-        new.weight = _widened(conv.weight) if widen else conv.weight
+        new.weight = _widened(conv.weight, self.factors) if widen else conv.weight
         self._set_bias(new, conv)
-        reason = self._bcos_reason() + (", first convolution: weights [w, -w]/2" if widen else "")
+        reason = self._bcos_reason() + (f", first convolution: weights {self.first_weights}" if widen else "")
         self.add(name, "conv", before, nodes.describe(new), reason)
         return new
 
@@ -582,13 +593,15 @@ class _Conversion:
         )
         new.weight = self._widened_patches(linear) if widen else linear.weight
         self._set_bias(new, linear)
-        reason = self._bcos_reason() + (", patch embedding: weights [w, -w]/2 in its own pixel order" if widen else "")
+        reason = self._bcos_reason()
+        if widen:
+            reason += f", patch embedding: weights {self.first_weights} in its own pixel order"
         self.add(name, "linear", nodes.describe(linear), nodes.describe(new), reason)
         return new
 
     def _widened_patches(self, linear: nn.Linear) -> nn.Parameter:
-        source, sign = self.widenings[id(linear)]
-        weight = linear.weight.detach()[:, source] * (sign / 2).to(linear.weight.dtype)
+        source, channel = self.widenings[id(linear)]
+        weight = linear.weight.detach()[:, source] * self.factors.to(linear.weight)[channel]
         return nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
 
     def _head_layer(self, name: str, linear: nn.Linear, channels_last: bool) -> nn.Module:
@@ -619,15 +632,14 @@ class _Conversion:
             raise InvalidArgumentError(
                 "model",
                 f"a first convolution {name!r} of type {type(module).__name__} ({reason})",
-                "a torch.nn.Conv2d, whose weights can become [w, -w]/2",
+                f"a torch.nn.Conv2d, whose weights can become {self.first_weights}",
                 " (or use Recipe(input_encoding='three_channel'))",
             )
         before = nodes.describe(module)
-        module.weight = _widened(module.weight)
+        module.weight = _widened(module.weight, self.factors)
         module.in_channels *= 2
-        self.add(
-            name, "conv", before, nodes.describe(module), f"{reason}; weights [w, -w]/2 as the input has six channels"
-        )
+        reason += f"; weights {self.first_weights} as the input has six channels"
+        self.add(name, "conv", before, nodes.describe(module), reason)
 
     def _widen_checks(self, names: Sequence[str]) -> None:
         """Modules around a widened layer that state the image's channels (and check them) state six."""
@@ -730,7 +742,7 @@ class _Conversion:
     # --- the input -----------------------------------------------------------------------------------------------
 
     def _stem_convs(self) -> set[int]:
-        """ids of the convolutions, and linear patch embeddings, whose weights become [w, -w]/2."""
+        """ids of the convolutions, and linear patch embeddings, whose weights take six channels."""
         patches = self._patch_embedding()
         if patches is not None:
             return patches
@@ -777,6 +789,10 @@ class _Conversion:
         if found is None:
             return None
         self.widenings[id(linear)] = found
+        source, channel = found
+        of_column = torch.empty_like(source[: linear.in_features])
+        of_column[source] = channel % 3
+        self.patch_channels |= dict.fromkeys((f"{n}.weight" for n in self.names[id(linear)]), of_column)
         return {id(linear)}
 
     def _image_convs(self) -> list[tuple[str, nn.Conv2d]]:
@@ -795,7 +811,7 @@ class _Conversion:
                         "model",
                         f"{nodes.describe_node(node, self.modules)} on the image before the first convolution",
                         "a model whose convolutions (or linear patch embedding, for any number of channels) take the "
-                        "normalised image itself, so that their weights can be [w, -w]/2",
+                        f"normalised image itself, so that their weights can be {self.first_weights}",
                         " (normalisation belongs into Recipe(mean=, std=); or use input_encoding='three_channel')",
                     )
                 else:
@@ -1187,9 +1203,21 @@ def _set_tensor(model: nn.Module, name: str, value: Tensor | None) -> None:
     setattr(model.get_submodule(owner), leaf, value)
 
 
-def _widened(weight: Tensor) -> nn.Parameter:
+def _channel_factors(recipe: Recipe) -> tuple[Tensor, str]:
+    """By what a first layer's weights are multiplied for the channels of ``[x, 1 - x]``, [6] in float64; in words.
+
+    Normalised, ``(x - m) w/2s - ((1-x) - (1-m)) w/2s = (x - m) w/s``; plain, ``x (1-m) w/s - (1-x) m w/s`` is that too.
+    """
+    if recipe.input_normalization == "source":
+        return torch.tensor([0.5] * 3 + [-0.5] * 3, dtype=torch.float64), "[w, -w]/2"
+    mean, std = (torch.tensor(v, dtype=torch.float64) for v in (recipe.mean, recipe.std))
+    return torch.cat([(1 - mean) / std, -mean / std]), "[(1 - mean) w, -mean w]/std"
+
+
+def _widened(weight: Tensor, factors: Tensor) -> nn.Parameter:
     value = weight.detach()
-    return nn.Parameter(torch.cat([value, -value], dim=1) / 2, requires_grad=weight.requires_grad)
+    value = torch.cat([value, value], dim=1) * factors.to(value)[:, None, None]
+    return nn.Parameter(value, requires_grad=weight.requires_grad)
 
 
 def _drop_norm_bias(module: nn.Module) -> bool:

@@ -72,7 +72,9 @@ def check_equivalence(source: nn.Module, net: BcosNetwork, images: Tensor) -> Eq
         raise InvalidArgumentError("images", f"shape {tuple(images.shape)}", "[N, 3, H, W] with N >= 1")
     reference = next(source.parameters(), images)
     images = images.to(reference.device, reference.dtype)
-    mean, std = (v[:3].to(images) for v in (net.encoding.mean, net.encoding.std))
+    # The source's normalisation is the recipe's: the network itself may do without.
+    mean = images.new_tensor((net.recipe.mean or net.encoding.mean.flatten().tolist())[:3])[:, None, None]
+    std = images.new_tensor((net.recipe.std or net.encoding.std.flatten().tolist())[:3])[:, None, None]
     with torch.no_grad(), evaluating(source), evaluating(net):
         images_in = (images - mean) / std
         options = with_options(source, images) if takes_other_sizes(source) else {}

@@ -1,7 +1,7 @@
 """Patch embeddings by a linear layer: which of its inputs is which pixel and channel.
 
 A ViT that cuts the image into patches by shape operations and embeds them with a linear layer (SimpleViT) has an order
-of its own for a patch's numbers. Weights [w, -w]/2 for [x, 1 - x] must follow it. It is read off the model: an image
+of its own for a patch's numbers. The weights for [x, 1 - x] must follow it. It is read off the model: an image
 whose every value is its own position goes through, and what arrives at the linear layer says where it came from.
 """
 
@@ -66,7 +66,8 @@ def widening(model: nn.Module, linear: nn.Linear) -> tuple[Tensor, Tensor] | Non
         linear: the layer that gets the patches' pixels, unchanged, in some order.
 
     Returns:
-        ``(source, sign)``, both [2 * in_features]: the new weight's column j is ``sign[j] * w[:, source[j]] / 2``.
+        ``(source, channel)``, both [2 * in_features]: the new weight's column j is ``w[:, source[j]]`` times a number
+        of ``channel[j]``, the channel 0 ... 5 of ``[x, 1 - x]`` that arrives there.
         None where the layer gets something else than several patches of the image's numbers in another order, or where
         the model cannot take six channels.
     """
@@ -82,8 +83,8 @@ def widening(model: nn.Module, linear: nn.Linear) -> tuple[Tensor, Tensor] | Non
         columns = torch.stack([torch.searchsorted(t.sort().values, s) for t, s in zip(three, same_colour, strict=True)])
         columns = columns.clamp(max=three.shape[1] - 1)
         source = torch.stack([t.argsort()[c] for t, c in zip(three, columns, strict=True)])
-        sign = 1 - 2 * (six // (3 * area))
+        channel = six // area
         matches = torch.equal(torch.gather(three, 1, source), same_colour)
-        if matches and bool((source == source[0]).all()) and bool((sign == sign[0]).all()):
-            return source[0], sign[0]
+        if matches and bool((source == source[0]).all()) and bool((channel == channel[0]).all()):
+            return source[0], channel[0]
     return None

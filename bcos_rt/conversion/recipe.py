@@ -30,6 +30,10 @@ class Recipe:
         b: Exponent B of ``y = z * |cos|^(B-1)``; a float >= 1. ``1`` leaves a layer linear.
         input_encoding: ``"six_channel"`` feeds ``[x, 1 - x]`` and gives the first convolution the weights
             ``[w, -w] / 2``; ``"three_channel"`` leaves the input as it is.
+        input_normalization: ``"source"`` normalises the input's channels as the source model's; ``"none"`` feeds
+            ``[x, 1 - x]`` itself, whose halves add up to 1 instead of being each other's negative. The first
+            convolution's weights are then ``[(1 - mean) w, -mean w] / std``, with which its result is the source's
+            all the same, at the borders too.
         mean, std: Normalisation the source model was trained with, per RGB channel in [0, 1] units; the inverted
             channels get ``1 - mean`` and the same std. Six numbers are those of ``[x, 1 - x]`` channel by channel:
             six zeros and six ones for B-cos v2, which normalises nothing. ``None`` takes them from the model's own
@@ -61,6 +65,7 @@ class Recipe:
 
     b: float = 2.0
     input_encoding: Literal["six_channel", "three_channel"] = "six_channel"
+    input_normalization: Literal["source", "none"] = "source"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     weight_norm: Literal["none", "unit"] = "none"
@@ -104,9 +109,18 @@ class Recipe:
                     raise InvalidArgumentError(f"Recipe.{name}", value, expected)
                 if len(value) == 6 and self.input_encoding != "six_channel":
                     raise InvalidArgumentError(f"Recipe.{name}", value, "three numbers (R, G, B) for three channels")
+                if len(value) == 6 and self.input_normalization == "none":
+                    expected = "three numbers (R, G, B), the source's, with input_normalization='none'"
+                    raise InvalidArgumentError(f"Recipe.{name}", value, expected)
                 if name == "std" and min(value) <= 0:
                     raise InvalidArgumentError("Recipe.std", value, "numbers > 0")
                 object.__setattr__(self, name, value)
+        if self.input_normalization == "none" and self.input_encoding != "six_channel":
+            raise InvalidArgumentError(
+                "Recipe.input_normalization",
+                f"'none' with input_encoding={self.input_encoding!r}",
+                "input_encoding='six_channel': without 1 - x, subtracting the mean needs a bias",
+            )
         if self.logit_bias is not None and self.logit_bias != "auto":
             _require_number("Recipe.logit_bias", self.logit_bias, "a number, 'auto' or None")
             if not math.isfinite(self.logit_bias):

@@ -51,7 +51,7 @@ class WeightsCopied:
 
     Attributes:
         identical: Equal, entry by entry.
-        widened: ``[w, -w] / 2`` of the source's.
+        widened: The source's for ``[x, 1 - x]``, ``[w, -w] / 2`` or ``[(1 - mean) w, -mean w] / std``.
         reshaped: The same numbers in another shape (a linear classifier as a 1x1 convolution).
         folded: A norm's bias with the running mean folded in, recomputed from the source.
         dropped: Not in the converted network because the recipe removes it, or because the forward never uses it.
@@ -167,13 +167,20 @@ def _class_name(text: str) -> str:
 
 
 def compare_weights(
-    source: nn.Module, result: nn.Module, dropped: Callable[[str], bool], folded_bias: Mapping[str, Tensor]
+    source: nn.Module,
+    result: nn.Module,
+    dropped: Callable[[str], bool],
+    folded_bias: Mapping[str, Tensor],
+    factors: Tensor,
+    patch_channels: Mapping[str, Tensor],
 ) -> WeightsCopied:
     """Compare every parameter and buffer of ``source`` with its namesake in ``result``.
 
     Args:
         dropped: Whether the conversion meant to leave a name out.
         folded_bias: What each folded bias must be, by name.
+        factors: What a first layer's weights are multiplied by for the channels of ``[x, 1 - x]``, [6].
+        patch_channels: Of linear patch embeddings' weights by name: which colour each column is of, [in_features].
     """
     before, after = _tensors(source), _tensors(result)
     counts = dict.fromkeys(("identical", "widened", "reshaped", "folded", "dropped"), 0)
@@ -183,7 +190,8 @@ def compare_weights(
         if dropped(name) and (new is None or not new.any()):
             verdict: str | None = "dropped"
         else:
-            verdict = _verdict(old, new, folded_bias.get(name)) if new is not None else None
+            colours = patch_channels.get(name)
+            verdict = _verdict(old, new, folded_bias.get(name), factors, colours) if new is not None else None
         if verdict is None:
             unexplained.append(name)
         else:
@@ -203,7 +211,9 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return found | dict(module.named_buffers(remove_duplicate=False))
 
 
-def _verdict(old: Tensor, new: Tensor, folded: Tensor | None) -> str | None:
+def _verdict(
+    old: Tensor, new: Tensor, folded: Tensor | None, factors: Tensor, colours: Tensor | None
+) -> str | None:
     if folded is not None:
         return "folded" if _same(new, folded) else None
     if old.shape == new.shape:
@@ -211,10 +221,12 @@ def _verdict(old: Tensor, new: Tensor, folded: Tensor | None) -> str | None:
     if old.numel() == new.numel():
         return "reshaped" if _same(old.reshape(new.shape), new) else None
     if old.ndim == 4 and new.shape == (old.shape[0], 2 * old.shape[1], *old.shape[2:]):
-        return "widened" if _same(torch.cat([old, -old], dim=1) / 2, new) else None
-    if old.ndim == 2 and new.shape == (old.shape[0], 2 * old.shape[1]):
+        halves = [old * f[:, None, None] for f in factors.to(old).chunk(2)]
+        return "widened" if _same(torch.cat(halves, dim=1), new) else None
+    if old.ndim == 2 and new.shape == (old.shape[0], 2 * old.shape[1]) and colours is not None:
         # A patch embedding: the same columns in its own order of pixels and channels.
-        return "widened" if _same(_sorted_columns(torch.cat([old, -old], dim=1) / 2), _sorted_columns(new)) else None
+        halves = [old * f[colours] for f in factors.to(old).chunk(2)]
+        return "widened" if _same(_sorted_columns(torch.cat(halves, dim=1)), _sorted_columns(new)) else None
     return None
 
 

@@ -76,8 +76,8 @@ STUDY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "unit_weights": ({"weight_norm": "unit"}, {}),
     "head_after_pool": ({"head": "after_pool"}, {}),
     "three_channels": ({"input_encoding": "three_channel"}, {}),
-    # [x, 1 - x] itself, as B-cos v2: its halves add up to 1. Normalised, one is the negative of the other.
-    "plain_input": ({"mean": (0.0,) * 6, "std": (1.0,) * 6}, {}),
+    # As B-cos v2: its halves add up to 1. Normalised, one is the negative of the other.
+    "plain_input": ({"input_normalization": "none"}, {}),
     "no_logit_bias": ({"logit_bias": None}, {}),
 }
 

@@ -88,6 +88,7 @@ def test_recipe_fields(bcos, model, tmp_path):
         "--mean": "0.5,0.4,0.3",
         "--std": "0.25,0.26,0.27",
         "--input-encoding": "six_channel",
+        "--input-normalization": "none",
     }
     flat = [part for pair in options.items() for part in pair]
     result = bcos("convert", *model, *flat, "--keep", "layer1.*", "--keep", "fc", "-o", tmp_path / "net", "--json")
@@ -106,6 +107,7 @@ def test_recipe_fields(bcos, model, tmp_path):
         keep=("layer1.*", "fc"),
         mean=(0.5, 0.4, 0.3),
         std=(0.25, 0.26, 0.27),
+        input_normalization="none",
     )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from bcos_rt.conversion import Recipe, bcosify, check_equivalence
 from bcos_rt.conversion.report import compare_weights
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
+from bcos_rt.models.simple_vit import SimpleViT
 from bcos_rt.nn import BatchNormUncentered2d, BcosConv2d, BcosLinear, BcosNetwork
 from tests.conversion.models import Branching, Gate, images, net, randomise, with_forward
 from tests.tolerances import TOLERANCES
@@ -116,6 +117,38 @@ def test_first_convolution_is_widened():
     network, report = equivalent(source, input_encoding="three_channel")
     assert torch.equal(network.backbone.get_submodule("conv").weight, w)
     assert report.weights_copied.widened == 0
+
+
+def test_plain_input_with_the_first_weights_of_the_source_s_normalisation():
+    recipe = {"input_normalization": "none", "mean": (0.2, 0.5, 0.7), "std": (0.3, 0.2, 0.4)}
+    source = net(conv=nn.Conv2d(3, 8, 3, stride=2, padding=2))  # borders that see the padding's zeros alone
+    network, report = equivalent(source, **recipe)
+    w, m, s = source.conv.weight, torch.tensor(recipe["mean"]), torch.tensor(recipe["std"])
+    x, inverse = (w * (f / s)[:, None, None] for f in (1 - m, -m))
+    torch.testing.assert_close(network.backbone.get_submodule("conv").weight, torch.cat([x, inverse], 1))
+    assert "[(1 - mean) w, -mean w]/std" in entries(report, "conv")["conv"].reason
+    assert report.weights_copied.widened == 1
+    assert torch.equal(network.encoding(network.encode(images())), torch.cat([images(), 1 - images()], 1))
+    assert (network.recipe.mean, network.recipe.std) == (recipe["mean"], recipe["std"])
+    equivalent(source, keep=("conv",), **recipe)
+    equivalent(source, input_normalization="none")  # ImageNet's
+
+
+def test_plain_input_of_a_linear_patch_embedding():
+    torch.manual_seed(0)
+    source = SimpleViT(patch_size=8, dim=16, depth=1, heads=2, mlp_dim=32, num_classes=3).eval()
+    x = torch.rand(2, 3, 16, 24)
+    network, report = bcosify(source, Recipe.equivalent(input_normalization="none"), verify_images=x)
+    assert report.equivalence.within(TOLERANCES["equivalence"]), report
+    assert report.weights_copied.complete
+    assert report.weights_copied.widened == 1
+    name = next(n for n, p in network.backbone.named_parameters() if p.shape == (16, 6 * 64))
+    weight = network.backbone.get_parameter(name)
+    wrong = weight.detach().clone()
+    wrong[:, [0, 1]] = wrong[:, [0, 1]] * torch.tensor([1.1, 1.0])
+    with torch.no_grad():
+        weight.copy_(wrong)
+    assert not check_equivalence(source, network, x).within(TOLERANCES["equivalence"])
 
 
 def test_first_convolution_is_found_by_the_graph_not_by_order():
@@ -712,15 +745,17 @@ def test_report_finds_a_weight_that_was_not_copied():
     source = net()
     network, _ = bcosify(source, Recipe.equivalent())
     folded = {"norm.bias": network.backbone.norm.bias.detach().clone()}
-    good = compare_weights(source, network.backbone, lambda name: False, folded)
+    halves = torch.tensor([0.5] * 3 + [-0.5] * 3)
+    good = compare_weights(source, network.backbone, lambda name: False, folded, halves, {})
     assert (good.complete, good.widened, good.folded) == (True, 1, 1)
     with torch.no_grad():
         network.backbone.fc.weight[0, 0] += 1e-3
         network.backbone.norm.bias[0] += 1e-3
-    bad = compare_weights(source, network.backbone, lambda name: False, folded)
+    bad = compare_weights(source, network.backbone, lambda name: False, folded, halves, {})
     assert set(bad.unexplained) == {"fc.weight", "norm.bias"}
     del network.backbone.fc
-    assert "fc.bias" in compare_weights(source, network.backbone, lambda name: False, folded).unexplained
+    rest = compare_weights(source, network.backbone, lambda name: False, folded, 2 * halves, {})
+    assert {"fc.bias", "conv.weight"} <= set(rest.unexplained)
 
 
 def test_equivalence_sees_a_difference():
@@ -773,6 +808,19 @@ def test_bad_recipe_and_images():
         bcosify(net(), verify_images=images(n=0))
     with pytest.raises(InvalidTypeError, match="images"):
         bcosify(net(), verify_images=torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"input_normalization": "None"}, "'source', 'none'"),
+        ({"input_normalization": "none", "input_encoding": "three_channel"}, "input_encoding='six_channel'"),
+        ({"input_normalization": "none", "mean": (0.0,) * 6}, "three numbers"),
+    ],
+)
+def test_bad_input_normalization(fields, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        Recipe(**fields)
 
 
 def test_single_layer_model_is_replaced_itself():

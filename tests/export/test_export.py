@@ -90,8 +90,8 @@ def test_resnet18_batch_of_three_with_mixed_classes(resnet, b, tmp_path):
 @pytest.mark.parametrize(
     "recipe",
     [Recipe(b=1.5), Recipe(biases="keep"), Recipe.equivalent(), Recipe(weight_norm="unit", head="after_pool"),
-     Recipe(logit_temperature=3.0, activations="identity", stem_pool="keep")],
-    ids=["b1.5", "biases", "equivalent", "unit", "identity"],
+     Recipe(logit_temperature=3.0, activations="identity", stem_pool="keep"), Recipe(input_normalization="none")],
+    ids=["b1.5", "biases", "equivalent", "unit", "identity", "plain input"],
 )  # fmt: skip
 def test_recipes(recipe, tmp_path):
     net = small_network(recipe, SIZE)
