@@ -211,9 +211,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return found | dict(module.named_buffers(remove_duplicate=False))
 
 
-def _verdict(
-    old: Tensor, new: Tensor, folded: Tensor | None, factors: Tensor, colours: Tensor | None
-) -> str | None:
+def _verdict(old: Tensor, new: Tensor, folded: Tensor | None, factors: Tensor, colours: Tensor | None) -> str | None:
     if folded is not None:
         return "folded" if _same(new, folded) else None
     if old.shape == new.shape:
