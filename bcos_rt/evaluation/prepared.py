@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from bcos_rt.conversion.equivalence import evaluating
 from bcos_rt.errors import InvalidArgumentError, UnsupportedOpError, did_you_mean
 from bcos_rt.explanation.explain import fingerprint
 from bcos_rt.models.sources import classifier_name
@@ -51,13 +52,39 @@ def seen(net: nn.Module, images: Tensor) -> tuple[Tensor, Prepared]:
     """The input as a method sees it, and the network from there on.
 
     The normalised image of a conventional network, the encoded image of a B-cos network.
+
+    Raises:
+        UnsupportedOpError: the network writes over a value that it reads again, which no copy with activations of their
+            own does.
     """
     made = prepared(net)
+    inputs = images
     if isinstance(net, BcosNetwork):
-        return net.encode(images).detach(), made
-    if isinstance(net, ConventionalNetwork):
-        return ((images - net.mean) / net.std).detach(), made
-    return images.detach(), made
+        inputs = net.encode(images)
+    elif isinstance(net, ConventionalNetwork):
+        inputs = (images - net.mean) / net.std
+    if len(images) and "same function" not in made.known:
+        _check_same(made, net, images[:1], inputs[:1])
+        made.known["same function"] = True
+    return inputs.detach(), made
+
+
+# Of the largest logit. Other orders of summation stay far below, another function far above.
+_SAME = 1e-3
+
+
+def _check_same(made: Prepared, net: nn.Module, image: Tensor, inputs: Tensor) -> None:
+    with torch.no_grad(), evaluating(net):
+        expected, got = net(image), made.model(inputs)
+    if not isinstance(expected, Tensor) or not isinstance(got, Tensor):
+        return
+    difference = float((expected - got).abs().max()) / (float(expected.abs().max()) or 1.0)
+    if difference > _SAME:
+        raise UnsupportedOpError(
+            f"{made.name}: with activations that do not write to their input it is another function (logits differ by "
+            f"{difference:.0%} of the largest); it writes over a value and reads it again, which post-hoc methods "
+            "cannot follow (use activations with inplace=False in the model)"
+        )
 
 
 # The last network that was prepared: methods are called many times with the same one.

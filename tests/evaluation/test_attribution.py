@@ -73,6 +73,28 @@ def test_deep_lift_adds_up() -> None:
     torch.testing.assert_close(found.sum((1, 2)), logits - base, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["input_x_gradient", "grad_cam"])
+def test_a_network_that_reads_what_it_wrote_over_is_refused(name: str) -> None:
+    class Reads(nn.Module):
+        def __init__(self, inplace: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.act, self.fc = nn.Conv2d(3, 6, 3), nn.ReLU(inplace), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return self.fc((self.act(x) + 2 * x).mean((2, 3)))
+
+    for inplace in (True, False):
+        net = ConventionalNetwork(Reads(inplace), MEAN, STD).double()
+        if inplace:
+            with pytest.raises(UnsupportedOpError, match=r"Reads.*writes over a value"):
+                method(name)(net, IMAGES, TARGETS)
+        else:
+            assert method(name)(net, IMAGES, TARGETS).shape == (3, 16, 16)
+        assert net.training  # its mode is as it was
+
+
 def test_guided_backprop_stops_negative_gradients() -> None:
     class Guided(torch.autograd.Function):
         @staticmethod
