@@ -32,6 +32,7 @@ from torch import Tensor
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.kernels import blocked_attention, cpu, reference, reference_layers
 from bcos_rt.kernels.reference import ACTIVATIONS, CONV_EPS, LINEAR_EPS
+from bcos_rt.kernels.shapes import SHAPES
 
 __all__ = [
     "ACTIVATIONS",
@@ -1210,16 +1211,6 @@ def _check_attention_transposed(
     _check_size(op, "the result", grad, math.prod(grad.shape[:2]) * key.shape[2] * grad.shape[3])
 
 
-def _attention_shapes(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    images, heads, tokens = query.shape[:3]
-    out = query.new_empty((images, tokens, heads, value.shape[3])).transpose(1, 2)
-    return out, query.new_empty((images, heads, tokens), dtype=reference.norm_dtype(query))
-
-
-def _attention_transposed_shapes(grad: Tensor, query: Tensor, key: Tensor, *_: Any) -> Tensor:
-    return grad.new_empty((*grad.shape[:2], *key.shape[2:3], grad.shape[3]))
-
-
 def _check_image(op: str, grad: Tensor, image: Tensor) -> None:
     rows, count = grad.shape[0], image.shape[0] if image.ndim else 0
     if image.ndim != 4 or image.shape[1] != 3 or not (rows == count or (count and rows % count == 0)):
@@ -1285,12 +1276,11 @@ def _check_layer(op: str, first: str, given: dict[str, Any]) -> None:
         _check_activation(op, given["activation"])
 
 
-def _fused(
-    name: str, check: Callable[..., None] | None, first: str = "x", fake: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+def _fused(name: str, check: Callable[..., None] | None, first: str = "x") -> Callable[..., Any]:
     """Register ``bcos_rt::name``: the reference function's signature; checks; the kernels of the tensors' device.
 
-    On fake tensors the reference function itself gives the shapes, or ``fake``: every backend returns the same.
+    On fake tensors :data:`SHAPES` has the results' shapes, or the reference function itself: every backend returns the
+    same.
     """
     plain = _REFERENCES[name]
     signature = inspect.signature(plain)
@@ -1308,7 +1298,7 @@ def _fused(
             return _distinct(kernel(*(a.contiguous() if isinstance(a, Tensor) and a.ndim == 1 else a for a in args)))
 
     def shapes(*args: Any) -> Any:
-        return _distinct((fake or plain)(*args))
+        return _distinct(SHAPES.get(name, plain)(*args))
 
     op = torch.library.custom_op(f"bcos_rt::{name}", run, mutates_args=(), schema=_schema(plain))
     op.register_fake(shapes)
@@ -1366,5 +1356,5 @@ layer_norm = _fused("layer_norm", None)
 layer_norm_transposed = _fused("layer_norm_transposed", None, "grad")
 group_norm = _fused("group_norm", None)
 group_norm_transposed = _fused("group_norm_transposed", None, "grad")
-attention = _fused("attention", _check_attention, "query", _attention_shapes)
-attention_transposed = _fused("attention_transposed", _check_attention_transposed, "grad", _attention_transposed_shapes)
+attention = _fused("attention", _check_attention, "query")
+attention_transposed = _fused("attention_transposed", _check_attention_transposed, "grad")

@@ -1,0 +1,173 @@
+"""Shapes, strides and dtypes of the fused ops' results, for tensors without data.
+
+An engine evaluates every fused op on fake tensors several times while it is built. The reference function gives the
+same answer through some thirty symbolic operations; these need one for each result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bcos_rt.kernels.reference import map_entries, norm_dtype
+
+__all__ = ["SHAPES"]
+
+
+def _image(like: Tensor, batch: int, channels: int, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """[N, C, H, W], channels last in memory."""
+    return like.new_empty((batch, size[0], size[1], channels), dtype=dtype or like.dtype).permute(0, 3, 1, 2)
+
+
+def _squares(y: Tensor, groups: int, want: bool) -> Tensor:
+    if not want:
+        return y.new_empty(0)
+    entries = groups * map_entries(y.shape[1] // groups)
+    return _image(y, y.shape[0], entries, y.shape[2:], norm_dtype(y))
+
+
+def _gate_channels(channels: int, activation: str) -> int:
+    return math.ceil(channels / 8) if activation == "relu" else channels
+
+
+def _conv2d_fused(
+    x: Tensor,
+    weight: Tensor,
+    squares: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    b: float,
+    eps: float,
+    activation: str,
+    want_multiplier: bool,
+    want_gate: bool,
+    want_squares: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    size = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+    batch, channels = x.shape[0], weight.shape[0]
+    y = _image(x, batch, channels, size)
+    multiplier = torch.empty_like(y) if want_multiplier else y.new_empty(0)
+    gate = y.new_empty(0)
+    if want_gate and activation != "none":
+        dtype = torch.uint8 if activation == "relu" else y.dtype
+        gate = _image(x, batch, _gate_channels(channels, activation), size, dtype)
+    depthwise = groups == x.shape[1] and groups > 1
+    return y, multiplier, gate, _squares(y, 1 if depthwise else groups, want_squares)
+
+
+def _linear_fused(
+    x: Tensor,
+    weight: Tensor,
+    squares: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    b: float,
+    eps: float,
+    activation: str,
+    want_multiplier: bool,
+    want_gate: bool,
+    want_squares: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, channels = x.shape[:-1], weight.shape[0]
+    y = x.new_empty((*rows, channels))
+    multiplier = torch.empty_like(y) if want_multiplier else y.new_empty(0)
+    gate = out_squares = y.new_empty(0)
+    if want_gate and activation != "none":
+        dtype = torch.uint8 if activation == "relu" else y.dtype
+        gate = x.new_empty((*rows, _gate_channels(channels, activation)), dtype=dtype)
+    if want_squares:
+        out_squares = x.new_empty((*rows, map_entries(channels)), dtype=norm_dtype(y))
+    return y, multiplier, gate, out_squares
+
+
+def _with_raw(out: Tensor, want_raw: bool) -> tuple[Tensor, Tensor]:
+    return out, torch.empty_like(out) if want_raw else out.new_empty(0)
+
+
+def _conv2d_transposed(
+    grad: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    multiplier: Tensor | None,
+    identity: Tensor | None,
+    gate: Tensor | None,
+    want_raw: bool,
+) -> tuple[Tensor, Tensor]:
+    return _with_raw(_image(grad, grad.shape[0], groups * weight.shape[1], input_size), want_raw)
+
+
+def _linear_transposed(
+    grad: Tensor,
+    weight: Tensor,
+    multiplier: Tensor | None,
+    identity: Tensor | None,
+    gate: Tensor | None,
+    want_raw: bool,
+) -> tuple[Tensor, Tensor]:
+    return _with_raw(grad.new_empty((*grad.shape[:-1], weight.shape[1])), want_raw)
+
+
+def _transposed_epilogue(
+    total: Tensor, multiplier: Tensor | None, identity: Tensor | None, gate: Tensor | None, want_raw: bool
+) -> tuple[Tensor, Tensor]:
+    if total.ndim == 4:
+        return _with_raw(_image(total, total.shape[0], total.shape[1], total.shape[2:]), want_raw)
+    return _with_raw(torch.empty_like(total), want_raw)
+
+
+def _scale_act(
+    x: Tensor, scale: Tensor, shift: Tensor, activation: str, want_squares: bool, groups: int
+) -> tuple[Tensor, Tensor]:
+    y = _image(x, x.shape[0], x.shape[1], x.shape[2:])
+    return y, _squares(y, groups, want_squares)
+
+
+def _scale_act_transposed(
+    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, activation: str, identity: Tensor | None
+) -> Tensor:
+    return _image(grad, grad.shape[0], grad.shape[1], grad.shape[2:])
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    images, heads, tokens = query.shape[:3]
+    out = query.new_empty((images, tokens, heads, value.shape[3])).transpose(1, 2)
+    return out, query.new_empty((images, heads, tokens), dtype=norm_dtype(query))
+
+
+def _attention_transposed(
+    grad: Tensor, query: Tensor, key: Tensor, lse: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:2], *key.shape[2:3], grad.shape[3]))
+
+
+# Of the ops that a network has many of. The others' shapes are those of the reference function.
+SHAPES: dict[str, Any] = {
+    "conv2d_fused": _conv2d_fused,
+    "linear_fused": _linear_fused,
+    "conv2d_transposed": _conv2d_transposed,
+    "linear_transposed": _linear_transposed,
+    "transposed_epilogue": _transposed_epilogue,
+    "scale_act": _scale_act,
+    "scale_act_transposed": _scale_act_transposed,
+    "attention": _attention,
+    "attention_transposed": _attention_transposed,
+}
