@@ -103,8 +103,9 @@ class _SmallDenseNet(torchvision.models.DenseNet):  # type: ignore[misc]
         return logits
 
 
-def small_densenet(growth: int = 12, blocks: tuple[int, ...] = (4, 4, 4)) -> Callable[[int], nn.Module]:
-    """A constructor of a DenseNet-BC (Huang et al. 2017, arXiv 1608.06993, section 3) for 32 x 32 pixels."""
+def small_densenet(growth: int = 12, blocks: tuple[int, ...] = (2, 4, 6)) -> Callable[[int], nn.Module]:
+    """A constructor of a DenseNet-BC (Huang et al. 2017, arXiv 1608.06993, section 3) for 32 x 32 pixels: by
+    default 28 layers, like ImageNet's with more of them the smaller the map is."""
     return lambda num_classes: _SmallDenseNet(growth, blocks, num_classes)
 
 
@@ -123,7 +124,7 @@ def small_vit(depth: int = 6, dim: int = 96, conv_stem: tuple[int, ...] = ()) ->
 SMALL_NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "resnet20": small_resnet(3, 16),
     "resnet20_w32": small_resnet(3, 32),
-    "densenet31": small_densenet(12, (4, 4, 4)),
+    "densenet28": small_densenet(12, (2, 4, 6)),
     "vit6": small_vit(6, 96),
     "vitc5": small_vit(5, 96, (48, 96)),
 }

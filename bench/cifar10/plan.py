@@ -85,7 +85,7 @@ STUDY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def runs() -> list[Run]:
     """All runs, in the order in which they are done; a run comes after the one whose weights it needs."""
     made: list[Run] = []
-    for network, seeds in (("resnet20", (0, 1)), ("densenet31", (0,)), ("vit6", (0,)), ("vitc5", (0,))):
+    for network, seeds in (("resnet20", (0, 1)), ("densenet28", (0,)), ("vit6", (0,)), ("vitc5", (0,))):
         vit = network.startswith("vit")
         # B-cos v2 classifies a SimpleViT's mean token.
         scratch = published_recipe("bcos_v2", "simple_vit_ti_patch16_224" if vit else "resnet18")

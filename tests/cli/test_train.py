@@ -98,7 +98,7 @@ def test_train_finetune_evaluate_localise(bcos, data, trained, tmp_path):
 def test_bcos_from_scratch_with_a_recipe_file(bcos, data, tmp_path):
     (tmp_path / "r.json").write_text(json.dumps({"epochs": 1, "loss": "bce", "batch_size": 10, "agc": None,
                                                  "augmentation": {"size": 32, "crop": "none"}}))  # fmt: skip
-    result = bcos("train", "--model", "small:densenet31", "--recipe", tmp_path / "r.json", "--data", data, "-o",
+    result = bcos("train", "--model", "small:densenet28", "--recipe", tmp_path / "r.json", "--data", data, "-o",
                   tmp_path / "run", "--workers", 0, "--json")  # fmt: skip
     assert result.code == 0, result.err
     assert "val_top1" not in result.json["last"]
