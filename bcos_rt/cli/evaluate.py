@@ -42,6 +42,7 @@ from bcos_rt.cli.several import (
     common_side,
     compared_networks,
     methods_for,
+    numbered_for,
     one_network,
     warn_left_out,
 )
@@ -136,7 +137,7 @@ def evaluate(
                 check_writable_place(output)
         with progress.working("loading the network"):
             place = chosen_device(device)
-            from bcos_rt.data import open_data
+            from bcos_rt.data import open_data, renumbered
             from bcos_rt.evaluation import evaluate as measure
             from bcos_rt.evaluation.accuracy import check_place
 
@@ -151,6 +152,8 @@ def evaluate(
             net = net.to(place)
         with progress.working(f"looking at {data}"):
             images = open_data(data, size=size or side, split=split)
+            if not towers:
+                images = renumbered(images, getattr(net, "class_names", None), "--data")
             others = _training_images(train, data, size or side, images) if linear_probe else None
         about: dict[str, Any] = {"command": "evaluate", "network": described, "data": data, "device": str(place)}
         with progress.bar() as tell:
@@ -247,7 +250,7 @@ def localise(
             chosen, left_out = methods_for(networks, methods, ("bcos",), seen)
         warn_left_out(left_out)
         with progress.working(f"looking at {data}"):
-            images = open_data(data, size=side, split=split)
+            images = numbered_for(networks, open_data(data, size=side, split=split))
         nets = {name: network.net for name, network in networks.items()}
         with progress.bar() as tell:
             found = grid_pointing_game(

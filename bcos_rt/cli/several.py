@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from bcos_rt.data.image_data import ImageData
+
 __all__ = [
     "POST_HOC",
     "BatchSize",
@@ -33,6 +35,7 @@ __all__ = [
     "common_side",
     "compared_networks",
     "methods_for",
+    "numbered_for",
     "one_network",
     "warn_left_out",
 ]
@@ -182,6 +185,30 @@ def common_side(networks: Mapping[str, Compared], size: int | None) -> int:
             "--size", f"none, and networks for images of different sizes ({listed} pixels)", "one size for all of them"
         )
     return size or next(iter(sides.values()))
+
+
+def numbered_for(networks: Mapping[str, Compared], images: ImageData) -> ImageData:
+    """The images under the labels that all networks with class names have for them; others go along with those.
+
+    Raises:
+        InvalidArgumentError: classes are numbered in a way that cannot be followed, or in several.
+    """
+    from bcos_rt.data import renumbered
+    from bcos_rt.data.splits import class_numbers
+
+    known = [(name, names) for name, one in networks.items() if (names := getattr(one.net, "class_names", None))]
+    if not known:
+        return images
+    (first, its), *others = known
+    found = renumbered(images, its, "--data", f"{first} has it")
+    numbers = class_numbers(images.class_names, its, "--data", f"{first} has it")
+    for name, names in others:
+        if class_numbers(images.class_names, names, "--data", f"{name} has it") != numbers:
+            raise InvalidArgumentError(
+                "--model, --checkpoint", f"{first} and {name}, which number the classes of --data differently",
+                "networks that agree on them, or one at a time",
+            )  # fmt: skip
+    return found
 
 
 def methods_for(

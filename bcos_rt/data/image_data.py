@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as transforms
 
+from bcos_rt.data.splits import class_numbers
+from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.images import resized
 
-__all__ = ["EXPECTED", "ImageData", "Transform", "with_transform"]
+__all__ = ["EXPECTED", "ImageData", "Transform", "renumbered", "with_transform"]
 
 Transform = Callable[[Tensor], Tensor]
 EXPECTED = (
@@ -84,3 +86,43 @@ class _Further(ImageData):
 
     def read(self, index: int) -> tuple[Tensor, int]:
         return self.data[index]
+
+
+def renumbered(
+    data: ImageData, class_names: Sequence[str] | None, argument: str = "data", whose: str = "the network has it"
+) -> ImageData:
+    """Data whose labels are the numbers that its classes have in ``class_names``, as of a network's logits.
+
+    Data without class names, all without a name in common, and data that is numbered so already are returned as they
+    are. Otherwise ``data`` is left as it is.
+
+    Raises:
+        InvalidArgumentError: a class has another number there, and another class is not there or stands there twice;
+            the message is of ``argument`` and ends with ``whose``.
+    """
+    numbers = class_numbers(data.class_names, class_names, argument, whose)
+    if numbers is None or class_names is None:
+        return data
+    return _Renumbered(data, numbers, class_names)
+
+
+class _Renumbered(ImageData):
+    """The items of another data set under other labels: class k is class ``numbers[k]``."""
+
+    def __init__(self, data: ImageData, numbers: Sequence[int], class_names: Sequence[str]) -> None:
+        super().__init__(None, None)
+        self.data, self.numbers, self.class_names = data, tuple(numbers), tuple(class_names)
+        if data.labels is not None:
+            self.labels = torch.tensor([self._number(label) for label in data.labels.tolist()], dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.data[index]
+        return image, self._number(label)
+
+    def _number(self, label: int) -> int:
+        if label >= len(self.numbers):
+            raise InvalidArgumentError("data", f"label {label}", f"labels of its {len(self.numbers)} class names")
+        return label if label < 0 else self.numbers[label]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from bcos_rt.errors import InvalidArgumentError, did_you_mean
 
-__all__ = ["check_numbers", "choose", "is_split", "is_training", "numbered", "split_folder"]
+__all__ = ["check_numbers", "choose", "class_numbers", "is_split", "is_training", "numbered", "split_folder"]
 
 # What people call a split, in the order of preference.
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
@@ -115,6 +115,25 @@ def check_numbers(names: Sequence[str] | None, others: Sequence[str] | None, arg
         if often[name] == 1 and numbers.get(name, i) != i:
             found = f"{name!r} as class {i} of {len(names)}"
             raise InvalidArgumentError(argument, found, f"class {numbers[name]} of {len(others)}, as {whose}")
+
+
+def class_numbers(
+    names: Sequence[str] | None, others: Sequence[str] | None, argument: str, whose: str
+) -> tuple[int, ...] | None:
+    """The number in ``others`` of each class of ``names``, where its names are all there; None where they are the same.
+
+    Raises:
+        InvalidArgumentError: as of :func:`check_numbers`, where names are missing there, or one stands for two classes.
+    """
+    if names is None or others is None:
+        return None
+    often, mine = Counter(others), Counter(names)
+    if not all(often[name] == mine[name] == 1 for name in names):
+        check_numbers(names, others, argument, whose)
+        return None
+    numbers = {name: i for i, name in enumerate(others)}
+    found = tuple(numbers[name] for name in names)
+    return None if found == tuple(range(len(found))) else found
 
 
 def is_training(name: str) -> bool:

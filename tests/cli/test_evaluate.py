@@ -243,6 +243,64 @@ def test_several_models_conventional_and_converted(bcos, colours, small_weights,
     }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def numbered(small_weights, tmp_path_factory):
+    """One network saved under several numberings of its classes: as in the data, backwards, with a name missing."""
+    folder = tmp_path_factory.mktemp("numbered")
+    names = [f"class{k}" for k in range(CLASSES)]
+    paths = {}
+    for key, order, called in (
+        ("same", range(CLASSES), names),
+        ("backwards", range(CLASSES)[::-1], names[::-1]),
+        ("missing", range(CLASSES)[::-1], ["other" if name == "class2" else name for name in names[::-1]]),
+    ):
+        source = load_model("small:tiny", weights=small_weights[0], num_classes=CLASSES)
+        with torch.no_grad():
+            for parameter in source.module.fc.parameters():
+                parameter.copy_(parameter[list(order)].clone())
+        net, _ = bcosify(source, Recipe.equivalent(), class_names=called)
+        paths[key] = save(net, folder / f"{key}.safetensors")
+    return paths
+
+
+def test_labels_are_the_network_s_numbers_of_the_classes(bcos, colours, numbered):
+    found = {
+        key: bcos("evaluate", "-c", path, "--data", colours, "--explained", 0, "--json")
+        for key, path in numbered.items()
+    }
+    assert found["same"].json["results"]["top1"] > 0.9
+    for figure in ("top1", "loss"):
+        assert found["backwards"].json["results"][figure] == pytest.approx(found["same"].json["results"][figure])
+    assert found["missing"].code == 2
+    assert "--data: got 'class0' as class 0 of 6, expected class 5 of 6, as the network has it" in found["missing"].err
+
+
+def test_data_may_hold_some_of_the_classes(bcos, colours, numbered, tmp_path):
+    for k in (1, 4):
+        (tmp_path / "some").mkdir(exist_ok=True)
+        (tmp_path / "some" / f"class{k}").symlink_to(colours / f"class{k}")
+    found = bcos("evaluate", "-c", numbered["same"], "--data", tmp_path / "some", "--explained", 0, "--json")
+    assert found.code == 0, found.err
+    results = found.json["results"]
+    assert (results["images"], results["classes"]) == (8, CLASSES)
+    assert results["top1"] > 0.9
+
+
+def test_grids_are_of_the_network_s_numbers(bcos, colours, numbered, tmp_path):
+    def localise(name, *keys):
+        checkpoints = [part for key in keys for part in ("-c", numbered[key])]
+        return bcos("localise", *checkpoints, "--data", colours, "--grid", 2, "--grids", 2, "--method", "bcos",
+                    "--confidence", 0.0, "-o", tmp_path / name, "--json")  # fmt: skip
+
+    same, backwards = localise("a", "same"), localise("b", "backwards")
+    assert (same.code, backwards.code) == (0, 0), backwards.err
+    assert backwards.json["results"][0]["grids"] == same.json["results"][0]["grids"] == 2
+    refused = localise("c", "same", "missing")
+    assert (refused.code, "as missing has it" in refused.err) == (2, True), refused.err
+    refused = localise("d", "same", "backwards")
+    assert (refused.code, "which number the classes of --data differently" in refused.err) == (2, True), refused.err
+
+
 def test_a_saved_network_is_compared_as_a_checkpoint(bcos, checkpoint, data, tmp_path):
     results = [
         bcos("perturb", option, checkpoint, "--data", data, "--size", SIZE, "--images", 2, "--steps", 2, "--method",

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from bcos_rt import Recipe, bcosify, save
 from bcos_rt.cli import app
-from bcos_rt.data import check_numbers, open_data
+from bcos_rt.data import check_numbers, open_data, renumbered
 from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.models import load_model
 
@@ -106,6 +106,26 @@ def test_numbers_of_classes() -> None:
         check_numbers(names, others, "data", "the network has it")
     with pytest.raises(InvalidArgumentError, match="data: got 'emu' as class 1 of 2, expected class 2 of 3, as it is"):
         check_numbers(["cat", "emu"], ["cat", "dog", "emu"], "data", "it is")
+
+
+def test_labels_by_the_numbers_of_a_network() -> None:
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    data = open_data((images, [0, 1, 1, -1]))
+    data.class_names = ("cat", "dog")
+    found = renumbered(data, ["dog", "emu", "cat"])
+    assert [found[i][1] for i in range(4)] == [2, 0, 0, -1]
+    assert found.labels is not None
+    assert found.labels.tolist() == [2, 0, 0, -1]
+    assert all(torch.equal(found[i][0], data[i][0]) for i in range(4))
+    assert found.class_names == ("dog", "emu", "cat")
+    for names in (None, ["cat", "dog", "emu"], ["n01", "n02"], ["cat", "emu"]):
+        assert renumbered(data, names) is data
+    for names in (["dog", "emu"], ["dog", "cat", "cat"]):
+        with pytest.raises(InvalidArgumentError, match="data: got 'dog' as class 1 of 2, expected class 0 of "):
+            renumbered(data, names)
+    data.labels = torch.tensor([0, 1, 2, 0])
+    with pytest.raises(InvalidArgumentError, match="label 2, expected labels of its 2 class names"):
+        renumbered(data, ["dog", "cat"])
 
 
 def test_an_empty_folder_stands_for_a_class_without_images(tmp_path: Path) -> None:
