@@ -43,7 +43,7 @@ _FOREIGN_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".onnx", ".pkl", ".json")
 
 
 def save(net: BcosNetwork, path: str | os.PathLike[str]) -> Path:
-    """Write a network: weights, recipe, source and class names.
+    """Write a network: weights, recipe, source, class names and the side of its images.
 
     The write is atomic: a reader sees the old checkpoint or the new one, and an error leaves the old one in place.
 
@@ -112,7 +112,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> BcosNe
             net, _ = bcosify(model, checkpoint.recipe, class_names=checkpoint.class_names)
     except BcosError as error:
         raise CheckpointError(f"{path}: {_name_of(source)} does not convert with its recipe: {error}") from error
-    net.source = dict(source)
+    net.source, net.image_size = dict(source), checkpoint.image_size
     net.cpu()
     try:
         set_exponents(net, checkpoint.exponents)
@@ -148,6 +148,8 @@ def _config_of(net: BcosNetwork) -> dict[str, Any]:
         "recipe": net.recipe.to_dict(),
         "class_names": net.class_names,
     }
+    if net.image_size is not None:
+        config["image_size"] = net.image_size
     if other := {name: b for name, b in exponents(net).items() if b != net.recipe.b}:
         config["exponents"] = other  # learned, or in the middle of a schedule
     try:
@@ -232,6 +234,7 @@ class _Checkpoint:
     source: dict[str, Any]
     class_names: list[str] | None
     exponents: dict[str, float]
+    image_size: int | None
 
 
 def _read(path: Path) -> _Checkpoint:
@@ -266,6 +269,9 @@ def _read(path: Path) -> _Checkpoint:
     other = config.get("exponents", {})
     if not (isinstance(other, dict) and all(isinstance(b, int | float) for b in other.values())):
         raise CheckpointError(f"{path}: damaged, exponents is not a number by layer")
+    side = config.get("image_size")
+    if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 1):
+        raise CheckpointError(f"{path}: damaged, image_size is not a number of pixels")
     try:
         parsed = Recipe.from_dict(recipe)
     except (InvalidArgumentError, InvalidTypeError) as error:
@@ -275,7 +281,7 @@ def _read(path: Path) -> _Checkpoint:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{weights}: not a safetensors file, or truncated ({error})") from error
-    return _Checkpoint(state, parsed, source, names, other)
+    return _Checkpoint(state, parsed, source, names, other, side)
 
 
 def _header(path: Path) -> dict[str, str]:

@@ -127,6 +127,16 @@ def test_timm_and_lite0_rebuild_without_download(tmp_path):
         assert torch.equal(logits(again), logits(net))
 
 
+def test_the_side_of_the_images(net, tiny, tmp_path):
+    assert net.image_size == 224, "ResNet-18's"
+    assert load(save(net, tmp_path / "a.safetensors")).image_size == 224
+    assert tiny.image_size is None, "a module of one's own does not say it"
+    assert load(save(tiny, tmp_path / "net"), Tiny()).image_size is None
+    tiny.image_size = 48
+    for name in ("net", "net.safetensors"):
+        assert load(save(tiny, tmp_path / name), Tiny()).image_size == 48
+
+
 def test_network_without_class_names(tiny, tmp_path):
     tiny.class_names = None
     assert load(save(tiny, tmp_path / "net"), Tiny()).class_names is None
@@ -333,6 +343,8 @@ def test_damaged_configs(tiny, tmp_path):
         ({"source": []}, "recipe or source is missing"),
         ({"class_names": [1, 2]}, "class_names"),
         ({"class_names": ["a"]}, "does not convert"),
+        ({"image_size": 0}, "image_size"),
+        ({"image_size": "64"}, "image_size"),
         ({"source": {"kind": "timm", "name": "hf-hub:x/y", "num_classes": 2}}, "cannot rebuild"),
     )
     good = (path / "config.json").read_text()

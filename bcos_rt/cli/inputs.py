@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 DEFAULT_SIZE = 224
-# Of small:NAME, which a checkpoint says no more about.
+# Of small:NAME, where a checkpoint does not say it.
 SMALL_SIZE = 32
 # How many candidates an error message lists.
 SHOWN = 5
@@ -270,7 +270,10 @@ def has_embedding(net: BcosNetwork) -> bool:
 
 
 def _side_of(net: BcosNetwork) -> int:
-    """The side of the images that a loaded network's source was made for, where its checkpoint says so."""
+    """The side of the images that a loaded network was trained with, or its source made for, where it is known."""
+    if net.image_size is not None:
+        return net.image_size
+    # Checkpoints of older versions do not say it.
     if net.source.get("kind") == "small":
         return SMALL_SIZE
     if net.source.get("kind") == "open_clip":

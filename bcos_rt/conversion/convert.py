@@ -110,7 +110,7 @@ def bcosify(
         raise InvalidArgumentError("class_names", f"{len(class_names)} names", f"one per logit, {classes}")
     if names is not None and classes is not None and len(names) != classes:
         names = None
-    net = BcosNetwork(backbone, encoding, last, recipe, source.origin, names)
+    net = BcosNetwork(backbone, encoding, last, recipe, source.origin, names, source.input_size)
     for module in (net, net.encoding, net.logit_layer):
         module.training = source.module.training
     reference = next(backbone.parameters(), None)
@@ -143,6 +143,7 @@ class _Source:
     class_names: Sequence[str] | None
     origin: dict[str, Any]
     name: str
+    input_size: int | None = None
 
 
 def _resolve(model: object) -> _Source:
@@ -154,7 +155,8 @@ def _resolve(model: object) -> _Source:
     if isinstance(model, models.LoadedModel):
         name = str(model.source.get("name", type(model.module).__name__))
         _check_module(model.module)
-        return _Source(model.module, model.mean, model.std, model.class_names, dict(model.source), name)
+        origin = dict(model.source)
+        return _Source(model.module, model.mean, model.std, model.class_names, origin, name, model.input_size)
     module = _check_module(model)
     mean, std = models.metadata_of(module) or (None, None)
     cls = type(module)

@@ -147,7 +147,7 @@ def import_published(
         recipe = recipe.replace(mean=recipe.mean or source.mean, std=recipe.std or source.std)
         names = class_names if class_names is not None else source.class_names
         net, _ = bcosify(source.module, recipe, class_names=names)
-    net.source = dict(source.source)
+    net.source, net.image_size = dict(source.source), source.input_size
 
     backbone = net.backbone
     target = backbone.state_dict()

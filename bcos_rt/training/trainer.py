@@ -278,6 +278,8 @@ class _Training:
         self.fused = fabric.device.type in FUSED_DEVICES
         self.eager_numbers = not self.fused
         self.targets = exponents(net)
+        if isinstance(net, BcosNetwork):
+            net.image_size = augmentation.size
         if recipe.learn_b:
             learn_exponents(net)
         self.bias_names = bias_names(net) if recipe.bias_decay_epochs is not None else []

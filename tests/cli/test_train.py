@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from bcos_rt import load
+from bcos_rt.models.small import SMALL_NETWORKS, small_resnet
 
 CLASSES = ("black", "blue", "cyan", "green", "red", "white", "yellow")
 COLOURS = ((0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 0), (1, 0, 0), (1, 1, 1), (1, 1, 0))
@@ -32,6 +33,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = (255 * (0.7 * torch.tensor(colour) + noise)).to(torch.uint8).numpy()
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A network that takes no time, as small:tiny."""
+    monkeypatch.setitem(SMALL_NETWORKS, "tiny", small_resnet(1, 4))
 
 
 QUICK = ("--epochs", 10, "--batch-size", 14, "--size", 32, "--workers", 0, "--accelerator", "cpu",
@@ -93,6 +100,25 @@ def test_train_finetune_evaluate_localise(bcos, data, trained, tmp_path):
     rows = {(row["network"], row["method"]) for row in game.json["results"]}
     assert rows == {("last", "bcos"), ("last", "input_x_gradient"), ("small:resnet20", "input_x_gradient")}
     assert (tmp_path / "loc" / "localisation.png").exists()
+
+
+def test_the_side_of_training_is_that_of_evaluation(bcos, data, tiny, tmp_path):
+    """Of a source that was made for 32 pixels and is trained with 16; the average too."""
+    run = tmp_path / "run"
+    quick = [*QUICK, "--epochs", 1, "--size", 16, "--set", "ema=0.5"]
+    result = bcos("finetune", "-m", "small:tiny", "-w", "random", "--data", data, "--val", data, "-o", run, *quick)
+    assert result.code == 0, result.err
+    for name in ("last", "best", "ema"):
+        assert load(run / f"{name}.safetensors").image_size == 16
+    found = [
+        bcos("evaluate", "-c", run / "last.safetensors", "--data", data, "--explained", 0, "--json", *size)
+        for size in ((), ("--size", 16), ("--size", 32))
+    ]
+    losses = [one.json["results"]["loss"] for one in found]
+    assert losses[0] == losses[1] != losses[2]
+    photo = data / "val" / "red" / "0.png"
+    explained = bcos("explain", photo, "-c", run / "last.safetensors", "-o", tmp_path / "e.png", "--json")
+    assert (explained.code, explained.json["size"]) == (0, 16), explained.err
 
 
 def test_bcos_from_scratch_with_a_recipe_file(bcos, data, tmp_path):
