@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +37,7 @@ __all__ = [
     "Size",
     "Weights",
     "as_checkpoint",
+    "check_beside_checkpoint",
     "check_classifier",
     "check_output",
     "check_photos",
@@ -65,7 +66,8 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="NAME",
-        help="Pretrained model: torchvision:NAME, timm:NAME, hf:NAME, simple_vit:NAME or efficientnet-lite0.",
+        help="Pretrained model: torchvision:NAME, timm:NAME, hf:NAME, simple_vit:NAME, small:NAME or "
+        "efficientnet-lite0.",
     ),
 ]
 Clip = Annotated[
@@ -191,9 +193,7 @@ def load_network(
     if model is not None and checkpoint is not None:
         raise InvalidArgumentError("--model, --checkpoint", "both", "one of them")
     if checkpoint is not None:
-        for option, value in (("--weights", weights), ("--num-classes", num_classes)):
-            if value is not None:
-                raise InvalidArgumentError(option, f"{value!r} with a checkpoint", "no such option: it has its own")
+        check_beside_checkpoint({"--weights": weights, "--num-classes": num_classes})
         from bcos_rt.checkpoint import load
 
         net = load(checkpoint)
@@ -207,6 +207,13 @@ def load_network(
     source = load_source(model, weights, num_classes)
     net, _ = convert_source(source, Recipe.equivalent())
     return Network(net.eval(), True, source.input_size, {"model": model, "weights": weights, "source": source.source})
+
+
+def check_beside_checkpoint(options: Mapping[str, object]) -> None:
+    """Refuse options of ``--model`` beside a ``--checkpoint``; None is one that was not given."""
+    for option, value in options.items():
+        if value is not None:
+            raise InvalidArgumentError(option, f"{value!r} with a checkpoint", "no such option: it has its own")
 
 
 def load_clip_network(

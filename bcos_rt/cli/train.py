@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,8 +22,8 @@ from bcos_rt.cli.inputs import (
     Clip,
     Json,
     Model,
-    NumClasses,
     Weights,
+    check_beside_checkpoint,
     check_photos,
     check_writable_place,
     convert_source,
@@ -34,6 +36,7 @@ from bcos_rt.cli.output import Outcome, Progress, run
 from bcos_rt.errors import InvalidArgumentError, TrainingInterruptedError, did_you_mean
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import nn
 
     from bcos_rt.training import TrainingRecipe
@@ -42,6 +45,8 @@ __all__ = ["finetune", "train"]
 
 # What a shell reports of a process that SIGTERM ended.
 TERMINATED = 143
+# Of --conversion.
+_DEFAULT = "default"
 _HOW = "How"
 _WHERE = "Where"
 
@@ -69,10 +74,27 @@ Changes = Annotated[
         help="A field of the recipe, e.g. ema=0.999, agc=null or augmentation.size=32; may be repeated.",
     ),
 ]  # fmt: skip
-Epochs = Annotated[int | None, typer.Option("--epochs", "-e", min=1, rich_help_panel=_HOW)]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help="Images a step, over all processes.",
-                                               rich_help_panel=_HOW)]  # fmt: skip
-Rate = Annotated[float | None, typer.Option("--lr", min=0.0, help="Peak learning rate.", rich_help_panel=_HOW)]
+NumClasses = Annotated[
+    int | None,
+    typer.Option(
+        "--num-classes",
+        min=1,
+        help="Number of classes. Default: the data's where its classes have names, else those of --model.",
+    ),
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option("--epochs", "-e", min=1, help="Passes over the data. Default: the recipe's.", rich_help_panel=_HOW),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size", "-b", min=1, help="Images a step, over all processes. Default: the recipe's.",
+        rich_help_panel=_HOW,
+    )]  # fmt: skip
+Rate = Annotated[
+    float | None, typer.Option("--lr", min=0.0, help="Peak learning rate. Default: the recipe's.", rich_help_panel=_HOW)
+]
 Side = Annotated[
     int | None, typer.Option("--size", "-s", min=1, help="Side of the images. Default: the recipe's.",
                              rich_help_panel=_HOW)]  # fmt: skip
@@ -123,9 +145,14 @@ def finetune(
         typer.Option(
             metavar="default|clip|equivalent|FILE.json", help="How --model is converted, as in `bcos-rt convert`."
         ),
-    ] = "default",
+    ] = _DEFAULT,
     teacher: Annotated[
-        bool, typer.Option("--teacher", help="Distil from --model itself, before its conversion.")
+        bool,
+        typer.Option(
+            "--teacher",
+            help="Distil from --model itself, before its conversion, as the recipe's distillation says "
+            "(--set distillation.logits=0.5).",
+        ),
     ] = False,
     val: Validation = None,
     recipe: RecipeOption = None,
@@ -151,6 +178,16 @@ def finetune(
     Runs on several devices, and under torchrun and SLURM. Ctrl-C and SIGTERM save the state; --resume goes on.
     """
     chosen = _recipe(recipe or ("bcosify" if clip is None else "clip"), changes, epochs, batch_size, lr, size)
+    if checkpoint is not None and model is None:
+        converted = None if conversion == _DEFAULT else conversion
+        # Beside --clip, --weights are the teacher's.
+        own = {"--weights": weights if clip is None else None, "--num-classes": num_classes, "--conversion": converted}
+        check_beside_checkpoint(own)
+    elif checkpoint is None and teacher and clip is None and chosen.distillation is None:
+        raise InvalidArgumentError(
+            "--teacher", "a recipe without distillation", "one that says what is learned from it",
+            " (--set distillation.logits=0.5, or a --recipe FILE with a distillation)",
+        )  # fmt: skip
 
     def build(classes: int | None, names: Sequence[str] | None) -> tuple[nn.Module, nn.Module | None, dict[str, Any]]:
         from bcos_rt.checkpoint import load
@@ -191,7 +228,7 @@ def train(
     ] = True,
     conversion: Annotated[
         str, typer.Option(metavar="default|equivalent|FILE.json", help="Which B-cos network, as in `bcos-rt convert`.")
-    ] = "default",
+    ] = _DEFAULT,
     val: Validation = None,
     recipe: RecipeOption = None,
     changes: Changes = None,
@@ -210,6 +247,8 @@ def train(
 ) -> None:
     """Train a network from random weights: a B-cos network, or with --standard the conventional one."""
     chosen = _recipe(recipe or ("bcos" if bcos else "standard"), changes, epochs, batch_size, lr, size)
+    if not bcos and conversion != _DEFAULT:
+        raise InvalidArgumentError("--conversion", f"{conversion!r} with --standard", "--bcos, which it belongs to")
 
     def build(classes: int | None, names: Sequence[str] | None) -> tuple[nn.Module, None, dict[str, Any]]:
         import torch
@@ -238,7 +277,7 @@ def _clip_towers(
         if not has_embedding(net):
             raise InvalidArgumentError("--checkpoint", f"{str(checkpoint)!r}, which returns logits", "an image tower")
         return net, source.conventional(), {**about, "checkpoint": str(checkpoint)}
-    net, _ = convert_source(source, named_recipe("clip" if conversion == "default" else conversion))
+    net, _ = convert_source(source, named_recipe("clip" if conversion == _DEFAULT else conversion))
     return net, source.conventional(), about
 
 
@@ -278,6 +317,7 @@ def _run(
             net, images, chosen, validation=validation, output=output, teacher=teacher, resume=resume,
             explain_images=pictures, accelerator=place.accelerator, devices=place.devices_as_given,
             strategy=place.strategy, num_nodes=place.num_nodes, workers=place.workers, console=progress.console,
+            on_epoch=_teller(progress.console, chosen.epochs),
         )  # fmt: skip
         last = result.history[-1]
         described = {
@@ -326,6 +366,34 @@ def _recipe(
             value = text
         given[field] = tuple(value) if isinstance(value, list) else value
     return recipe.replace(**given)
+
+
+def _teller(console: Console, epochs: int) -> Callable[[dict[str, Any]], None]:
+    """Prints a line an epoch, also where nobody watches a progress bar: on a terminal it stands above that."""
+    began, done = time.perf_counter(), 0
+
+    def tell(row: dict[str, Any]) -> None:
+        nonlocal done
+        done += 1  # by this process: a resumed run began with others
+        left = (time.perf_counter() - began) / done * (epochs - row["epoch"])
+        console.print(_line(row, epochs, left), highlight=False, markup=False, soft_wrap=True)
+
+    return tell
+
+
+def _line(row: dict[str, Any], epochs: int, left: float) -> str:
+    """An epoch in a line; ``left`` in seconds."""
+
+    def measured(part: str) -> str:
+        if (top1 := row.get(f"{part}_top1")) is not None:
+            return f" top-1 {top1:.2%}"
+        cosine = row.get(f"{part}_cosine")
+        return "" if cosine is None else f" cosine {cosine:.4f}"
+
+    parts = [f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}{measured('train')}"]
+    parts += [name + found for name, part in (("validation", "val"), ("average", "ema")) if (found := measured(part))]
+    parts += [f"lr {row['lr']:.3g}", f"{row['images_per_s']:.1f} images/s", f"{timedelta(seconds=round(left))} left"]
+    return ", ".join(parts)
 
 
 def _table(history: Sequence[dict[str, Any]]) -> Table:

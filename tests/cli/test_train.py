@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from PIL import Image
+from rich.console import Console
 
 from bcos_rt import load
+from bcos_rt.cli import app
+from bcos_rt.cli.train import _teller
 from bcos_rt.models.small import SMALL_NETWORKS, small_resnet
 
 CLASSES = ("black", "blue", "cyan", "green", "red", "white", "yellow")
@@ -49,8 +53,6 @@ QUICK = ("--epochs", 10, "--batch-size", 14, "--size", 32, "--workers", 0, "--ac
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A conventional network's run."""
     from typer.testing import CliRunner
-
-    from bcos_rt.cli import app
 
     out = tmp_path_factory.mktemp("runs") / "standard"
     arguments = ["train", "--model", "small:resnet20", "--standard", "--data", data, "--val", data, "-o", out, *QUICK]
@@ -142,6 +144,20 @@ def test_bcos_from_scratch_with_a_recipe_file(bcos, data, tmp_path):
         (("train", "-m", "small:resnet20", "--set", "lrr=1"), "did you mean 'lr'"),
         (("train", "-m", "small:resnet20", "--explain", "none.png"), "photo: got 'none.png'"),
         (("train", "-m", "small:resnet20", "--batch-size", 900), "at least one batch"),
+        (("finetune", "-c", "x", "--num-classes", 7), "--num-classes: got 7 with a checkpoint"),
+        (("finetune", "-c", "x", "-w", "random"), "--weights: got 'random' with a checkpoint"),
+        (("finetune", "-c", "x", "--conversion", "equivalent"), "--conversion: got 'equivalent' with a checkpoint"),
+        (
+            ("finetune", "-c", "x", "--clip", "RN50", "--conversion", "equivalent"),
+            "--conversion: got 'equivalent' with",
+        ),
+        (("train", "-m", "small:resnet20", "--standard", "--conversion", "r.json"), "got 'r.json' with --standard"),
+        (
+            ("finetune", "-m", "small:resnet20", "-w", "random", "--teacher"),
+            "--teacher: got a recipe without distillation, expected one that says what is learned from it (--set "
+            "distillation.logits=0.5",
+        ),
+        (("finetune", "-c", "x", "--teacher"), "--teacher: got with --checkpoint"),
     ],
 )
 def test_bad_input_is_named(bcos, data, tmp_path, arguments, message):
@@ -149,6 +165,46 @@ def test_bad_input_is_named(bcos, data, tmp_path, arguments, message):
     assert result.code == 2, result.err
     assert message in result.err
     assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_a_line_an_epoch_without_a_terminal(bcos, data, tiny, tmp_path):
+    quick = [*QUICK, "--epochs", 2, "--size", 8, "--set", "ema=0.5"]
+    arguments = ("train", "-m", "small:tiny", "--data", data, "--val", data, "--json", *quick)
+    result = bcos(*arguments, "-o", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert result.json["epochs"] == 2, "stdout holds the object and nothing else"
+    lines = [line for line in result.err.splitlines() if line.startswith("epoch ")]
+    assert [line[:10] for line in lines] == ["epoch 1/2:", "epoch 2/2:"]
+    last = result.json["last"]
+    for said in (
+        f"train loss {last['train_loss']:.4f} top-1 {last['train_top1']:.2%},",
+        f"validation top-1 {last['val_top1']:.2%},",
+        f"average top-1 {last['ema_top1']:.2%},",
+        f"lr {last['lr']:.3g},",
+        f"{last['images_per_s']:.1f} images/s,",
+    ):
+        assert said in lines[1]
+    assert lines[1].endswith("0:00:00 left")
+
+
+def test_the_line_of_an_epoch_says_what_there_is(capsys):
+    tell = _teller(Console(width=20), 3)
+    tell({"epoch": 1, "train_loss": 0.5, "train_cosine": 0.25, "lr": 1e-4, "images_per_s": 12.34})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("epoch 1/3: train loss 0.5000 cosine 0.2500, lr 0.0001, 12.3 images/s, 0:00:0")
+
+
+def test_every_option_says_what_it_is():
+    def commands(group):
+        for command in group.commands.values():
+            yield from commands(command) if hasattr(command, "commands") else [command]
+
+    for command in commands(typer.main.get_command(app)):
+        for option in command.params:
+            if option.param_type_name == "option":
+                assert option.help, (command.name, option.name)
+                if (command.name, option.name) in (("finetune", "model"), ("evaluate", "model"), ("train", "model")):
+                    assert "small:NAME" in option.help
 
 
 def test_more_nodes_than_there_are_are_named(bcos, data, tmp_path, monkeypatch):
