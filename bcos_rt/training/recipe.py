@@ -221,6 +221,11 @@ class TrainingRecipe:
             raise InvalidArgumentError("TrainingRecipe.loss", "'none'", "a loss, or a distillation")
         if self.learn_b and self.b_start is not None:
             raise InvalidArgumentError("TrainingRecipe.b_start", self.b_start, "None beside learn_b")
+        if (self.b_start is None) != (self.b_epochs == 0):
+            got = f"{self.b_epochs} beside b_start={self.b_start}"
+            raise InvalidArgumentError(
+                "TrainingRecipe.b_epochs", got, "both, from which B and for how long, or neither"
+            )
 
     @classmethod
     def bcosify(cls, **changes: Any) -> TrainingRecipe:

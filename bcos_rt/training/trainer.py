@@ -122,8 +122,8 @@ def finetune(
         teacher: for ``recipe.distillation``: takes the same images.
         resume: go on where the run in ``output`` stopped; begin where there is none. Without it a folder that holds a
             run is an error.
-        explain_images: [M, 3, H, W] in [0, 1], explained after every epoch (the first 8), for B-cos networks with
-            logits.
+        explain_images: [M, 3, H, W] in [0, 1], explained before the first epoch and after every one (the first 8),
+            for B-cos networks with logits.
         accelerator, devices, num_nodes: as in ``lightning_fabric.Fabric``; ``"auto"`` takes a GPU where there is one,
             and the processes and nodes of ``torchrun`` or SLURM's ``srun``.
         strategy: ``"auto"`` or ``"ddp"`` (also Fabric's other names of it): every process holds the whole network.
@@ -143,8 +143,14 @@ def finetune(
         raise InvalidTypeError("net", type(net).__name__, "a torch.nn.Module")
     if not isinstance(recipe, TrainingRecipe):
         raise InvalidTypeError("recipe", type(recipe).__name__, "a TrainingRecipe")
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise InvalidTypeError("teacher", type(teacher).__name__, "a torch.nn.Module or None")
     if recipe.distillation is not None and teacher is None:
         raise InvalidArgumentError("teacher", "None", "a network, for recipe.distillation")
+    if recipe.distillation is None and teacher is not None:
+        raise InvalidArgumentError("teacher", f"a {type(teacher).__name__}", "None without recipe.distillation")
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+        raise InvalidArgumentError("workers", repr(workers), "an integer of at least 0")
     folder = None if output is None else RunFolder(output)
     if resume and folder is None:
         raise InvalidArgumentError("output", "None", "the folder of the run to resume")
@@ -252,7 +258,7 @@ class _Training:
         world, rank = fabric.world_size, fabric.global_rank
         augmentation = recipe.augmentation
         raw = open_data(data, transform=augmentation.train_transform(), split="train")
-        self.data = Augmented(raw, recipe.seed)
+        self.data, self.class_names = Augmented(raw, recipe.seed), raw.class_names
         if len(raw) < recipe.batch_size:
             raise InvalidArgumentError(
                 "data", f"{len(raw)} images", f"at least one batch (recipe.batch_size, {recipe.batch_size})"
@@ -272,14 +278,15 @@ class _Training:
                 raise InvalidArgumentError("validation", "no image", "at least one")
             check_numbers(seen.class_names, raw.class_names, "validation", "the training data has it")
             self.validation = loader(seen, shard(len(seen), recipe.batch_size, world, rank), workers=workers)
+        if isinstance(net, BcosNetwork):
+            net.image_size = augmentation.size
         self.embeds = _embeds(net, recipe)
         _check_metrics(self.embeds, recipe, validation is not None, explain_images is not None)
+        _check_bcos(net, recipe)
         self.progress = Progress()
         self.fused = fabric.device.type in FUSED_DEVICES
         self.eager_numbers = not self.fused
         self.targets = exponents(net)
-        if isinstance(net, BcosNetwork):
-            net.image_size = augmentation.size
         if recipe.learn_b:
             learn_exponents(net)
         self.bias_names = bias_names(net) if recipe.bias_decay_epochs is not None else []
@@ -305,9 +312,7 @@ class _Training:
                 multi_avg_fn=get_ema_multi_avg_fn(recipe.ema),  # type: ignore[no-untyped-call]
                 use_buffers=True,
             )
-        self.pictures = None
-        if explain_images is not None and isinstance(net, BcosNetwork):
-            self.pictures = explain_images[:MAX_PICTURES]
+        self.pictures = None if explain_images is None else _checked_pictures(net, explain_images)[:MAX_PICTURES]
         self.label_loss = label_loss(recipe)
         # What may be checked before it is saved: a network may hold infinities of its own, as a mask.
         self.finite_names = [k for k, v in net.state_dict().items() if is_finite(v)]
@@ -318,9 +323,14 @@ class _Training:
         """Train to the end, or to the first signal."""
         if self.folder is not None and self.folder.state.exists():
             self._load()
+            if self.fabric.is_global_zero:
+                self.folder.write_logs(self.progress)
         elif self.folder is not None and self.fabric.is_global_zero:
             self.folder.describe(self.recipe, self._about())
         self._set_b(self._done)
+        # The network as it came; what cannot be explained is found out before an epoch is spent on it.
+        if self._done == 0 and self.fabric.is_global_zero:
+            self._draw()
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"),
@@ -408,9 +418,11 @@ class _Training:
 
     def _check_labels(self, labels: Tensor) -> None:
         """On the host, where nothing has to be waited for."""
+        lowest = int(labels.min())
+        self.labelled = lowest >= 0
         if self.label_loss is None:
             return
-        if int(labels.min()) < 0:
+        if lowest < 0:
             raise InvalidArgumentError(
                 "data", "images without labels", "labels", " (or recipe.loss='none' with a distillation)"
             )
@@ -451,7 +463,10 @@ class _Training:
             classes = self._classes(images)
             if self.label_loss is not None:
                 check_label(self.largest_label, classes)
-            images, labels = self.recipe.mixing(images, labels, classes, seed)
+            if self.labelled:
+                images, labels = self.recipe.mixing(images, labels, classes, seed)
+            else:  # the teacher's answer to the mixed image is what is learned
+                images, _ = self.recipe.mixing(images, torch.zeros_like(labels), classes, seed)
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, labels
@@ -677,7 +692,7 @@ class _Training:
         if better:
             progress.best = metric
         if self.folder is not None:
-            # Networks before the state: a kill between the two repeats the epoch, and overwrites them.
+            # All else before the state: a kill between the two repeats the epoch, and overwrites it.
             if self.fabric.is_global_zero:
                 if better:
                     save_network(self.net, self.folder.path / "best.safetensors")
@@ -685,9 +700,9 @@ class _Training:
                 if self.average is not None:
                     save_network(self.average.module, self.folder.path / "ema.safetensors")
                 self._draw()
+                self.folder.write_logs(progress)
             self._save()
             if self.fabric.is_global_zero:
-                self.folder.write_logs(progress)
                 self._log("epoch", row, progress.epoch * self.steps)
         if self.on_epoch is not None and self.fabric.is_global_zero:
             self.on_epoch(row)
@@ -727,6 +742,7 @@ class _Training:
         values["sums"] = gathered.reshape(self.fabric.world_size, len(self.progress.sums)).tolist()
         values["precision"] = dict(self.fabric.strategy.precision.state_dict())
         values["targets"] = self.targets
+        values["trained_on"] = self._trained_on()
         if self.fabric.world_size == 1:
             with replacing(self.folder.state) as temporary:
                 self.fabric.save(temporary, {**self._state(), **values})
@@ -743,6 +759,7 @@ class _Training:
         if self.folder is None:
             return
         kept = self.folder.read_state(self.recipe)
+        self._check_same(kept)
         if len(kept["sums"]) != self.fabric.world_size and kept["progress"]["step"]:
             raise InvalidArgumentError(
                 "devices", f"{self.fabric.world_size} processes", f"{len(kept['sums'])}, as when it stopped in an epoch"
@@ -761,6 +778,35 @@ class _Training:
         self.targets = kept["targets"]
         if kept["precision"]:
             self.fabric.strategy.precision.load_state_dict(kept["precision"])
+
+    def _trained_on(self) -> dict[str, Any]:
+        """What a run that goes on must have again: an epoch's steps, and so every schedule, depend on the data."""
+        names = self.class_names
+        return {
+            "images": len(self.data),
+            "classes": None if names is None else list(names),
+            "tensors": _shapes(self.net),
+        }
+
+    def _check_same(self, kept: Mapping[str, Any]) -> None:
+        """Refuse another network or other data than the run began with; states of older versions do not say."""
+        then, now = kept.get("trained_on"), self._trained_on()
+        if then is None:
+            return
+        hint = " (or another output folder)"
+        for name, what in (("images", "images"), ("classes", "class names")):
+            if then[name] != now[name]:
+                raise InvalidArgumentError(
+                    "data", f"{what} {now[name]!r}", f"{then[name]!r}, which the run began with", hint
+                )
+        other = sorted(
+            k for k in {**then["tensors"], **now["tensors"]} if then["tensors"].get(k) != now["tensors"].get(k)
+        )
+        if other:
+            got, expected = (shapes["tensors"].get(other[0], "missing") for shapes in (now, then))
+            raise InvalidArgumentError(
+                "net", f"{other[0]}: {got}", f"{expected}, as in the network the run began with", hint
+            )
 
     def _about(self) -> dict[str, Any]:
         from bcos_rt import __version__
@@ -920,6 +966,35 @@ def _check_metrics(embeds: bool, recipe: TrainingRecipe, validated: bool, explai
         raise InvalidArgumentError("recipe.select", "'top1'", "'cosine' or 'loss': the network returns an embedding")
     if explained:
         raise InvalidArgumentError("explain_images", "images", "None: an embedding is explained for texts")
+
+
+def _check_bcos(net: nn.Module, recipe: TrainingRecipe) -> None:
+    """Refuse what is of B-cos layers where there are none."""
+    if exponents(net):
+        return
+    for name, given in (("b_start", recipe.b_start is not None), ("learn_b", recipe.learn_b)):
+        if given:
+            got = f"{getattr(recipe, name)!r} for a {type(net).__name__} without B-cos layers"
+            raise InvalidArgumentError(f"recipe.{name}", got, f"{_DEFAULTS[name]!r}: it has no B")
+
+
+_DEFAULTS = {"b_start": None, "learn_b": False}
+
+
+def _checked_pictures(net: nn.Module, images: Tensor) -> Tensor:
+    if not isinstance(net, BcosNetwork):
+        raise InvalidArgumentError(
+            "explain_images", f"images for a {type(net).__name__}", "None: it is no B-cos network"
+        )
+    try:
+        net.encode(images)
+    except (InvalidArgumentError, InvalidTypeError) as error:
+        raise type(error)("explain_images", error.got, error.expected) from error
+    return images
+
+
+def _shapes(net: nn.Module) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in net.state_dict().items()}
 
 
 def _agc_parameters(net: nn.Module) -> list[nn.Parameter]:

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from bcos_rt.errors import TrainingInterruptedError
 from bcos_rt.files import read_rows
+from bcos_rt.nn.network import BcosNetwork
 from bench.cifar10.images import load_images
 from bench.cifar10.networks import COMMITTED_WEIGHTS, build, trained, weights_of
 from bench.cifar10.plan import Run, runs
@@ -143,7 +144,8 @@ def _train(one: Run, data: Path, work: Path) -> None:
     try:
         finetune(
             net, images["train"], one.recipe, validation=images["test"], output=folder, resume=True,
-            explain_images=pictures, accelerator="cpu", console=console, on_epoch=told,
+            explain_images=pictures if isinstance(net, BcosNetwork) else None, accelerator="cpu", console=console,
+            on_epoch=told,
         )  # fmt: skip
     except TrainingInterruptedError as error:
         console.print(str(error))

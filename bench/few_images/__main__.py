@@ -101,10 +101,10 @@ def _fitted(**conversion: Any) -> Variant:
     return Variant(0, {**AS_PUBLISHED, **conversion}, steps=STEPS, recalibrated=False)
 
 
-AT_ONCE: dict[str, Any] = {"b_start": None, "bias_decay_epochs": None}
+AT_ONCE: dict[str, Any] = {"b_start": None, "b_epochs": 0.0, "bias_decay_epochs": None}
 VARIANTS: dict[str, Variant] = {
     # From end to end. B = 1 shows what the biases alone do; at_once drops them and has B = 2 from the first step.
-    "b1": Variant(conversion={**SAME_AT_FIRST, "b": 1.0}, training={"b_start": None}),
+    "b1": Variant(conversion={**SAME_AT_FIRST, "b": 1.0}, training={"b_start": None, "b_epochs": 0.0}),
     "short": Variant(),
     "at_once": Variant(conversion=AS_PUBLISHED, training=AT_ONCE),
     "biases_kept": Variant(training={"bias_decay_epochs": None}),

@@ -66,7 +66,7 @@ def test_it_learns_and_says_what(tmp_path: Path) -> None:
     assert result.best["val_top1"] == max(row["val_top1"] for row in result.history)
     files = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert {"recipe.json", "metrics.csv", "steps.csv", "state.pt", "last.safetensors", "best.safetensors"} <= files
-    assert {f"explanations/epoch_{i:03d}.png" for i in range(1, 7)} <= files
+    assert {f"explanations/epoch_{i:03d}.png" for i in range(7)} <= files
     assert any(name.startswith("tensorboard/") for name in files)
     assert not [name for name in files if "/." in name or name.startswith(".")], "temporary files"
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 7
@@ -169,6 +169,54 @@ def test_distillation_without_labels_moves_the_student_to_the_teacher() -> None:
     assert result.history[-1]["val_top1"] > 0.9, "top class is the teacher's"
     assert result.history[-1]["train_loss"] < 0.7 * result.history[0]["train_loss"]
     torch.testing.assert_close(weights(teacher), frozen, rtol=0, atol=0)
+
+
+def test_images_without_labels_are_mixed_for_a_teacher() -> None:
+    net = network()
+    teacher, _ = bcosify(convnet(), Recipe())
+    images = colours(32)[0]
+    recipe = PLAIN.replace(loss="none", mixing=Mixing(mixup=1.0), distillation=Distillation(), epochs=1)
+    mixed = finetune(net, (images, None), recipe, teacher=teacher)
+    plain = finetune(network(), (images, None), recipe.replace(mixing=None), teacher=teacher)
+    assert mixed.history[0]["train_loss"] != plain.history[0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "error", "message"),
+    [
+        ({}, {"teacher": "resnet18"}, InvalidTypeError, "teacher: got str"),
+        ({}, {"teacher": nn.Identity()}, InvalidArgumentError, "teacher: got a Identity, expected None without"),
+        ({}, {"workers": -1}, InvalidArgumentError, "workers: got -1"),
+        ({}, {"explain_images": torch.rand(3, 16, 16)}, InvalidArgumentError, "explain_images: got shape"),
+        ({}, {"explain_images": torch.zeros(1, 3, 16, 16).byte()}, InvalidTypeError, "explain_images: got dtype"),
+        ({"b_start": 1.0, "b_epochs": 2.0}, {"conventional": True}, InvalidArgumentError, r"recipe\.b_start"),
+        ({"learn_b": True}, {"conventional": True}, InvalidArgumentError, r"recipe\.learn_b"),
+        ({}, {"conventional": True, "explain_images": torch.rand(1, 3, 16, 16)}, InvalidArgumentError, "no B-cos"),
+    ],
+)
+def test_what_would_do_nothing_or_fail_late_is_refused(
+    changes: dict[str, Any], options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    net = ConventionalNetwork(convnet()) if options.pop("conventional", False) else network()
+    before = weights(net)
+    with pytest.raises(error, match=message):
+        finetune(net, colours(48), PLAIN.replace(**changes), output=tmp_path / "run", **options)
+    torch.testing.assert_close(weights(net), before, rtol=0, atol=0)
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_a_run_goes_on_with_its_own_data_and_network_and_mends_its_logs(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finetune(network(), colours(48), PLAIN.replace(epochs=1), output=run)
+    log = (run / "metrics.csv").read_text()
+    with pytest.raises(InvalidArgumentError, match=r"data: got images 96, expected 48"):
+        finetune(network(), colours(96), PLAIN.replace(epochs=1), output=run, resume=True)
+    other, _ = bcosify(nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)))
+    with pytest.raises(InvalidArgumentError, match=r"net: got backbone.*as in the network the run began with"):
+        finetune(other, colours(48), PLAIN.replace(epochs=1), output=run, resume=True)
+    (run / "metrics.csv").unlink()
+    finetune(network(), colours(48), PLAIN.replace(epochs=1), output=run, resume=True)
+    assert (run / "metrics.csv").read_text() == log
 
 
 def test_mixing_and_bf16_train() -> None:
@@ -459,9 +507,9 @@ def test_tensorboard_has_steps_epochs_and_explanations(tmp_path: Path) -> None:
     assert found == [(2 * i + 2, pytest.approx(float(row["train_loss"]))) for i, row in enumerate(rows)]
     assert tags["images"] == ["explanations"]
     pictures = events.Images("explanations")
-    assert [p.step for p in pictures] == [2, 4]
+    assert [p.step for p in pictures] == [0, 2, 4]
     with Image.open(tmp_path / "run" / "explanations" / "epoch_002.png") as saved:
-        seen = Image.open(io.BytesIO(pictures[1].encoded_image_string))
+        seen = Image.open(io.BytesIO(pictures[2].encoded_image_string))
         np.testing.assert_array_equal(np.asarray(seen.convert("RGB")), np.asarray(saved.convert("RGB")))
 
 

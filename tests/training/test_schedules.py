@@ -60,7 +60,6 @@ def test_b_rises_to_the_layers_own() -> None:
     schedule = Schedule(TrainingRecipe(b_start=1.0, b_epochs=2.0), 10)
     assert [schedule.b(i, 2.5) for i in (0, 10, 20, 99)] == pytest.approx([1.0, 1.75, 2.5, 2.5])
     assert Schedule(TrainingRecipe(), 10).b(0, 2.5) == 2.5
-    assert Schedule(TrainingRecipe(b_start=1.0), 10).b(0, 2.0) == 2.0  # no epochs: at once
 
 
 def test_biases_fall_to_exactly_zero() -> None:
