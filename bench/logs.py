@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def copy_logs(run: Path, target: Path) -> None:
     """Copy a run's recipe and rows to the folder that is committed, beside the machine they come from."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.csv", "recipe.json"):
+    for name in ("metrics.csv", "steps.csv", "recipe.json"):
         shutil.copy(run / name, target / name)
     describe_machine(target)
 
