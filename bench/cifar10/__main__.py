@@ -1,6 +1,6 @@
 """The CIFAR-10 experiment: every run by itself, resumable; the table from the raw logs.
 
-    python -m bench.cifar10 plan --data cifar10.tar.gz              what there is to do, and what is done
+    python -m bench.cifar10 plan                                    what there is to do, and what is done
     python -m bench.cifar10 run NAME --data cifar10.tar.gz          one training run, or the rest of it
     python -m bench.cifar10 all --data cifar10.tar.gz               every run, one after the other; --name for some
     python -m bench.cifar10 localise --data cifar10.tar.gz          grid pointing games of what is trained

@@ -1,12 +1,15 @@
 """The CIFAR-10 experiment: its plan, its networks, and the table made from logs."""
 
+import importlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from bcos_rt.files import read_rows, write_csv
 from bcos_rt.training.run import save_network
@@ -57,6 +60,17 @@ def test_picture_of_what_there_is(tmp_path: Path) -> None:
     pictures = [np.asarray(Image.open(tmp_path / name)) for name in ("first.png", "second.png")]
     assert pictures[0].shape == pictures[1].shape
     assert (pictures[0] != pictures[1]).mean() > 0.01
+
+
+@pytest.mark.parametrize("module", ["bench.cifar10", "bench.few_images"])
+def test_the_commands_of_the_help_are_taken(module: str) -> None:
+    main = importlib.import_module(f"{module}.__main__")
+    shown = re.findall(rf"^ +python -m {module} (.*?)  +", main.__doc__, re.MULTILINE)
+    assert shown
+    for line in shown:
+        # Options are read before --help is obeyed.
+        result = CliRunner().invoke(main.app, [*line.split(), "--help"])
+        assert result.exit_code == 0, (line, result.output)
 
 
 def test_never_passing_stays_blank() -> None:
