@@ -122,7 +122,7 @@ class TrainingRecipe:
         smoothing: label smoothing of ``"bce"`` and ``"cross_entropy"``.
         distillation: what is learned from a teacher.
         agc: adaptive gradient clipping (Brock et al. 2021, arXiv 2102.06171): a filter's gradient norm stays under this
-            share of the filter's norm; None for none.
+            share of the filter's norm, the classifier's filters too; None for none.
         clip_norm: largest norm of the whole gradient; None for no limit.
         ema: decay a step of the exponential moving average of the weights, e.g. 0.9999; None for no average.
         augmentation, mixing: of the training images; no normalisation, networks do that themselves.

@@ -406,6 +406,8 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
                    timeout=240)  # fmt: skip
     subprocess.run([sys.executable, "-m", "tests.training.worker", "--output", str(tmp_path / "one"), "--sync"],
                    cwd=root, env=environment, check=True, timeout=240)  # fmt: skip
+    started = [json.loads((tmp_path / name / "recipe.json").read_text())["processes"] for name in ("one", "two")]
+    assert started == [1, 2]
     one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two"))
     for key, value in one["model"].items():
         torch.testing.assert_close(two["model"][key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
