@@ -257,10 +257,7 @@ def _conv_size(
             f"{op}: weight", f"shape {tuple(weight.shape)} with groups={groups}",
             f"[O, C / groups, kh, kw] for C = {channels} input channels, O a multiple of groups",
         )  # fmt: skip
-    size = [
-        (x_shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    ]
+    size = reference.output_size(x_shape[2:], weight.shape[2:], stride, padding, dilation)
     if min(size) < 1:
         raise InvalidArgumentError(
             f"{op}: x", f"shape {tuple(x_shape)}", f"an image of at least one patch of {tuple(weight.shape[2:])}"

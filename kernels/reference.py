@@ -43,6 +43,7 @@ __all__ = [
     "map_entries",
     "norm_dtype",
     "output_padding",
+    "output_size",
     "pack_mask",
     "patch_norm",
     "per_row",
@@ -117,6 +118,19 @@ def row_norm(x: Tensor, eps: float = LINEAR_EPS) -> Tensor:
     """Norm of the last dimension, ``||x|| + eps``: [..., C] -> [..., 1] in float32 (float64 for float64 input)."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=norm_dtype(x))
     return norm + eps
+
+
+def output_size(
+    input_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Rows and columns of a convolution's result."""
+    return [
+        (input_size[i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    ]
 
 
 def output_padding(

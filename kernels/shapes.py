@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bcos_rt.kernels.reference import map_entries, norm_dtype
+from bcos_rt.kernels.reference import map_entries, norm_dtype, output_size
 
 __all__ = ["SHAPES"]
 
@@ -53,10 +53,7 @@ def _conv2d_fused(
     want_gate: bool,
     want_squares: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    size = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    ]
+    size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     batch, channels = x.shape[0], weight.shape[0]
     y = _image(x, batch, channels, size)
     multiplier = torch.empty_like(y) if want_multiplier else y.new_empty(0)

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from bcos_rt.conversion.equivalence import evaluating
+from bcos_rt.conversion.nodes import writes_to_input
 from bcos_rt.errors import InvalidArgumentError, UnsupportedOpError, did_you_mean
 from bcos_rt.explanation.explain import fingerprint
 from bcos_rt.models.sources import classifier_name
@@ -144,7 +145,7 @@ def _own_memory(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose activations do not write to their input."""
     model = copy.deepcopy(model).eval()
     for module in model.modules():
-        if getattr(module, "inplace", False):
+        if writes_to_input(module):
             module.inplace = False  # type: ignore[assignment]
     return model
 

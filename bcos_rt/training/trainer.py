@@ -972,13 +972,10 @@ def _check_bcos(net: nn.Module, recipe: TrainingRecipe) -> None:
     """Refuse what is of B-cos layers where there are none."""
     if exponents(net):
         return
-    for name, given in (("b_start", recipe.b_start is not None), ("learn_b", recipe.learn_b)):
-        if given:
-            got = f"{getattr(recipe, name)!r} for a {type(net).__name__} without B-cos layers"
-            raise InvalidArgumentError(f"recipe.{name}", got, f"{_DEFAULTS[name]!r}: it has no B")
-
-
-_DEFAULTS = {"b_start": None, "learn_b": False}
+    for name, given, none in (("b_start", recipe.b_start, None), ("learn_b", recipe.learn_b, False)):
+        if given != none:
+            got = f"{given!r} for a {type(net).__name__} without B-cos layers"
+            raise InvalidArgumentError(f"recipe.{name}", got, f"{none!r}: it has no B")
 
 
 def _checked_pictures(net: nn.Module, images: Tensor) -> Tensor:

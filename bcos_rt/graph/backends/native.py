@@ -33,7 +33,7 @@ from bcos_rt.graph.lower_transposed import ParityAxis, flipped, parity_weight
 from bcos_rt.graph.program import Program
 from bcos_rt.kernels import cpu
 from bcos_rt.kernels.cpu import channels_last, pointwise, winograd
-from bcos_rt.kernels.reference import output_padding, per_row
+from bcos_rt.kernels.reference import output_padding, output_size, per_row
 
 __all__ = ["build", "lowered"]
 
@@ -615,8 +615,7 @@ def _max_pool2d_transposed(low: _Lowering, node: Node, a: dict[str, Any]) -> tup
         return cpu.transposed_epilogue(channels_last(back), m, identity, gate, want_raw)
 
     want_raw = a["want_raw"]
-    plain = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
-    ceil = plain != [int(s) for s in a["grad"].meta["val"].shape[2:]]
+    ceil = output_size(size, kernel, stride, padding, dilation) != [int(s) for s in a["grad"].meta["val"].shape[2:]]
     return run, [a["grad"], a["index"], a["multiplier"], a["identity"], a["gate"]]
 
 
