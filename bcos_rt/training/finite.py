@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bcos_rt.training.sharded import local
+
 __all__ = ["FirstBad", "all_finite", "first_not_finite", "is_finite"]
 
 
@@ -38,14 +40,15 @@ class FirstBad:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether all elements are finite, a boolean scalar on the tensors' device."""
-    # A largest absolute value is NaN where an element is, and cannot overflow.
-    return torch.nn.utils.get_total_norm(list(tensors), norm_type=torch.inf).isfinite()
+    """Whether all elements are finite, of shared-out tensors this process's; a boolean scalar on their device."""
+    # A largest absolute value is NaN where an element is, and cannot overflow; of no elements there is none.
+    seen = [part for part in map(local, tensors) if part.numel()]
+    return torch.nn.utils.get_total_norm(seen, norm_type=torch.inf).isfinite()
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all elements are finite, as integers are; waits for the device."""
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.detach()).all())
+    """Whether all elements that this process holds are finite, as integers are; waits for the device."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(local(tensor.detach())).all())
 
 
 def first_not_finite(net: nn.Module, compute: Callable[[], Tensor]) -> str | None:

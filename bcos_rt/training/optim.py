@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from bcos_rt.errors import InvalidArgumentError, MissingDependencyError
 from bcos_rt.nn.exponent import bcos_layers
 from bcos_rt.training.recipe import TrainingRecipe
+from bcos_rt.training.sharded import local, shared_like, whole
 
 __all__ = ["clip_adaptively", "make_optimizers", "set_fused", "step_all"]
 
@@ -88,5 +90,23 @@ def clip_adaptively(parameters: Iterable[nn.Parameter], factor: float) -> None:
         from timm.utils.agc import adaptive_clip_grad
     except ImportError as error:
         raise MissingDependencyError("adaptive gradient clipping needs timm: pip install 'bcos-rt[train]'") from error
+    mine: list[nn.Parameter] = []
+    gathered: list[tuple[DTensor, nn.Parameter]] = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if not isinstance(gradient, DTensor):
+            mine.append(parameter)
+        elif parameter.ndim > 1:  # the rows here are whole filters
+            mine.append(_with_gradient(local(parameter), local(gradient)))
+        else:  # one norm for all rows
+            gathered.append((gradient, _with_gradient(whole(parameter), whole(gradient))))
     with torch.no_grad():
-        adaptive_clip_grad(list(parameters), clip_factor=factor)  # type: ignore[no-untyped-call]
+        adaptive_clip_grad([*mine, *(clipped for _, clipped in gathered)], clip_factor=factor)  # type: ignore[no-untyped-call]
+        for gradient, clipped in gathered:
+            gradient.copy_(shared_like(clipped.grad, gradient))
+
+
+def _with_gradient(value: Tensor, gradient: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(value.detach(), requires_grad=False)
+    parameter.grad = gradient
+    return parameter

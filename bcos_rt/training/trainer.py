@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
@@ -25,7 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from bcos_rt.data import Augmented, EpochSampler, check_numbers, derived_seed, loader, open_data, shard
 from bcos_rt.data.loading import read_batch
@@ -47,6 +49,7 @@ from bcos_rt.training.optim import clip_adaptively, make_optimizers, set_fused, 
 from bcos_rt.training.recipe import TrainingRecipe
 from bcos_rt.training.run import Progress, RunFolder, save_network
 from bcos_rt.training.schedules import Schedule
+from bcos_rt.training.sharded import clip_norm, copy_whole, load_whole, share_out, whole_state
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -57,6 +60,7 @@ __all__ = ["TrainingResult", "finetune"]
 MAX_PICTURES = 8
 # Where a step that is not finite is left out by torch's fused optimisers, and numbers are read every log_every steps.
 FUSED_DEVICES = ("cuda",)
+_STRATEGIES = "'auto', 'ddp' or 'fsdp'"
 # Loss scaling that has come down to this finds no scale at which the gradients are finite.
 SMALLEST_SCALE = 2.0**-10
 
@@ -126,7 +130,9 @@ def finetune(
             for B-cos networks with logits.
         accelerator, devices, num_nodes: as in ``lightning_fabric.Fabric``; ``"auto"`` takes a GPU where there is one,
             and the processes and nodes of ``torchrun`` or SLURM's ``srun``.
-        strategy: ``"auto"`` or ``"ddp"`` (also Fabric's other names of it): every process holds the whole network.
+        strategy: ``"auto"`` or ``"ddp"`` (also Fabric's other names of it): every process holds the whole network;
+            ``"fsdp"``: weights, gradients, optimiser states and averages are shared out among the processes (FSDP2).
+            Then a copy of ``net`` is trained, and ``net`` filled from it after every epoch.
         workers: processes that read images.
         console: for progress; default stderr, shown where that is a terminal.
         on_epoch: called with every new row of the history.
@@ -182,19 +188,24 @@ def _make_fabric(
         from lightning_fabric.loggers.logger import Logger
         from lightning_fabric.loggers.tensorboard import TensorBoardLogger
         from lightning_fabric.strategies.ddp import DDPStrategy
+        from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
         from lightning_fabric.strategies.single_device import SingleDeviceStrategy
     except ImportError as error:
         raise MissingDependencyError("training needs Lightning Fabric: pip install 'bcos-rt[train]'") from error
     if not isinstance(strategy, str):
-        raise InvalidTypeError("strategy", type(strategy).__name__, "a strategy's name, 'auto' or 'ddp'")
+        raise InvalidTypeError("strategy", type(strategy).__name__, f"a strategy's name, {_STRATEGIES}")
     if "spawn" in strategy or "fork" in strategy:
         raise InvalidArgumentError(
             "strategy", repr(strategy), "a strategy whose processes call finetune themselves, such as 'ddp'"
         )
-    if strategy == "dp" or any(name in strategy for name in ("fsdp", "deepspeed")):
-        raise _sharded(repr(strategy))
+    if strategy == "dp" or (strategy != "fsdp" and any(name in strategy for name in ("fsdp", "deepspeed"))):
+        raise InvalidArgumentError("strategy", repr(strategy), _STRATEGIES)
+    if strategy == "fsdp" and recipe.precision == "16-mixed":
+        raise InvalidArgumentError("strategy", "'fsdp' with recipe.precision='16-mixed'", "'bf16-mixed' with it")
     if devices == "auto":
         devices, num_nodes = _launched() or (devices, num_nodes)
+    # Fabric's own "fsdp" is FSDP1, for GPUs alone.
+    sharded = ModelParallelStrategy(lambda net, _: share_out(net, sharded.root_device))
     loggers: list[Logger] = []
     if folder is not None:
         try:
@@ -203,7 +214,8 @@ def _make_fabric(
             loggers = []
     try:
         fabric = Fabric(
-            accelerator=accelerator, devices=devices, strategy=strategy, num_nodes=num_nodes,
+            accelerator=accelerator, devices=devices, num_nodes=num_nodes,
+            strategy=sharded if strategy == "fsdp" else strategy,
             precision=recipe.precision, loggers=loggers,
         )  # fmt: skip
     except (ValueError, TypeError, RuntimeError) as error:
@@ -212,16 +224,9 @@ def _make_fabric(
             "what Lightning Fabric takes on this machine",
         ) from error  # fmt: skip
     # An environment variable of Fabric's may have chosen, too.
-    if not isinstance(fabric.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise _sharded(type(fabric.strategy).__name__)
+    if not isinstance(fabric.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
+        raise InvalidArgumentError("strategy", type(fabric.strategy).__name__, _STRATEGIES)
     return fabric
-
-
-def _sharded(got: str) -> InvalidArgumentError:
-    return InvalidArgumentError(
-        "strategy", got, "'auto' or 'ddp': every process holds the whole network",
-        " (weights in shards have no filters to clip, average and save)",
-    )  # fmt: skip
 
 
 def _launched() -> tuple[int, int] | None:
@@ -254,6 +259,8 @@ class _Training:
         workers: int,
         on_epoch: Callable[[dict[str, Any]], None] | None,
     ) -> None:
+        from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+
         self.fabric, self.net, self.recipe, self.folder, self.on_epoch = fabric, net, recipe, folder, on_epoch
         world, rank = fabric.world_size, fabric.global_rank
         augmentation = recipe.augmentation
@@ -294,24 +301,29 @@ class _Training:
             for module in net.modules():
                 if isinstance(module, BatchNormUncentered2d):
                     module.synchronised = True
+        # As setup_module does; copies are made before it.
+        fabric.strategy.precision.convert_module(net)
+        # With shards a copy is trained, and those who look at the network look at the whole one, which `_gather` fills.
+        self.sharded = isinstance(fabric.strategy, ModelParallelStrategy)
+        self.trained = copy.deepcopy(net) if self.sharded else net
         self.teaching = None
         if recipe.distillation is not None and teacher is not None:
-            self.teaching = Teaching(net, teacher, recipe.distillation).to(fabric.device)
+            self.teaching = Teaching(self.trained, teacher, recipe.distillation).to(fabric.device)
             self.teaching.teacher.to(fabric.device)
-        self.model = fabric.setup_module(net)
-        # The loss's own parameters: no part of the module that exchanges gradients.
-        self.own = [] if self.teaching is None else list(self.teaching.parameters())
+        self.average = None if recipe.ema is None else _average(self.trained, recipe.ema, self.sharded)
+        self.model = fabric.setup_module(self.trained)
+        if self.average is not None:
+            self.average.to(fabric.device)
+            if self.sharded:
+                share_out(self.average.module, fabric.device)
+        self.averaged = None if self.average is None else copy.deepcopy(net) if self.sharded else self.average.module
+        loss_parameters = [] if self.teaching is None else list(self.teaching.parameters())
         # Stepped by ourselves (Fabric would move fp16's loss scale between one optimiser and the next).
-        self.optimizers = make_optimizers(net, recipe, self.own, self.fused)
+        self.optimizers = make_optimizers(self.trained, recipe, loss_parameters, self.fused)
+        # No part of what Fabric's module exchanges gradients of.
+        self.unexchanged = [*loss_parameters, *(p for p in self.trained.parameters() if self.sharded and p.ndim == 0)]
         self.first_bad = FirstBad(fabric.device)
         self.saved: tuple[int, int] | None = None
-        self.average = None
-        if recipe.ema is not None:
-            self.average = AveragedModel(
-                net,
-                multi_avg_fn=get_ema_multi_avg_fn(recipe.ema),  # type: ignore[no-untyped-call]
-                use_buffers=True,
-            )
         self.pictures = None if explain_images is None else _checked_pictures(net, explain_images)[:MAX_PICTURES]
         self.label_loss = label_loss(recipe)
         # What may be checked before it is saved: a network may hold infinities of its own, as a mask.
@@ -495,37 +507,40 @@ class _Training:
         return losses, (logits.detach().argmax(1) == hard).float().mean()
 
     def _update(self, step: int) -> None:
-        self._exchange_own()
+        self._exchange_others()
         scaler = self._scaler
         if scaler is not None:
             for optimizer in self.optimizers:
                 scaler.unscale_(optimizer)
         parameters = [[p for group in o.param_groups for p in group["params"]] for o in self.optimizers]
         finite = all_finite(p.grad for p in chain(*parameters) if p.grad is not None)
+        if self.sharded:  # each process has seen its own rows
+            processes: Any = self.fabric.all_reduce(finite.float(), reduce_op="sum")
+            finite = processes == self.fabric.world_size
         if scaler is None:
             self.first_bad.see(finite, step, loss=False)
         if self.recipe.agc is not None:
-            clip_adaptively(_agc_parameters(self.net), self.recipe.agc)
+            clip_adaptively(_agc_parameters(self.trained), self.recipe.agc)
         if self.recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters[0], self.recipe.clip_norm)
+            clip_norm(parameters[0], self.recipe.clip_norm)
         # A step that is not finite changes no weight: with loss scaling it is the scale's to fall, else the run ends.
         step_all(self.optimizers, finite, self.fused)
         if scaler is not None:
             scaler.update()
         with torch.no_grad():
-            for layer in bcos_layers(self.net).values():
+            for layer in bcos_layers(self.trained).values():
                 if isinstance(layer.b, nn.Parameter):
                     layer.b.clamp_(min=1.0)
             if self.bias_names:
                 now, after = self.schedule.bias_scale(step), self.schedule.bias_scale(step + 1)
                 # The average is one of weights under today's scale.
-                for net in self._nets():
+                for net in self._trained():
                     for name in self.bias_names:
                         net.get_parameter(name).mul_(after / now if now > 0 else 0.0)
         if self.recipe.b_start is not None:
             self._set_b(step + 1)
         if self.average is not None:
-            self.average.update_parameters(self.net)
+            self.average.update_parameters(self.trained)
 
     @property
     def _scaler(self) -> Any:
@@ -533,17 +548,27 @@ class _Training:
         return getattr(self.fabric.strategy.precision, "scaler", None)
 
     @torch.no_grad()
-    def _exchange_own(self) -> None:
-        """Average the loss's own parameters' gradients over processes."""
+    def _exchange_others(self) -> None:
+        """Average over processes the gradients that Fabric's module does not."""
         if self.fabric.world_size > 1:
-            for parameter in self.own:
+            for parameter in self.unexchanged:
                 if parameter.grad is not None:
                     mean: Any = self.fabric.all_reduce(parameter.grad, reduce_op="mean")
                     parameter.grad.copy_(mean)
 
-    def _nets(self) -> list[nn.Module]:
-        """The network, and its average where there is one."""
-        return [self.net] if self.average is None else [self.net, self.average.module]
+    def _trained(self) -> list[nn.Module]:
+        """What is trained, and its average where there is one."""
+        return [self.trained] if self.average is None else [self.trained, self.average.module]
+
+    def _whole(self) -> list[nn.Module]:
+        """The same to look at: to validate, explain and save."""
+        return [self.net] if self.averaged is None else [self.net, self.averaged]
+
+    def _gather(self) -> None:
+        """Make what is looked at what was trained; all processes together."""
+        if self.sharded:
+            for trained, whole in zip(self._trained(), self._whole(), strict=True):
+                copy_whole(trained, whole)
 
     def _set_lr(self, step: int) -> None:
         for group in self.optimizers[0].param_groups:
@@ -554,7 +579,7 @@ class _Training:
         if not self.recipe.learn_b:
             values = {name: self.schedule.b(step, b) for name, b in self.targets.items()}
             # A scheduled B is no tensor, the average knows nothing of it.
-            for net in self._nets():
+            for net in {*self._trained(), *self._whole()}:
                 set_exponents(net, values)
 
     def _run(self, net: nn.Module, images: Tensor) -> Tensor:
@@ -566,10 +591,10 @@ class _Training:
 
     def _classes(self, images: Tensor) -> int:
         if not hasattr(self, "_class_count"):
-            training = self.net.training
+            training = self.trained.training
             with torch.no_grad():
-                self._class_count = int(self._run(self.net.eval(), images[:1]).shape[1])
-            self.net.train(training)
+                self._class_count = int(self._run(self.trained.eval(), images[:1]).shape[1])
+            self.trained.train(training)
         return self._class_count
 
     # --- numbers -----------------------------------------------------------------------------------------------------
@@ -589,8 +614,8 @@ class _Training:
         last = progress.epoch + 1 == self.recipe.epochs
         if self.validation is not None and (last or (progress.epoch + 1) % self.recipe.validate_every == 0):
             row |= {f"val_{name}": value for name, value in self._validate(self.net).items()}
-            if self.average is not None:
-                averaged = self._validate(self.average.module)
+            if self.averaged is not None:
+                averaged = self._validate(self.averaged)
                 row |= {f"ema_{name}": averaged[name] for name in ("loss", self._metric)}
         row["images_per_s"] = images * self.fabric.world_size / seconds
         row["seconds"] = progress.seconds
@@ -605,6 +630,8 @@ class _Training:
 
         The network itself runs, not what exchanges gradients: processes may have different numbers of batches.
         """
+        home = next(net.parameters()).device
+        net.to(self.fabric.device)
         if self.fabric.world_size > 1:
             # As saved: a process's running statistics are its own.
             for buffer in net.buffers():
@@ -615,7 +642,7 @@ class _Training:
             if self.recipe.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             yield images, labels, self._run(net, images)
-        net.train()
+        net.train().to(home)
 
     @torch.no_grad()
     def _agreement(self, net: nn.Module) -> dict[str, float]:
@@ -697,8 +724,8 @@ class _Training:
                 if better:
                     save_network(self.net, self.folder.path / "best.safetensors")
                 save_network(self.net, self.folder.path / "last.safetensors")
-                if self.average is not None:
-                    save_network(self.average.module, self.folder.path / "ema.safetensors")
+                if self.averaged is not None:
+                    save_network(self.averaged, self.folder.path / "ema.safetensors")
                 self._draw()
                 self.folder.write_logs(progress)
             self._save()
@@ -712,9 +739,11 @@ class _Training:
             return
         from bcos_rt.explanation.explain import explain
 
-        like = next(self.net.parameters())
-        with fixed_exponents(self.net), torch.random.fork_rng(devices=[]):
-            explanation = explain(self.net, self.pictures.to(like.device))
+        home = next(self.net.parameters()).device
+        net = self.net.to(self.fabric.device)
+        with fixed_exponents(net), torch.random.fork_rng(devices=[]):
+            explanation = explain(net, self.pictures.to(self.fabric.device))
+        net.to(home)
         target = self.folder.path / "explanations" / f"epoch_{self.progress.epoch:03d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         explanation.save(target, dpi=70)
@@ -724,8 +753,8 @@ class _Training:
             writer: Any = logger
             writer.experiment.add_image("explanations", pixels, self.progress.epoch * self.steps, dataformats="HWC")
 
-    def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"model": self.model}
+    def _state(self) -> dict[str, nn.Module | Optimizer]:
+        state: dict[str, nn.Module | Optimizer] = {"model": self.trained}
         state |= {f"optimizer{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
         if self.average is not None:
             state["average"] = self.average
@@ -734,6 +763,7 @@ class _Training:
         return state
 
     def _save(self) -> None:
+        """Save the state, whole, whatever the processes hold of it: all of them together, the first writes."""
         if self.folder is None:
             return
         # Sums of the unfinished epoch are each process's own.
@@ -743,15 +773,10 @@ class _Training:
         values["precision"] = dict(self.fabric.strategy.precision.state_dict())
         values["targets"] = self.targets
         values["trained_on"] = self._trained_on()
-        if self.fabric.world_size == 1:
-            with replacing(self.folder.state) as temporary:
-                self.fabric.save(temporary, {**self._state(), **values})
-            self.saved = self.progress.epoch, self.progress.step
-            return
-        temporary = self.folder.path / ".state-new.pt"
-        self.fabric.save(temporary, {**self._state(), **values})
+        values |= {name: whole_state(thing) for name, thing in self._state().items()}
         if self.fabric.is_global_zero:
-            os.replace(temporary, self.folder.state)
+            with replacing(self.folder.state) as temporary:
+                torch.save(values, temporary)
         self.fabric.barrier()
         self.saved = self.progress.epoch, self.progress.step
 
@@ -764,8 +789,8 @@ class _Training:
             raise InvalidArgumentError(
                 "devices", f"{self.fabric.world_size} processes", f"{len(kept['sums'])}, as when it stopped in an epoch"
             )
-        state = self._state()
-        self.fabric.load(self.folder.state, state, weights_only=True)
+        for name, thing in self._state().items():
+            load_whole(thing, kept[name])
         self.progress = Progress(**kept["progress"])
         self.saved = self.progress.epoch, self.progress.step
         if self.progress.step:
@@ -880,7 +905,7 @@ class _Training:
         bad: dict[str, None] = {}
 
         def compute(some: Tensor, theirs: Tensor) -> Tensor:
-            losses, _ = self._losses(lambda x: self._run(self.net, x), some, theirs)
+            losses, _ = self._losses(lambda x: self._run(self.trained, x), some, theirs)
             bad.update(dict.fromkeys(k for k, v in losses.items() if not is_finite(v)))
             return torch.stack(list(losses.values())).sum()
 
@@ -888,7 +913,7 @@ class _Training:
             found = "the images"
         with self.fabric.no_backward_sync(self.model):
             for part in self._parts(images, labels):
-                again = first_not_finite(self.net, partial(compute, *part))
+                again = first_not_finite(self.trained, partial(compute, *part))
                 found = found or again
         found, names = self._first_of_all(found, list(bad))
         what = "gradient"
@@ -919,7 +944,8 @@ class _Training:
 
     def _check_weights(self) -> None:
         """Raise before anything is saved that is not finite: an update of finite gradients may overflow."""
-        states = [net.state_dict() for net in self._nets()]
+        self._gather()
+        states = [net.state_dict() for net in self._whole()]
         bad = [name for state in states for name in self.finite_names if not is_finite(state[name])]
         if float(self._summed(torch.tensor([float(len(bad))]))) == 0:
             return
@@ -930,9 +956,9 @@ class _Training:
         )
 
     def _result(self) -> TrainingResult:
-        net = self.net
-        averaged = None if self.average is None else self.average.module
-        for one in self._nets():
+        self._gather()
+        for one in self._whole():
+            one.to(self.fabric.device)
             fix_exponents(one)
             if isinstance(one, BcosNetwork) and len(found := set(exponents(one).values())) == 1:
                 one.recipe = one.recipe.replace(b=found.pop())
@@ -940,7 +966,7 @@ class _Training:
         history = tuple(self.progress.history)
         metric = f"val_{self.recipe.select}"
         best = next((row for row in history if metric in row and row[metric] == self.progress.best), None)
-        return TrainingResult(net, averaged, history, best, None if self.folder is None else self.folder.path)
+        return TrainingResult(self.net, self.averaged, history, best, None if self.folder is None else self.folder.path)
 
 
 def _embeds(net: nn.Module, recipe: TrainingRecipe) -> bool:
@@ -966,6 +992,14 @@ def _check_metrics(embeds: bool, recipe: TrainingRecipe, validated: bool, explai
         raise InvalidArgumentError("recipe.select", "'top1'", "'cosine' or 'loss': the network returns an embedding")
     if explained:
         raise InvalidArgumentError("explain_images", "images", "None: an embedding is explained for texts")
+
+
+def _average(net: nn.Module, decay: float, sharded: bool) -> AveragedModel:
+    """The exponential moving average of a network; with shards it is shared out as the network will be."""
+    if not sharded:
+        return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
+    # One tensor at a time: the other kernel takes no mixture of tensors with shards and without.
+    return AveragedModel(net, avg_fn=get_ema_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
 
 
 def _check_bcos(net: nn.Module, recipe: TrainingRecipe) -> None:

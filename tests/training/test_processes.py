@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning_fabric.strategies import FSDPStrategy
+from safetensors.torch import load_file
 
 from bcos_rt import finetune
 from bcos_rt.data import Augmentation
@@ -36,8 +37,8 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two processes found that were started as SLURM's srun starts them, on the CPU (gloo)."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes wrote what they found; they were started as SLURM's srun starts them, on the CPU (gloo)."""
     folder = tmp_path_factory.mktemp("two")
     common = {
         **os.environ, "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NODEID": "0",
@@ -56,6 +57,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     finally:
         for process in processes:
             process.kill()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    """What each of the two found."""
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -75,10 +82,80 @@ def test_a_process_may_have_no_image_to_validate(found: list[dict[str, Any]]) ->
         assert row["val_top1"] in (0, 1)
 
 
-def test_all_processes_end_where_one_has_a_loss_that_is_not_finite(found: list[dict[str, Any]]) -> None:
-    assert found[0]["bad"] == found[1]["bad"]
-    assert "the loss (labels) is not finite in epoch 1, step 2 of 4" in found[0]["bad"]
-    assert "the output of model.3 (Later), in process 1" in found[0]["bad"]
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_processes_end_where_one_has_a_loss_that_is_not_finite(found: list[dict[str, Any]], strategy: str) -> None:
+    said = found[0]["bad"][strategy]
+    assert said == found[1]["bad"][strategy]
+    assert "the loss (labels) is not finite in epoch 1, step 2 of 4" in said
+    assert "the output of model.3 (Later), in process 1" in said
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_process_holds_its_rows(found: list[dict[str, Any]]) -> None:
+    """Of the network and of its average: 7, 5 and 3 filters, and their norms' scales and shifts, in two parts."""
+    layers = [(7, 6 * 9), (7, 1), (7, 1), (7, 1), (5, 7 * 9), (5, 1), (5, 1), (5, 1), (3, 5), (3, 1)]
+    scalars = 3
+    everything = scalars + sum(rows * size for rows, size in layers)
+    for rank, one in enumerate(found):
+        rows_of = [(rows + 1) // 2 if rank == 0 else rows // 2 for rows, _ in layers]
+        mine = scalars + sum(rows * size for rows, (_, size) in zip(rows_of, layers, strict=True))
+        assert one["sharded"]["held"] == [[mine, everything]] * 2
+
+
+def test_what_was_shared_out_is_returned_whole(found: list[dict[str, Any]], folder: Path) -> None:
+    for name, file in (("net", "last"), ("averaged", "ema")):
+        assert found[0]["sharded"][name] == found[1]["sharded"][name]
+        saved = load_file(folder / "fsdp" / f"{file}.safetensors")
+        assert sum(found[0]["sharded"][name]) == pytest.approx(sum(float(v.double().sum()) for v in saved.values()))
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """All numbers of a run's state but times."""
+    kept = torch.load(folder / "state.pt", weights_only=True)
+    timed = ("seconds", "images_per_s")
+    rows = [{k: v for k, v in row.items() if k not in timed} for row in kept["progress"]["history"]]
+    optimizers = {name: kept[name]["state"] for name in ("optimizer0", "optimizer1")}
+    return {"model": kept["model"], "average": kept["average"], **optimizers, "rows": rows}
+
+
+def test_with_shards_a_run_is_what_it_is_without(folder: Path) -> None:
+    """Weights, both optimisers' states, the average, every number of the history; B was learned."""
+    with_shards, without = numbers(folder / "fsdp"), numbers(folder / "ddp")
+    torch.testing.assert_close(with_shards, without, rtol=1e-4, atol=1e-6)
+    assert without["rows"][-1]["b"] != 1.5
+    assert all(without[name] for name in without if name != "optimizer1")  # SGD's, without momentum, is empty
+
+
+def test_the_norm_that_is_clipped_is_that_of_all_rows(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        assert one["clipped"]["fsdp"] == pytest.approx(one["clipped"]["ddp"], rel=1e-4, abs=1e-5)
+
+
+def test_a_run_with_shards_that_stopped_goes_on_as_if_it_had_not(found: list[dict[str, Any]], folder: Path) -> None:
+    assert [one["stopped"] for one in found] == [True, True]
+    torch.testing.assert_close(numbers(folder / "resumed"), numbers(folder / "fsdp"), rtol=0, atol=0)
+
+
+def test_a_run_with_shards_may_go_on_without(folder: Path) -> None:
+    torch.testing.assert_close(numbers(folder / "with_ddp"), numbers(folder / "fsdp"), rtol=1e-4, atol=1e-6)
+
+
+def test_fp16_is_not_for_shards() -> None:
+    recipe = PLAIN.replace(precision="16-mixed")
+    with pytest.raises(InvalidArgumentError, match=r"strategy: got 'fsdp' with recipe\.precision='16-mixed'"):
+        finetune(network(), colours(32), recipe, strategy="fsdp", accelerator="cpu")
+
+
+def test_one_process_may_use_shards(tmp_path: Path) -> None:
+    """In a process of its own: a process group stays for good."""
+    command = (
+        "from bcos_rt import finetune\nfrom tests.training.test_processes import PLAIN, colours, network\n"
+        f"finetune(network(), colours(32), PLAIN, strategy='fsdp', accelerator='cpu', output={str(tmp_path / 'run')!r})"
+    )
+    subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=True, timeout=120)
+    assert (tmp_path / "run" / "last.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -104,8 +181,8 @@ def test_who_started_the_processes(
     assert trainer._launched() == expected
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload", "xla_fsdp", "deepspeed", "deepspeed_stage_2", "dp"])
-def test_strategies_that_share_out_the_weights_are_refused(strategy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp_cpu_offload", "xla_fsdp", "deepspeed", "deepspeed_stage_2", "dp"])
+def test_other_strategies_are_refused(strategy: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=rf"strategy: got .*{strategy}"):
         finetune(network(), colours(32), PLAIN, strategy=strategy, output=tmp_path / "run", accelerator="cpu")
     assert not (tmp_path / "run").exists()

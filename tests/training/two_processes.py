@@ -1,17 +1,23 @@
 """What one process of several does in :mod:`tests.training.test_processes`; it writes what it found as JSON."""
 
 import json
+import os
+import shutil
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bcos_rt import finetune
+from bcos_rt import Recipe, bcosify, finetune
 from bcos_rt.data import Augmentation
-from bcos_rt.errors import TrainingError
+from bcos_rt.errors import TrainingError, TrainingInterruptedError
 from bcos_rt.nn.conventional import ConventionalNetwork
-from bcos_rt.training import Distillation, TrainingRecipe, trainer
+from bcos_rt.nn.network import BcosNetwork
+from bcos_rt.training import Distillation, TrainingRecipe, TrainingResult, trainer
+from bcos_rt.training.sharded import local
 from tests.training.worker import colours, convnet
 
 PLAIN = TrainingRecipe(
@@ -59,7 +65,7 @@ def few_to_validate() -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k.startswith(("val", "ema"))} for row in result.history]
 
 
-def bad_in_one_process(rank: int) -> str:
+def bad_in_one_process(rank: int, strategy: str) -> str:
     """Infinite in the second process alone, from the second step on; numbers are read at the end of an epoch."""
 
     class Later(nn.Module):
@@ -72,21 +78,95 @@ def bad_in_one_process(rank: int) -> str:
     source = convnet()
     source.insert(3, Later())
     try:
-        finetune(ConventionalNetwork(source), colours(64), PLAIN, accelerator="cpu")
+        finetune(ConventionalNetwork(source), colours(64), PLAIN, accelerator="cpu", strategy=strategy)
     except TrainingError as error:
         return str(error)
     return "nothing"
 
 
-def main() -> None:
-    import os
+# What looks at weights, gradients or optimiser states: clipping by filter, decay, averages, a learned B (a scalar,
+# without rows), biases that fade.
+SHARDED = TrainingRecipe(
+    epochs=2, batch_size=16, lr=5e-3, loss="bce", optimizer="adamw", weight_decay=0.05, agc=0.05, ema=0.8,
+    learn_b=True, b_lr=0.5, bias_decay_epochs=1.5, accumulate=2, sync_norms=True,
+    augmentation=Augmentation.none(), log_every=1,
+)  # fmt: skip
 
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+def biased() -> BcosNetwork:
+    """A B-cos network with biases and filters that do not divide by two; in every process another."""
+    torch.manual_seed(5 + int(os.environ["SLURM_PROCID"]))
+    source = nn.Sequential(
+        nn.Conv2d(3, 7, 3, 2, 1), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 5, 3, 2, 1), nn.BatchNorm2d(5), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3),
+    )  # fmt: skip
+    return bcosify(source, Recipe(b=1.5, biases="keep", mean=(0, 0, 0), std=(1, 1, 1)))[0]
+
+
+def run(folder: Path, **arguments: Any) -> TrainingResult:
+    """A run of :data:`SHARDED`."""
+    images = colours(1)[0].float() / 255
+    return finetune(
+        biased(), colours(64), SHARDED, validation=colours(20, seed=1), output=folder, accelerator="cpu",
+        explain_images=images, **arguments,
+    )  # fmt: skip
+
+
+def numbers_of(net: nn.Module | None) -> list[float]:
+    """Sums of a network's tensors."""
+    assert net is not None
+    return [float(value.double().sum()) for value in net.state_dict().values()]
+
+
+def sharded(folder: Path) -> dict[str, Any]:
+    """What a process holds in a run with shards, of how much, and what it returns."""
+    held: list[tuple[int, int]] = []
+
+    def share_out(net: nn.Module, device: torch.device) -> nn.Module:
+        net = original(net, device)
+        held.append((sum(local(p).numel() for p in net.parameters()), sum(p.numel() for p in net.parameters())))
+        return net
+
+    original, trainer.share_out = trainer.share_out, share_out
+    try:
+        result = run(folder, strategy="fsdp")
+    finally:
+        trainer.share_out = original
+    return {"held": held, "net": numbers_of(result.net), "averaged": numbers_of(result.averaged)}
+
+
+def clipped(strategy: str) -> list[float]:
+    """Clipped as a whole in every step; Adam would not see by how much."""
+    recipe = PLAIN.replace(loss="bce", optimizer="sgd", lr=0.1, clip_norm=0.02, ema=0.9, sync_norms=True)
+    result = finetune(biased(), colours(64), recipe, accelerator="cpu", strategy=strategy)
+    return numbers_of(result.net) + numbers_of(result.averaged)
+
+
+def sharded_and_stopped(folder: Path) -> bool:
+    """Whether a run of :data:`SHARDED` stops, with shards, that is told to at the end of its first epoch."""
+    try:
+        run(folder, strategy="fsdp", on_epoch=lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    except TrainingInterruptedError:
+        return True
+    return False
+
+
+def main() -> None:
+    rank = int(os.environ["SLURM_PROCID"])
+    folder = Path(sys.argv[1])
     found = {
-        "siglip": siglip(), "few": few_to_validate(), "bad": bad_in_one_process(rank),
-        "world": torch.distributed.get_world_size(),
+        "siglip": siglip(), "few": few_to_validate(), "world": torch.distributed.get_world_size(),
+        "bad": {strategy: bad_in_one_process(rank, strategy) for strategy in ("ddp", "fsdp")},
+        "clipped": {strategy: clipped(strategy) for strategy in ("ddp", "fsdp")},
+        "sharded": sharded(folder / "fsdp"), "stopped": sharded_and_stopped(folder / "resumed"),
     }  # fmt: skip
-    Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
+    run(folder / "ddp", strategy="ddp")
+    if rank == 0:
+        shutil.copytree(folder / "resumed", folder / "with_ddp")
+    torch.distributed.barrier()
+    run(folder / "resumed", strategy="fsdp", resume=True)
+    run(folder / "with_ddp", strategy="ddp", resume=True)
+    (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
