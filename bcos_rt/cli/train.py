@@ -107,7 +107,9 @@ Nodes = Annotated[
     int, typer.Option("--num-nodes", min=1, help="Nodes; torchrun and SLURM say it themselves.", rich_help_panel=_WHERE)
 ]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.", rich_help_panel=_WHERE)]
-Strategy = Annotated[str, typer.Option(help="auto, ddp, or fsdp: weights and optimiser states shared out.", rich_help_panel=_WHERE)]
+Strategy = Annotated[
+    str, typer.Option(help="auto, ddp, or fsdp: weights and optimiser states shared out.", rich_help_panel=_WHERE)
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.", rich_help_panel=_WHERE)]
 
 
