@@ -39,11 +39,12 @@ demo: .venv/.installed-demo
 
 one_thread := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-# Comparisons of wall times first and alone, the others side by side. No such test (pytest's exit code 5) is fine.
+# Comparisons of wall times (tests/test_speed.py has them all) first and alone, the others side by side. No such test in
+# TESTS (pytest's exit code 5) is fine.
 # The GPU kernels' tests run in Triton's interpreter, which needs processes of its own. A process takes whole files: what
 # their fixtures make is made once.
 test: .venv/.installed-dev
-	@rc=0; $(venv_python) -m pytest -m timing --ignore=tests/triton $(PYTEST_ARGS) $(TESTS) || rc=$$?; [ $$rc = 0 ] || [ $$rc = 5 ] || exit $$rc
+	@rc=0; $(venv_python) -m pytest -m timing --ignore=tests/triton $(PYTEST_ARGS) $(or $(TESTS),tests/test_speed.py) || rc=$$?; [ $$rc = 0 ] || [ $$rc = 5 ] || exit $$rc
 	$(one_thread) $(venv_python) -m pytest -m "not timing" --ignore=tests/triton -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) $(TESTS)
 	$(if $(TESTS),,@$(MAKE) --no-print-directory test-kernels)
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.kernels import blocked_attention, cpu, reference, reference_layers
 from bcos_rt.kernels.reference import ACTIVATIONS, CONV_EPS, LINEAR_EPS
-from bcos_rt.kernels.shapes import SHAPES
+from bcos_rt.kernels.shapes import SHAPES, patch_norm_shape, row_norm_shape
 
 __all__ = [
     "ACTIVATIONS",
@@ -884,7 +884,7 @@ def _(
     groups: int,
     eps: float,
 ) -> Tensor:
-    return reference.patch_norm(x, kernel_size, stride, padding, dilation, groups, eps)
+    return patch_norm_shape(x, kernel_size, stride, padding, dilation, groups, eps)
 
 
 @torch.library.custom_op("bcos_rt::row_norm", mutates_args=())
@@ -895,7 +895,7 @@ def row_norm(x: Tensor, eps: float) -> Tensor:
 
 @row_norm.register_fake
 def _(x: Tensor, eps: float) -> Tensor:
-    return reference.row_norm(x, eps)
+    return row_norm_shape(x, eps)
 
 
 @torch.library.custom_op("bcos_rt::dynamic_scale", mutates_args=())

@@ -49,7 +49,7 @@ MODELS = {
     ),
     "timm swin": (
         lambda: timm_model(
-            "swin_tiny_patch4_window7_224", img_size=SIZE, window_size=4, depths=(2, 2), num_heads=(2, 4), embed_dim=32
+            "swin_tiny_patch4_window7_224", img_size=SIZE, window_size=4, depths=(2, 1), num_heads=(2, 4), embed_dim=32
         ),
         "layers.0.blocks.1.attn.proj", ("layers.0.blocks.1.attn.qkv",),
     ),
@@ -59,7 +59,7 @@ MODELS = {
     ),
     "torchvision swin": (
         # 72 px: the windows of the first stage are padded.
-        lambda: torchvision.models.SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=10),
+        lambda: torchvision.models.SwinTransformer([4, 4], 32, [2, 1], [2, 4], [4, 4], num_classes=10),
         "features.1.1.attn.proj", ("features.1.1.attn.qkv",),
     ),
     "timm vit small": (

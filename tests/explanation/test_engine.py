@@ -32,13 +32,28 @@ def assert_same(actual, expected):
         )
 
 
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """A network of its name, and its engine on a backend: one is traced once, all backends run its program."""
+    made = {}
+
+    def get(name, recipe="default", **options):
+        if (name, recipe) not in made:
+            net = network(name, recipe)
+            path = tmp_path_factory.mktemp("engines") / "net.engine"
+            made[name, recipe] = net, Engine(net, SIZE, backend="eager").save(path)
+        net, path = made[name, recipe]
+        return net, Engine.load(path, **options)
+
+    return get
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_engine_equals_explain(name, recipe, backend):
-    net = network(name, recipe)
+def test_engine_equals_explain(name, recipe, backend, engines):
+    net, engine = engines(name, recipe, backend=backend)
     images = torch.rand(3, 3, *SIZE, generator=torch.Generator().manual_seed(1))
-    engine = Engine(net, images, backend=backend)
     for targets in (None, 1, [0, -1, 2], [[0, 1], [2, -1], [3, 3]]):
         expected = explain(net, images, targets)
         actual = engine.explain(images, targets)
@@ -52,16 +67,24 @@ def test_engine_equals_explain(name, recipe, backend):
 @needs_cpp
 @pytest.mark.parametrize("chunk", [1, 2, 5, None])
 @pytest.mark.parametrize("name", ["residual", "tokens"])
-def test_chunks_change_nothing(name, chunk):
-    net, images = network(name), torch.rand(5, 3, *SIZE)
-    engine = Engine(net, SIZE, backend="native", chunk=chunk)
+def test_chunks_change_nothing(name, chunk, engines):
+    net, engine = engines(name, backend="native", chunk=chunk)
+    images = torch.rand(5, 3, *SIZE)
     assert_same(engine.explain(images, [[0, 1]] * 5), explain(net, images, [[0, 1]] * 5))
 
 
 @needs_cpp
+def test_the_constructor_takes_the_options_too():
+    net, images = network("residual"), torch.rand(5, 3, *SIZE)
+    engine = Engine(net, images, backend="native", chunk=2)
+    assert engine.backend == "native"
+    assert_same(engine.explain(images, 1), explain(net, images, 1))
+
+
+@needs_cpp
 @pytest.mark.parametrize("name", NETWORKS)
-def test_bfloat16_keeps_the_contribution_map(name):
-    net, images = network(name), torch.rand(2, 3, *SIZE)
+def test_bfloat16_keeps_the_contribution_map(name, engines):
+    (net, _), images = engines(name), torch.rand(2, 3, *SIZE)
     half, full = Engine(net, SIZE, dtype=torch.bfloat16).explain(images, 1), explain(net, images, 1)
     similar = torch.nn.functional.cosine_similarity(half.contributions.flatten(1), full.contributions.flatten(1))
     assert float(similar.min()) > 0.98
@@ -70,8 +93,8 @@ def test_bfloat16_keeps_the_contribution_map(name):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["residual", "tokens"])
-def test_no_images(name, backend):
-    engine = Engine(network(name), SIZE, backend=backend)
+def test_no_images(name, backend, engines):
+    _, engine = engines(name, backend=backend)
     empty = engine.explain(torch.rand(0, 3, *SIZE))
     assert empty.weights.shape == (0, 6, *SIZE)
     assert engine.predict(torch.rand(0, 3, *SIZE)).shape == (0, 5)
@@ -79,9 +102,9 @@ def test_no_images(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["residual", "tokens"])
-def test_threads_share_an_engine(name, backend):
-    net = network(name)
-    engine, images = Engine(net, SIZE, backend=backend), torch.rand(6, 3, *SIZE)
+def test_threads_share_an_engine(name, backend, engines):
+    _, engine = engines(name, backend=backend)
+    images = torch.rand(6, 3, *SIZE)
     expected = [engine.explain(images[i : i + 1], i % 4).weights for i in range(6)]
     results: dict[int, torch.Tensor] = {}
 
@@ -116,8 +139,9 @@ def test_auto_takes_what_is_there(monkeypatch):
         Engine(network("residual"), SIZE, backend="native")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "backend"), [*(pytest.param(name, "native", marks=needs_cpp) for name in NETWORKS), ("tokens", "eager")]
+)
 def test_a_saved_engine_starts_without_the_network(name, backend, tmp_path, monkeypatch):
     net, images = network(name), torch.rand(2, 3, *SIZE)
     net.class_names = ["a", "b", "c", "d", "e"][: net(images).shape[1]]
@@ -149,8 +173,8 @@ def test_a_mixed_engine_is_mixed_when_loaded(backend, tmp_path):
         assert torch.equal(getattr(actual, field), getattr(expected, field)), field
 
 
-def test_a_damaged_file_is_said_to_be_one(tmp_path):
-    path = Engine(network("residual"), SIZE).save(tmp_path / "net.engine")
+def test_a_damaged_file_is_said_to_be_one(tmp_path, engines):
+    path = engines("residual")[1].save(tmp_path / "net.engine")
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(CheckpointError, match=r"net\.engine"):
         Engine.load(path)
@@ -158,8 +182,8 @@ def test_a_damaged_file_is_said_to_be_one(tmp_path):
         Engine.load(tmp_path / "missing")
 
 
-def test_summary_names_where_nodes_come_from():
-    text = Engine(network("dense"), SIZE).summary()
+def test_summary_names_where_nodes_come_from(engines):
+    text = engines("dense")[1].summary()
     assert "34 x 30" in text
     assert "backbone.stem" in text
     assert "fuse_convolutions: conv2d" in text
@@ -203,16 +227,16 @@ def test_bad_arguments(arguments, error, names):
         (torch.full((1, 3, *SIZE), float("nan")), InvalidArgumentError, "NaN"),
     ],
 )
-def test_bad_images(images, error, says):
-    engine = Engine(network("residual"), SIZE)
+def test_bad_images(images, error, says, engines):
+    _, engine = engines("residual")
     with pytest.raises(error, match=says):
         engine.explain(images)
     with pytest.raises(error, match=says):
         engine.predict(images)
 
 
-def test_bad_targets():
-    engine = Engine(network("residual"), SIZE)
+def test_bad_targets(engines):
+    _, engine = engines("residual")
     with pytest.raises(InvalidArgumentError, match="class 5"):
         engine.explain(torch.rand(1, 3, *SIZE), 5)
 

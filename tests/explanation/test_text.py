@@ -1,5 +1,8 @@
 """Text explanations of image towers: the published numbers, autograd, completeness, the engine."""
 
+import copy
+import functools
+
 import pytest
 import torch
 
@@ -37,9 +40,15 @@ def texts(p=3, d=24):
     return torch.randn(p, d, generator=torch.Generator().manual_seed(3))
 
 
+@functools.cache
+def converted(tower):
+    """One network for all tests that do not change it: its graphs are then made once."""
+    return bcosify(seeded(TOWERS[tower](), 5), Recipe.clip())[0].eval()
+
+
 @pytest.fixture(params=TOWERS)
 def net(request):
-    return bcosify(seeded(TOWERS[request.param](), 5), Recipe.clip())[0].eval()
+    return converted(request.param)
 
 
 def pooled(tokens, embeddings, pooling):
@@ -83,7 +92,7 @@ def test_published_scores_maps_and_weights():
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_against_autograd(net, pooling):
-    net, x, embeddings = net.double(), images().double(), texts().double()
+    net, x, embeddings = copy.deepcopy(net).double(), images().double(), texts().double()
     result = explain_text(net, x, 7 * embeddings, pooling, power=POOLINGS[pooling])
     scores, weights = text_oracle(net, x, embeddings, pooling)
     torch.testing.assert_close(result.logits, scores, rtol=1e-10, atol=1e-12)
@@ -142,7 +151,7 @@ def test_no_image(net):
 
 def test_texts_of_any_norm_and_dtype():
     """Scaled before they get the network's dtype, in which such norms are 0 or infinite."""
-    net, x = bcosify(seeded(resnet_tower(), 5), Recipe.clip())[0].eval(), images(1)
+    net, x = converted("resnet"), images(1)
     expected = explain_text(net, x, texts())
     engine = Engine(net, x, backend="eager")
     for given in (texts() * 1e-30, texts() * 1e30, texts().double() * 1e60, texts().double() * 1e-60):
@@ -152,7 +161,7 @@ def test_texts_of_any_norm_and_dtype():
 
 
 def test_a_compiled_network_is_explained_as_what_it_wraps():
-    net, x = bcosify(seeded(resnet_tower(), 5), Recipe.clip())[0].eval(), images(1)
+    net, x = converted("resnet"), images(1)
     given = explain_text(torch.compile(net), x, texts())
     assert torch.equal(given.weights, explain_text(net, x, texts()).weights)
 
@@ -188,7 +197,7 @@ def test_picture_names_the_prompts(net, tmp_path):
     ],
 )
 def test_what_cannot_be_used_is_named(arguments, error, message):
-    net = bcosify(seeded(resnet_tower(), 5), Recipe.clip())[0].eval()
+    net = converted("resnet")
     with pytest.raises(error, match=message):
         explain_text(net, **{"images": images(1), "text_embeddings": texts(2), **arguments})
 
@@ -205,30 +214,30 @@ def test_networks_without_an_embedding_are_refused():
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["native", "eager"])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_engine_is_the_unfused_graph(net, backend, pooling, tmp_path):
-    if backend == "native" and not cpu.available():
-        pytest.skip(f"the C++ kernels are not built: {cpu.unavailable_reason()}")
+def test_engine_is_the_unfused_graph(net, pooling, tmp_path):
     x, embeddings = images(3), texts()
     expected = explain_text(net, x, embeddings, pooling, power=POOLINGS[pooling])
-    engine = Engine(net, x, backend=backend, pooling=pooling, power=POOLINGS[pooling])
-    with torch.no_grad():
-        torch.testing.assert_close(engine.predict(x), net(x), rtol=1e-4, atol=1e-5)
-    again = Engine.load(engine.save(tmp_path / "tower.engine"), backend=backend)
-    for given in (engine.explain_text(x, 3 * embeddings), again.explain_text(x, embeddings, prompts=["a", "b", "c"])):
+    engine = Engine(net, x, backend="eager", pooling=pooling, power=POOLINGS[pooling])
+    path = engine.save(tmp_path / "tower.engine")
+    backends = ["eager", "native"] if cpu.available() else ["eager"]
+    engines = [engine, *(Engine.load(path, backend=backend) for backend in backends)]
+    for one in engines:
+        with torch.no_grad():
+            torch.testing.assert_close(one.predict(x), net(x), rtol=1e-4, atol=1e-5)
+        given = one.explain_text(x, 3 * embeddings, prompts=["a", "b", "c"])
         close(given.logits, expected.logits.numpy(), TOLERANCES["logits_b2"])
         close(given.weights, expected.weights.numpy(), TOLERANCES["weights_b2"])
         close(given.contributions, expected.contributions.numpy(), TOLERANCES["weights_b2"])
         assert float(given.completeness_error().max()) < TOLERANCES["completeness"]
         assert given.target.tolist() == [[0, 1, 2]] * 3
-    assert given.class_name(2) == "c"
-    assert engine.explain_text(images(0), embeddings).weights.shape == (0, 3, 6, SIZE, SIZE)
+        assert given.class_name(2) == "c"
+        assert one.explain_text(images(0), embeddings).weights.shape == (0, 3, 6, SIZE, SIZE)
 
 
 @pytest.mark.parametrize(("pooling", "forward_dtype"), [("mean", None), ("max", torch.float32)])
 def test_engine_of_bfloat16(pooling, forward_dtype):
-    net, x, embeddings = bcosify(seeded(resnet_tower(), 5), Recipe.clip())[0].eval(), images(2), texts()
+    net, x, embeddings = converted("resnet"), images(2), texts()
     power = POOLINGS[pooling]
     expected = explain_text(net, x, embeddings, pooling, power=power)
     options = {"dtype": torch.bfloat16, "forward_dtype": forward_dtype, "pooling": pooling, "power": power}
@@ -239,7 +248,7 @@ def test_engine_of_bfloat16(pooling, forward_dtype):
 
 
 def test_engines_explain_what_their_network_returns():
-    net = bcosify(seeded(resnet_tower(), 5), Recipe.clip())[0].eval()
+    net = converted("resnet")
     engine = Engine(net, (SIZE, SIZE), backend="eager")
     with pytest.raises(InvalidArgumentError, match="explain_text instead"):
         engine.explain(images(1))

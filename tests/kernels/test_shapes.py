@@ -104,6 +104,72 @@ def test_layers_of_images(shape, last, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", [(2, 8, 7, 6), (1, 130, 3, 3), (2, 1, 4, 5), (0, 8, 4, 4)])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [((3, 3), (2, 2), (1, 1)), ((2, 3), (1, 2), (0, 1))])
+def test_pools(shape, kernel, stride, padding, last, dtype):
+    x, groups = images(*shape, dtype, last), 1 if shape[1] == 1 else 2
+    for ceil in (False, True):
+        compare("avg_pool2d", x, kernel, stride, padding, ceil)
+        compare("avg_pool2d", x, kernel, stride, padding, ceil, False, True, groups)
+        compare("max_pool2d", x, kernel, stride, padding, (1, 1), ceil)
+        compare("max_pool2d", x, kernel, stride, padding, (1, 1), ceil, True, True, groups)
+        y, index, _ = reference_layers.max_pool2d(x, kernel, stride, padding, (1, 1), ceil, True)
+        grad = torch.cat([y, y])
+        for rest in ((), (x, None, x, True), (None, torch.cat([x, x]))):
+            compare("avg_pool2d_transposed", grad, shape[2:], kernel, stride, padding, ceil, True, *rest)
+            compare("max_pool2d_transposed", grad, index, shape[2:], kernel, stride, padding, (1, 1), *rest)
+    compare("max_pool2d", images(1, 2, 20, 20, dtype), (17, 17), (1, 1), (0, 0), (1, 1), False, True)
+    compare("max_pool2d", images(1, 2, 9, 9, dtype), (2, 2), (1, 1), (0, 0), (3, 2), False, True)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("six", [False, True])
+def test_encoding(six, last):
+    statistics = torch.rand(6 if six else 3)
+    for given in (images(2, 3, 5, 4, last=last), torch.zeros(0, 3, 4, 4, dtype=torch.uint8)):
+        for dtype in DTYPES:
+            compare("encode_image", given, statistics, statistics, six, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [(4,), (2, 3), (2, 1, 3), (0, 5), ()])
+def test_norms_of_rows(rows, dtype):
+    weight = torch.rand(6, dtype=dtype)
+    for x in (torch.randn(*rows, 6, dtype=dtype), torch.randn(6, *rows, dtype=dtype).movedim(0, -1)):
+        for squares in (False, True):
+            compare("layer_norm", x, weight, None, 1e-6, squares)
+        _, rstd, _ = reference_layers.layer_norm(x, None, None, 1e-6)
+        compare("layer_norm_transposed", x, rstd, weight)
+        if rows:
+            compare("layer_norm_transposed", torch.cat([x, x]), rstd, None, torch.cat([x, x]))
+        compare_norm("row_norm", x, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", [(2, 8, 7, 6), (1, 1, 5, 5), (0, 8, 4, 4)])
+def test_norms_of_patches(shape, last, dtype):
+    x = images(*shape, dtype, last)
+    for groups in {1, shape[1], max(1, shape[1] // 2)}:
+        for geometry in (
+            ((3, 3), (2, 2), (1, 1), (1, 1)),
+            ((1, 1), (1, 1), (0, 0), (1, 1)),
+            ((2, 2), (1, 2), (0, 1), (2, 1)),
+        ):
+            compare_norm("patch_norm", x, *geometry, groups, 1e-6)
+
+
+def compare_norm(name, *args):
+    """The op's result, with data and without."""
+    expected = described(getattr(reference, name)(*args))
+    op = getattr(torch.ops.bcos_rt, name)
+    assert described(op(*args)) == expected
+    with FakeTensorMode() as mode:
+        assert described(op(mode.from_tensor(args[0]), *args[1:])) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_attention(dtype):
     query, key, value = (torch.randn(2, 3, n, d, dtype=dtype) for n, d in ((5, 4), (7, 4), (7, 6)))
     compare("attention", query, key, value, torch.zeros(5, 7), 0.5)
