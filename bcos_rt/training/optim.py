@@ -53,7 +53,12 @@ def make_optimizers(
 
 
 def set_fused(optimizer: Optimizer, fused: bool) -> None:
-    """Make an optimiser use torch's fused kernels or not; also one that was loaded from a file of the other kind."""
+    """Make an optimiser use torch's fused kernels or not; also one that was loaded from a file of the other kind.
+
+    SGD's fused kernel takes no weights in shards: it is then the other one.
+    """
+    if isinstance(optimizer, SGD):
+        fused = fused and not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = (True, False) if fused else (None, None)
         for parameter in group["params"]:
@@ -65,18 +70,17 @@ def set_fused(optimizer: Optimizer, fused: bool) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def step_all(optimizers: Sequence[Optimizer], finite: Tensor, fused: bool) -> None:
+def step_all(optimizers: Sequence[Optimizer], finite: Tensor) -> None:
     """One step of all optimisers, or of none where the gradients are not ``finite``, a boolean scalar.
 
-    Fused optimisers find that out on the device; otherwise this waits for it.
+    Fused optimisers find that out on the device; others wait for it.
     """
-    if fused:
-        for optimizer in optimizers:
+    for optimizer in optimizers:
+        if optimizer.param_groups[0]["fused"]:
             # What torch's GradScaler tells fused optimisers.
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             optimizer.step()
-    elif bool(finite):
-        for optimizer in optimizers:
+        elif bool(finite):
             optimizer.step()
 
 

@@ -87,6 +87,12 @@ class RunFolder:
         """Write ``recipe.json``."""
         write_json(self.path / "recipe.json", {"recipe": recipe.to_dict(), **about})
 
+    def tidy(self) -> None:
+        """Remove what killed processes left of files they were writing."""
+        for stem in ("recipe", "metrics", "steps", "state", "last", "best", "ema"):
+            for left in self.path.glob(f".{stem}-*"):
+                left.unlink()
+
     def read_state(self, recipe: TrainingRecipe) -> dict[str, Any]:
         """The state file, checked against the recipe.
 

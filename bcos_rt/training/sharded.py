@@ -6,6 +6,7 @@ the forward and backward pass. Rows of a convolution's or linear layer's weight 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,7 +18,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-__all__ = ["clip_norm", "copy_whole", "load_whole", "local", "share_out", "shared_like", "whole", "whole_state"]
+from bcos_rt.errors import InvalidArgumentError
+
+__all__ = [
+    "broadcast",
+    "clip_norm",
+    "copy_whole",
+    "load_whole",
+    "local",
+    "share_out",
+    "shared_like",
+    "whole",
+    "whole_state",
+]
 
 
 def share_out(net: nn.Module, device: torch.device) -> nn.Module:
@@ -25,14 +38,29 @@ def share_out(net: nn.Module, device: torch.device) -> nn.Module:
 
     The network is one unit: which of its modules are called, and which are only read by others, a traced network does
     not say. Scalars (a learned B) stay whole: their gradients are each process's own.
+
+    Raises:
+        InvalidArgumentError: parameters of several dtypes are trained.
     """
+    dtypes = sorted({str(p.dtype) for p in net.parameters() if p.requires_grad})
+    if len(dtypes) > 1:
+        raise InvalidArgumentError(
+            "net", f"trained parameters of {' and '.join(dtypes)}", "one dtype, with strategy='fsdp'"
+        )
     net.to(device)
-    for tensor in (*net.parameters(), *net.buffers()):
-        dist.broadcast(tensor.detach(), 0)
+    for parameter in net.parameters():
+        parameter.data = parameter.data.contiguous()  # rows, not channels last
+    broadcast((*net.parameters(), *net.buffers()))
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     scalars = {p for p in net.parameters() if p.ndim == 0}
     fully_shard(net, mesh=mesh, ignored_params=scalars)
     return net
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give every process the first one's values."""
+    for tensor in tensors:
+        dist.broadcast(tensor.detach(), 0)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -47,25 +75,26 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_whole(source: nn.Module, target: nn.Module) -> None:
-    """Copy the state of a network that is shared out into one that is not, in every process."""
-    targets = target.state_dict()
-    for name, value in source.state_dict().items():
-        targets[name].copy_(whole(value))
+    """Copy parameters and buffers of a network that is shared out into one that is not, in every process."""
+    for kind in ("named_parameters", "named_buffers"):
+        targets = dict(getattr(target, kind)(remove_duplicate=False))
+        for name, value in getattr(source, kind)(remove_duplicate=False):
+            targets[name].copy_(whole(value))
 
 
 def whole_state(thing: nn.Module | Optimizer) -> dict[str, Any]:
     """The state dictionary that ``thing`` would have if nothing of it were shared out."""
-    state: dict[str, Any] = _mapped(thing.state_dict())
+    state: dict[str, Any] = thing.state_dict()
+    if isinstance(thing, Optimizer):  # its inner dictionaries are the optimiser's own
+        return {**state, "state": {i: {k: _on_host(v) for k, v in one.items()} for i, one in state["state"].items()}}
+    for name, value in state.items():  # in place: an attribute of it has the versions of the layers
+        state[name] = _on_host(value)
     return state
 
 
-def _mapped(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _mapped(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_mapped(v) for v in value)
+def _on_host(value: Any) -> Any:
     # What is whole may be more than a GPU holds.
-    return whole(value).cpu() if isinstance(value, DTensor) else value
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def load_whole(thing: nn.Module | Optimizer, state: Mapping[str, Any]) -> None:
@@ -76,7 +105,9 @@ def load_whole(thing: nn.Module | Optimizer, state: Mapping[str, Any]) -> None:
         thing.load_state_dict({**state, "state": moments})
     else:
         now = thing.state_dict()
-        thing.load_state_dict({k: shared_like(v, now[k]) if k in now else v for k, v in state.items()})
+        shared = OrderedDict((k, shared_like(v, now[k]) if k in now else v) for k, v in state.items())
+        shared._metadata = getattr(state, "_metadata", now._metadata)  # type: ignore[attr-defined]
+        thing.load_state_dict(shared)
 
 
 def shared_like(value: Any, other: Tensor) -> Any:

@@ -49,7 +49,7 @@ from bcos_rt.training.optim import clip_adaptively, make_optimizers, set_fused, 
 from bcos_rt.training.recipe import TrainingRecipe
 from bcos_rt.training.run import Progress, RunFolder, save_network
 from bcos_rt.training.schedules import Schedule
-from bcos_rt.training.sharded import clip_norm, copy_whole, load_whole, share_out, whole_state
+from bcos_rt.training.sharded import broadcast, clip_norm, copy_whole, load_whole, share_out, whole_state
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -305,7 +305,7 @@ class _Training:
         fabric.strategy.precision.convert_module(net)
         # With shards a copy is trained, and those who look at the network look at the whole one, which `_gather` fills.
         self.sharded = isinstance(fabric.strategy, ModelParallelStrategy)
-        self.trained = copy.deepcopy(net) if self.sharded else net
+        self.trained = _copied(net) if self.sharded else net
         self.teaching = None
         if recipe.distillation is not None and teacher is not None:
             self.teaching = Teaching(self.trained, teacher, recipe.distillation).to(fabric.device)
@@ -333,6 +333,8 @@ class _Training:
 
     def run(self, console: Console) -> TrainingResult:
         """Train to the end, or to the first signal."""
+        if self.folder is not None and self.fabric.is_global_zero:
+            self.folder.tidy()
         if self.folder is not None and self.folder.state.exists():
             self._load()
             if self.fabric.is_global_zero:
@@ -501,6 +503,10 @@ class _Training:
         if self.label_loss is not None:
             check_label(self.largest_label, logits.shape[1])
             losses["labels"] = self.label_loss(logits.float() if logits.dtype.itemsize < 4 else logits, labels)
+        if self.sharded:
+            # FSDP's backward pass begins at the network's output, which a loss of features alone does not reach.
+            nothing = torch.where(torch.zeros_like(logits, dtype=torch.bool), logits, 0).sum()
+            losses = {name: value + nothing for name, value in losses.items()}
         if self.embeds and taught is not None:
             return losses, agreement(logits.detach(), taught).mean()
         hard = labels if labels.ndim == 1 else labels.argmax(1)
@@ -524,7 +530,7 @@ class _Training:
         if self.recipe.clip_norm is not None:
             clip_norm(parameters[0], self.recipe.clip_norm)
         # A step that is not finite changes no weight: with loss scaling it is the scale's to fall, else the run ends.
-        step_all(self.optimizers, finite, self.fused)
+        step_all(self.optimizers, finite)
         if scaler is not None:
             scaler.update()
         with torch.no_grad():
@@ -565,9 +571,10 @@ class _Training:
         return [self.net] if self.averaged is None else [self.net, self.averaged]
 
     def _gather(self) -> None:
-        """Make what is looked at what was trained; all processes together."""
+        """Make what is looked at what was trained, all processes together; running statistics are the first one's."""
         if self.sharded:
             for trained, whole in zip(self._trained(), self._whole(), strict=True):
+                broadcast(trained.buffers())
                 copy_whole(trained, whole)
 
     def _set_lr(self, step: int) -> None:
@@ -916,6 +923,7 @@ class _Training:
                 again = first_not_finite(self.trained, partial(compute, *part))
                 found = found or again
         found, names = self._first_of_all(found, list(bad))
+        self._gather()
         what = "gradient"
         if in_loss:
             what = f"loss ({', '.join(names)})" if names else "loss"
@@ -992,6 +1000,14 @@ def _check_metrics(embeds: bool, recipe: TrainingRecipe, validated: bool, explai
         raise InvalidArgumentError("recipe.select", "'top1'", "'cosine' or 'loss': the network returns an embedding")
     if explained:
         raise InvalidArgumentError("explain_images", "images", "None: an embedding is explained for texts")
+
+
+def _copied(net: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(net)
+    except RuntimeError as error:
+        got = f"a {type(net).__name__} that cannot be copied ({error})"
+        raise InvalidArgumentError("net", got, "one that can, for strategy='fsdp'") from error
 
 
 def _average(net: nn.Module, decay: float, sharded: bool) -> AveragedModel:

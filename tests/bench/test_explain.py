@@ -214,7 +214,7 @@ def command(*arguments):
 
 def test_the_command_writes_a_whole_table_and_goes_on_where_it_stopped(tmp_path):
     pytest.importorskip("onnxruntime")
-    names = ("plain_eager", "onnx", "plain_onnx")
+    names = ("plain_eager", "onnx")
     chosen = [word for n in names for word in ("--contender", n)]
     given = (
         "main",

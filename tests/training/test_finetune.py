@@ -27,7 +27,7 @@ from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.nn.exponent import exponents, learn_exponents
 from bcos_rt.nn.network import BcosNetwork
 from bcos_rt.nn.norms import BatchNormUncentered2d
-from bcos_rt.training import Distillation, TrainingRecipe
+from bcos_rt.training import Distillation, TrainingRecipe, TrainingResult
 from bcos_rt.training.optim import clip_adaptively
 from tests.training.worker import colours, convnet, network
 
@@ -326,6 +326,35 @@ def test_a_run_stopped_between_epochs_goes_on_exactly(tmp_path: Path) -> None:
     # A finished run stays as it is.
     done = finetune(with_dropout(), colours(48), RANDOM, validation=colours(16), output=tmp_path / "run", resume=True)
     assert without_times(done.history) == without_times(straight.history)
+
+
+class Versioned(nn.Linear):
+    """A layer that reads states of its own version alone, as torch's layers read older ones differently."""
+
+    _version = 3
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        assert metadata.get("version") == 3
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_a_state_knows_the_versions_of_its_layers(tmp_path: Path) -> None:
+    def run() -> TrainingResult:
+        source = convnet()
+        source[-1] = Versioned(12, 3)
+        return finetune(ConventionalNetwork(source), colours(32), PLAIN, output=tmp_path / "run", resume=True)
+
+    assert weights(run().net).keys() == weights(run().net).keys()
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    left, other = tmp_path / "run" / ".state-k1ll3d00.pt", tmp_path / "run" / "notes-state-.pt"
+    left.parent.mkdir()
+    for path in (left, other):
+        path.write_bytes(b"half")
+    finetune(network(), colours(32), PLAIN.replace(epochs=1), output=tmp_path / "run")
+    assert not left.exists()
+    assert other.read_bytes() == b"half"
 
 
 class _Signalling(torch.utils.data.Dataset[tuple[Tensor, int]]):

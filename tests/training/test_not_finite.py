@@ -196,7 +196,7 @@ def test_a_state_of_the_other_kind_of_optimiser_goes_on(optimizer: str) -> None:
                 set_fused(made, fused)
             for i in range(3):
                 layer.weight.grad = gradients[i + 3 * (state is not None)].clone()
-                step_all([made], torch.tensor(i != 1), fused)
+                step_all([made], torch.tensor(i != 1))
             state = made.state_dict()
         found.append(layer.weight.detach().clone())
     for other in found[1:]:

@@ -21,7 +21,8 @@ from bcos_rt.data import Augmentation
 from bcos_rt.data.loading import loader
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, TrainingInterruptedError
 from bcos_rt.training import TrainingRecipe, trainer
-from tests.training.worker import colours, network
+from bcos_rt.training.sharded import share_out
+from tests.training.worker import colours, convnet, network
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = TrainingRecipe(
@@ -84,8 +85,11 @@ def test_a_process_may_have_no_image_to_validate(found: list[dict[str, Any]]) ->
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_all_processes_end_where_one_has_a_loss_that_is_not_finite(found: list[dict[str, Any]], strategy: str) -> None:
-    said = found[0]["bad"][strategy]
-    assert said == found[1]["bad"][strategy]
+    said, weights = found[0]["bad"][strategy]
+    assert [said, weights] == found[1]["bad"][strategy]
+    # Those after the first step.
+    assert weights == pytest.approx(found[0]["bad"]["ddp"][1], rel=1e-5)
+    assert weights != pytest.approx([float(p.detach().double().sum()) for p in convnet().parameters()], rel=1e-5)
     assert "the loss (labels) is not finite in epoch 1, step 2 of 4" in said
     assert "the output of model.3 (Later), in process 1" in said
 
@@ -130,7 +134,24 @@ def test_with_shards_a_run_is_what_it_is_without(folder: Path) -> None:
 
 def test_the_norm_that_is_clipped_is_that_of_all_rows(found: list[dict[str, Any]]) -> None:
     for one in found:
-        assert one["clipped"]["fsdp"] == pytest.approx(one["clipped"]["ddp"], rel=1e-4, abs=1e-5)
+        for strategy in ("fsdp", "fsdp fused"):
+            assert one["clipped"][strategy] == pytest.approx(one["clipped"]["ddp"], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("what", ["weights", "buffers", "losses", "agreement"])
+def test_features_alone_teach_a_network_with_running_statistics(found: list[dict[str, Any]], what: str) -> None:
+    for one in found:
+        assert one["taught"]["fsdp"][what] == pytest.approx(found[0]["taught"]["ddp"][what], rel=1e-4, abs=1e-5)
+    first, last = found[0]["taught"]["ddp"]["losses"]
+    assert last < 0.9 * first
+
+
+def test_what_cannot_be_shared_out_is_named() -> None:
+    mixed = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).double())
+    with pytest.raises(InvalidArgumentError, match=r"net: got .*torch\.float32 and torch\.float64.*'fsdp'"):
+        share_out(mixed, torch.device("cpu"))
+    with pytest.raises(InvalidArgumentError, match="net: got a Linear that cannot be copied"):
+        trainer._copied(torch.nn.utils.weight_norm(torch.nn.Linear(3, 3)))
 
 
 def test_a_run_with_shards_that_stopped_goes_on_as_if_it_had_not(found: list[dict[str, Any]], folder: Path) -> None:

@@ -65,8 +65,11 @@ def few_to_validate() -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k.startswith(("val", "ema"))} for row in result.history]
 
 
-def bad_in_one_process(rank: int, strategy: str) -> str:
-    """Infinite in the second process alone, from the second step on; numbers are read at the end of an epoch."""
+def bad_in_one_process(rank: int, strategy: str) -> tuple[str, list[float]]:
+    """Infinite in the second process alone, from the second step on; numbers are read at the end of an epoch.
+
+    What was said, and the network: as after the first step.
+    """
 
     class Later(nn.Module):
         calls = 0
@@ -77,11 +80,58 @@ def bad_in_one_process(rank: int, strategy: str) -> str:
 
     source = convnet()
     source.insert(3, Later())
+    net, said = ConventionalNetwork(source), "nothing"
     try:
-        finetune(ConventionalNetwork(source), colours(64), PLAIN, accelerator="cpu", strategy=strategy)
+        finetune(net, colours(64), PLAIN, accelerator="cpu", strategy=strategy)
     except TrainingError as error:
-        return str(error)
-    return "nothing"
+        said = str(error)
+    return said, [float(p.detach().double().sum()) for p in net.parameters()]
+
+
+class Centred(nn.Module):
+    """A running mean that is not saved, used in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6), persistent=False)
+        self.mean: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+            return x
+        return x - self.mean[:, None, None]
+
+
+def taught(strategy: str) -> dict[str, list[float]]:
+    """Distilled from features alone, of the last layer with weights (channels last); with running statistics."""
+
+    def net(seed: int) -> ConventionalNetwork:
+        torch.manual_seed(seed)
+        layers = (nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), Centred(), nn.ReLU(), nn.Conv2d(6, 4, 3, 2))
+        made = ConventionalNetwork(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+        return made.to(memory_format=torch.channels_last)
+
+    recipe = PLAIN.replace(
+        loss="none", ema=0.7, distillation=Distillation(logits=0.0, features=1.0, modules=("4",)), channels_last=True
+    )
+    result = finetune(
+        net(0),
+        colours(64),
+        recipe,
+        teacher=net(1),
+        validation=colours(21, seed=1),
+        accelerator="cpu",
+        strategy=strategy,
+    )
+    assert result.averaged is not None
+    nets = [result.net, result.averaged]
+    return {
+        "weights": [float(p.detach().double().sum()) for one in nets for p in one.parameters()],
+        "buffers": [float(b.double().sum()) for one in nets for b in one.buffers()],
+        "losses": [float(row["train_loss"]) for row in result.history],
+        "agreement": [float(row["val_top1"]) for row in result.history],
+    }
 
 
 # What looks at weights, gradients or optimiser states: clipping by filter, decay, averages, a learned B (a scalar,
@@ -136,9 +186,13 @@ def sharded(folder: Path) -> dict[str, Any]:
 
 
 def clipped(strategy: str) -> list[float]:
-    """Clipped as a whole in every step; Adam would not see by how much."""
+    """Clipped as a whole in every step; Adam would not see by how much. As on a GPU, where ``strategy`` says so."""
+    before, trainer.FUSED_DEVICES = trainer.FUSED_DEVICES, ("cpu",) if "fused" in strategy else ()
     recipe = PLAIN.replace(loss="bce", optimizer="sgd", lr=0.1, clip_norm=0.02, ema=0.9, sync_norms=True)
-    result = finetune(biased(), colours(64), recipe, accelerator="cpu", strategy=strategy)
+    try:
+        result = finetune(biased(), colours(64), recipe, accelerator="cpu", strategy=strategy.split()[0])
+    finally:
+        trainer.FUSED_DEVICES = before
     return numbers_of(result.net) + numbers_of(result.averaged)
 
 
@@ -157,7 +211,8 @@ def main() -> None:
     found = {
         "siglip": siglip(), "few": few_to_validate(), "world": torch.distributed.get_world_size(),
         "bad": {strategy: bad_in_one_process(rank, strategy) for strategy in ("ddp", "fsdp")},
-        "clipped": {strategy: clipped(strategy) for strategy in ("ddp", "fsdp")},
+        "clipped": {strategy: clipped(strategy) for strategy in ("ddp", "fsdp", "fsdp fused")},
+        "taught": {strategy: taught(strategy) for strategy in ("ddp", "fsdp")},
         "sharded": sharded(folder / "fsdp"), "stopped": sharded_and_stopped(folder / "resumed"),
     }  # fmt: skip
     run(folder / "ddp", strategy="ddp")
