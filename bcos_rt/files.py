@@ -14,7 +14,16 @@ from typing import Any
 
 from bcos_rt.errors import CheckpointError
 
-__all__ = ["check_format", "ordinary_mode", "read_rows", "replacing", "write_csv", "write_json", "write_text"]
+__all__ = [
+    "check_format",
+    "ordinary_mode",
+    "read_rows",
+    "remove_leftovers",
+    "replacing",
+    "write_csv",
+    "write_json",
+    "write_text",
+]
 
 
 def ordinary_mode(path: str | os.PathLike[str]) -> None:
@@ -62,6 +71,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left of :func:`replacing` ``path``; nothing else may be writing it."""
+    path = Path(path)
+    for left in path.parent.glob(f".{path.stem}-*{path.suffix}"):
+        left.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -874,17 +874,7 @@ def patch_norm(
         return _own(reference.patch_norm(x, kernel_size, stride, padding, dilation, groups, eps), x)
 
 
-@patch_norm.register_fake
-def _(
-    x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    eps: float,
-) -> Tensor:
-    return patch_norm_shape(x, kernel_size, stride, padding, dilation, groups, eps)
+patch_norm.register_fake(patch_norm_shape)
 
 
 @torch.library.custom_op("bcos_rt::row_norm", mutates_args=())
@@ -893,9 +883,7 @@ def row_norm(x: Tensor, eps: float) -> Tensor:
     return reference.row_norm(x, eps)
 
 
-@row_norm.register_fake
-def _(x: Tensor, eps: float) -> Tensor:
-    return row_norm_shape(x, eps)
+row_norm.register_fake(row_norm_shape)
 
 
 @torch.library.custom_op("bcos_rt::dynamic_scale", mutates_args=())

@@ -28,7 +28,7 @@ from torch import nn
 
 from bcos_rt.checkpoint import save
 from bcos_rt.errors import CheckpointError, InvalidArgumentError
-from bcos_rt.files import replacing, write_csv, write_json
+from bcos_rt.files import remove_leftovers, replacing, write_csv, write_json
 from bcos_rt.models.weights import read_torch_file
 from bcos_rt.nn.conventional import inner_network
 from bcos_rt.nn.network import BcosNetwork
@@ -89,9 +89,9 @@ class RunFolder:
 
     def tidy(self) -> None:
         """Remove what killed processes left of files they were writing."""
-        for stem in ("recipe", "metrics", "steps", "state", "last", "best", "ema"):
-            for left in self.path.glob(f".{stem}-*"):
-                left.unlink()
+        networks = (f"{name}.safetensors" for name in ("last", "best", "ema"))
+        for name in ("recipe.json", "metrics.csv", "steps.csv", "state.pt", *networks):
+            remove_leftovers(self.path / name)
 
     def read_state(self, recipe: TrainingRecipe) -> dict[str, Any]:
         """The state file, checked against the recipe.

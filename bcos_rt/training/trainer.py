@@ -641,8 +641,7 @@ class _Training:
         net.to(self.fabric.device)
         if self.fabric.world_size > 1:
             # As saved: a process's running statistics are its own.
-            for buffer in net.buffers():
-                torch.distributed.broadcast(buffer, 0)
+            broadcast(net.buffers())
         net.eval()
         for images, labels in self.validation or ():
             images = self.fabric.to_device(images)
