@@ -620,7 +620,7 @@ def test_a_file_for_another_device(tmp_path, written, monkeypatch):
 # --- sizes as text ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_sizes_come_back(data):
     sizes = Sizes()
@@ -643,15 +643,13 @@ def test_sizes_come_back(data):
 
     drawn = data.draw(tree)
     text = size_text(value(drawn, {}), names)
-    assert size_text(sizes.read(text), names) == text
-    # And it is the same number.
-    expected = value(drawn, {id(n): 4, id(k): 7})
-    found = (
-        text
-        if isinstance(text, int)
-        else eval(text, {"N": 4, "K": 7, "Mod": operator.mod, "PythonMod": operator.mod, "Max": max, "Min": min})
-    )
-    assert found == expected
+    # What was read may be written otherwise (2*(N + 1) as 2*N + 2), and is the same number.
+    again = size_text(sizes.read(text), names)
+    words = {"Mod": operator.mod, "PythonMod": operator.mod, "Max": max, "Min": min}
+    for at in ({"N": 4, "K": 7}, {"N": 9, "K": 2}, {"N": 1, "K": 50}):
+        expected = value(drawn, {id(n): at["N"], id(k): at["K"]})
+        for found in (text, again):
+            assert (found if isinstance(found, int) else eval(found, at | words)) == expected
 
 
 def test_a_stranger_among_the_sizes():
