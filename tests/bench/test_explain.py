@@ -213,8 +213,7 @@ def command(*arguments):
 
 
 def test_the_command_writes_a_whole_table_and_goes_on_where_it_stopped(tmp_path):
-    pytest.importorskip("onnxruntime")
-    names = ("plain_eager", "onnx")
+    names = ("eager",)
     chosen = [word for n in names for word in ("--contender", n)]
     given = (
         "main",

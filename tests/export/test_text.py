@@ -7,7 +7,7 @@ import torch
 from bcos_rt import Recipe, bcosify, explain_text
 from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.export import to_onnx
-from tests.explanation.test_text import POOLINGS, SIZE, TOWERS, images, resnet_tower, seeded, texts
+from tests.explanation.test_text import IN_ENGINES, POOLINGS, SIZE, TOWERS, images, resnet_tower, seeded, texts
 from tests.tolerances import TOLERANCES
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -25,8 +25,7 @@ def run(path, x, embedding):
     return dict(zip(names, values, strict=True))
 
 
-@pytest.mark.parametrize("name", TOWERS)
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize(("name", "pooling"), IN_ENGINES)
 def test_one_text_an_image(name, pooling, tmp_path):
     net, power = tower(name), POOLINGS[pooling]
     report = to_onnx(net, tmp_path / "tower.onnx", SIZE, pooling=pooling, power=power, verify_images=images())
