@@ -9,13 +9,13 @@ pytest.importorskip("onnxruntime")
 
 def test_times_a_saved_network(bcos, checkpoint, tmp_path):
     options = ("--size", 32, "--threads", 1, "--rounds", 2, "--seconds", 0, "--csv", tmp_path / "out.csv", "--json")
-    result = bcos("bench", checkpoint, "--backends", "eager,plain", *options)
+    result = bcos("bench", checkpoint, "--backends", "onnx,plain", *options)
     assert result.code == 0, result.err
     rows = {(r["contender"], r["mode"]): r for r in result.json["rows"]}
     for mode in ("forward", "explain"):
-        assert rows["eager", mode]["status"] == "ok", rows["eager", mode]
-        assert rows["eager", mode]["median_ms"] > 0
-    assert rows["eager", "explain"]["error_weights"] < 1e-3
+        assert rows["onnx", mode]["status"] == "ok", rows["onnx", mode]
+        assert rows["onnx", mode]["median_ms"] > 0
+    assert rows["onnx", "explain"]["error_weights"] < 1e-3
     assert rows["plain", "explain"]["status"] == rows["plain onnx", "forward"]["status"] == "ok"
     assert result.json["machine"]["cpu"]["model"]
     with open(tmp_path / "out.csv", newline="") as file:
