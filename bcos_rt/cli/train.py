@@ -45,6 +45,8 @@ __all__ = ["finetune", "train"]
 
 # What a shell reports of a process that SIGTERM ended.
 TERMINATED = 143
+# What JSON spells otherwise, as recipes are written in Python.
+_PYTHONS = {"True": True, "False": False, "None": None}
 # Of --conversion.
 _DEFAULT = "default"
 _HOW = "How"
@@ -363,7 +365,7 @@ def _recipe(
         if not equals:
             raise InvalidArgumentError("--set", repr(change), "FIELD=VALUE")
         try:
-            value = json.loads(text)
+            value = _PYTHONS[text] if text in _PYTHONS else json.loads(text)
         except ValueError:
             value = text
         given[field] = tuple(value) if isinstance(value, list) else value
@@ -394,7 +396,10 @@ def _line(row: dict[str, Any], epochs: int, left: float) -> str:
 
     parts = [f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}{measured('train')}"]
     parts += [name + found for name, part in (("validation", "val"), ("average", "ema")) if (found := measured(part))]
-    parts += [f"lr {row['lr']:.3g}", f"{row['images_per_s']:.1f} images/s", f"{timedelta(seconds=round(left))} left"]
+    parts.append(f"lr {row['lr']:.3g}")
+    if "images_per_s" in row:
+        parts.append(f"{row['images_per_s']:.1f} images/s")
+    parts.append(f"{timedelta(seconds=round(left))} left")
     return ", ".join(parts)
 
 

@@ -62,16 +62,21 @@ class Augmentation:
             raise InvalidArgumentError(
                 "Augmentation.policy", repr(self.policy), "'none', 'rand_augment' or 'trivial_augment'"
             )
-        for name, low, high in (("flip", 0, 1), ("erase", 0, 1), ("jitter", 0, 1), ("padding", 0, math.inf),
-                                ("magnitude", 0, 30)):  # fmt: skip
+        for name in ("flip", "erase", "jitter"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise InvalidArgumentError(f"Augmentation.{name}", repr(value), f"a number from {low} to {high:g}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise InvalidArgumentError(f"Augmentation.{name}", repr(value), "a number from 0 to 1")
+        for name, high in (("padding", math.inf), ("magnitude", 30)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= high:
+                expected = "an integer of at least 0" if high == math.inf else f"an integer from 0 to {high}"
+                raise InvalidArgumentError(f"Augmentation.{name}", repr(value), expected)
         for name in ("scale", "ratio"):
-            value = tuple(getattr(self, name))
-            if len(value) != 2 or not 0 < value[0] <= value[1]:
-                raise InvalidArgumentError(f"Augmentation.{name}", value, "two numbers, 0 < low <= high")
-            object.__setattr__(self, name, value)
+            value = getattr(self, name)
+            two = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+            if not two or not 0 < value[0] <= value[1] < math.inf:
+                raise InvalidArgumentError(f"Augmentation.{name}", repr(value), "two numbers, 0 < low <= high")
+            object.__setattr__(self, name, tuple(value))
 
     @classmethod
     def imagenet(cls, size: int = 224, **changes: Any) -> Augmentation:

@@ -32,7 +32,11 @@ class FirstBad:
 
     def factor(self) -> Tensor:
         """1, or NaN after a bad step: what a loss is multiplied with before its gradient is taken."""
-        return torch.where(self._step < 0, 1.0, torch.nan)
+        return torch.where(self.fine(), 1.0, torch.nan)
+
+    def fine(self) -> Tensor:
+        """Whether there was no bad step, a boolean scalar on the device."""
+        return self._step < 0
 
     def read(self) -> tuple[int, bool]:
         """The step, -1 for none, and whether it was its loss (not only its gradient)."""

@@ -17,10 +17,13 @@ Loss = Literal["bce", "uniform_off_bce", "cross_entropy", "none"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
 
 
-def _check_choices(settings: Any) -> None:
+def _check_kinds(settings: Any) -> None:
+    """Fields of a few values have one of them, fields that are true or false are."""
     hints = get_type_hints(type(settings))
     for entry in fields(settings):
         hint, got = hints[entry.name], getattr(settings, entry.name)
+        if hint is bool and not isinstance(got, bool):
+            raise InvalidTypeError(f"{type(settings).__name__}.{entry.name}", repr(got), "True or False")
         if get_origin(hint) is Literal and got not in get_args(hint):
             raise InvalidArgumentError(
                 f"{type(settings).__name__}.{entry.name}",
@@ -76,21 +79,22 @@ class Distillation:
     embedding: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_kinds(self)
         unbounded = (0.0, math.inf)
         _check_numbers(
             self, logits=unbounded, features=unbounded, siglip=unbounded, embedding=unbounded,
             temperature=(1e-6, math.inf),
         )  # fmt: skip
-        if not isinstance(self.siglip_learned, bool):
-            raise InvalidTypeError("Distillation.siglip_learned", repr(self.siglip_learned), "True or False")
-        if isinstance(self.modules, str) or not all(isinstance(m, str) for m in self.modules):
+        if not isinstance(self.modules, list | tuple) or not all(isinstance(m, str) for m in self.modules):
             raise InvalidTypeError("Distillation.modules", repr(self.modules), "a sequence of module names")
         object.__setattr__(self, "modules", tuple(self.modules))
         if self.features > 0 and not self.modules:
             raise InvalidArgumentError("Distillation.modules", "()", "module names, for features > 0")
         if self.logits == self.features == self.siglip == self.embedding == 0:
             raise InvalidArgumentError("Distillation", "all weights 0", "a weight > 0, or no distillation")
+        if self.temperature != 1 and (self.logits == 0 or self.logit_loss != "kl"):
+            got = f"{self.temperature} with logits={self.logits:g}, logit_loss={self.logit_loss!r}"
+            raise InvalidArgumentError("Distillation.temperature", got, "1, as it is of logit_loss='kl' alone")
 
 
 @dataclass(frozen=True)
@@ -108,13 +112,13 @@ class TrainingRecipe:
         optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"`` (Nesterov off).
         lr: peak learning rate.
         momentum, betas: of SGD; of Adam and AdamW.
-        weight_decay: in Adam and SGD an L2 term, decoupled in AdamW. Not on biases, norms and a learned B unless
-            ``decay_all``.
+        weight_decay: in Adam and SGD an L2 term, decoupled in AdamW. Not on biases and norms unless ``decay_all``, and
+            never on a learned B.
         schedule: ``"cosine"`` to ``min_lr``; ``"cosine_restarts"`` the same again and again, a period of
             ``restart_epochs``, each ``restart_factor`` as long as the one before (SGDR, Loshchilov & Hutter 2017);
             ``"constant"``.
-        warmup_epochs, warmup_steps: before the schedule, one of the two; ``warmup`` ``"linear"`` rises from
-            ``warmup_factor`` times lr, ``"constant"`` stays there.
+        warmup_epochs, warmup_steps: before the schedule, one of the two (steps need ``step_schedule``); ``warmup``
+            ``"linear"`` rises from ``warmup_factor`` times lr, ``"constant"`` stays there.
         step_schedule: whether the rate changes with every step or (False, as the published CNNs') with every epoch.
         loss: on labels. ``"bce"``: binary cross-entropy with one-hot targets; ``"uniform_off_bce"``: its targets are
             ``off_value`` (default 1 / classes) instead of 0 for the wrong classes; ``"cross_entropy"``; ``"none"``
@@ -137,6 +141,8 @@ class TrainingRecipe:
             ``"64-true"``. Norms compute in fp32 in any case.
         channels_last: the images' memory format; what convolutions here are fastest in.
         sync_norms: uncentred BatchNorms take their statistics over all processes.
+        freeze_norms: norms with running statistics use them, and leave them as they are: for few images or small
+            batches.
         seed: of the order of images, augmentation, dropout.
         select: metric that decides which epoch is best: ``"top1"``, ``"loss"``, or for networks whose output is an
             embedding ``"cosine"``, the mean agreement with the teacher; of the validation data, by the network itself
@@ -180,13 +186,14 @@ class TrainingRecipe:
     precision: Precision = "32-true"
     channels_last: bool = True
     sync_norms: bool = False
+    freeze_norms: bool = False
     seed: int = 0
     select: Literal["top1", "loss", "cosine"] = "top1"
     validate_every: int = 1
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_kinds(self)
         for name, low in (
             ("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("warmup_steps", 0), ("validate_every", 1),
             ("log_every", 1), ("seed", 0),
@@ -208,13 +215,23 @@ class TrainingRecipe:
             if not isinstance(value, kind) and not (value is None and name != "augmentation"):
                 expected = kind.__name__ + ("" if name == "augmentation" else " or None")
                 raise InvalidTypeError(f"TrainingRecipe.{name}", repr(value), expected)
+        if not isinstance(self.betas, list | tuple) or not all(isinstance(b, int | float) for b in self.betas):
+            raise InvalidTypeError("TrainingRecipe.betas", repr(self.betas), "two numbers in [0, 1)")
         object.__setattr__(self, "betas", tuple(self.betas))
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InvalidArgumentError("TrainingRecipe.betas", self.betas, "two numbers in [0, 1)")
+        for name, (by, users) in _USED_BY.items():
+            if getattr(self, by) not in users and getattr(self, name) != _DEFAULTS[name]:
+                got = f"{getattr(self, name)!r} with {by}={getattr(self, by)!r}, which does not use it"
+                expected = f"{_DEFAULTS[name]!r}, or {by} {' or '.join(map(repr, users))}"
+                raise InvalidArgumentError(f"TrainingRecipe.{name}", got, expected)
         if self.warmup_epochs and self.warmup_steps:
             raise InvalidArgumentError(
                 "TrainingRecipe.warmup_steps", self.warmup_steps, "0 beside warmup_epochs", " (give one of the two)"
             )
+        if self.warmup_steps and not self.step_schedule:
+            got = f"{self.warmup_steps} with step_schedule=False"
+            raise InvalidArgumentError("TrainingRecipe.warmup_steps", got, "0 (warmup_epochs), or step_schedule=True")
         if self.batch_size < self.accumulate:
             raise InvalidArgumentError("TrainingRecipe.accumulate", self.accumulate, f"at most {self.batch_size}")
         if self.loss == "none" and self.distillation is None:
@@ -314,6 +331,18 @@ class TrainingRecipe:
 
 
 _FIELDS = tuple(entry.name for entry in fields(TrainingRecipe))
+# Fields that only some choices of another field use; elsewhere they are at their defaults.
+_DEFAULTS = {entry.name: entry.default for entry in fields(TrainingRecipe)}
+_USED_BY = {
+    "momentum": ("optimizer", ("sgd",)),
+    "betas": ("optimizer", ("adam", "adamw")),
+    "min_lr": ("schedule", ("cosine", "cosine_restarts")),
+    "restart_epochs": ("schedule", ("cosine_restarts",)),
+    "restart_factor": ("schedule", ("cosine_restarts",)),
+    "smoothing": ("loss", ("bce", "cross_entropy")),
+    "off_value": ("loss", ("uniform_off_bce",)),
+    "b_lr": ("learn_b", (True,)),
+}
 _NESTED: dict[str, Any] = {"distillation": Distillation, "augmentation": Augmentation, "mixing": Mixing}
 
 

@@ -5,7 +5,7 @@ file                   what it holds
 =====================  ================================================================================
 ``recipe.json``        the training recipe and what was trained on
 ``metrics.csv``        a row an epoch
-``steps.csv``          a row every ``log_every`` steps
+``steps.csv``          a row every ``log_every`` steps, of the first process's part of the batch
 ``state.pt``           everything needed to go on: weights, optimisers, averages, the rows so far
 ``last.safetensors``   the network after the last finished epoch; of a B-cos network a checkpoint of its own
 ``best.safetensors``   the same after the best epoch
@@ -28,7 +28,7 @@ from torch import nn
 
 from bcos_rt.checkpoint import save
 from bcos_rt.errors import CheckpointError, InvalidArgumentError
-from bcos_rt.files import remove_leftovers, replacing, write_csv, write_json
+from bcos_rt.files import read_rows, remove_leftovers, replacing, write_csv, write_json
 from bcos_rt.models.weights import read_torch_file
 from bcos_rt.nn.conventional import inner_network
 from bcos_rt.nn.network import BcosNetwork
@@ -37,8 +37,9 @@ from bcos_rt.training.recipe import TrainingRecipe
 __all__ = ["Progress", "RunFolder", "save_network"]
 
 STATE_VERSION = 1
-# Fields in which a resumed run may differ from its beginning: they change no weight.
-FREE_FIELDS = ("log_every", "validate_every", "select")
+_NETWORKS = ("last.safetensors", "best.safetensors", "ema.safetensors")
+# Fields in which a resumed run may differ from its beginning: they change no weight, nor which epoch is best.
+FREE_FIELDS = ("log_every", "validate_every")
 
 
 @dataclass
@@ -87,10 +88,20 @@ class RunFolder:
         """Write ``recipe.json``."""
         write_json(self.path / "recipe.json", {"recipe": recipe.to_dict(), **about})
 
+    def check_new(self, resume: bool) -> None:
+        """Refuse a folder whose networks would be overwritten although no state says how far they are.
+
+        A process killed in its first epoch, between writing its networks and its state, leaves one epoch.
+        """
+        found = [name for name in (*_NETWORKS, "metrics.csv") if (self.path / name).exists()]
+        epochs = len(read_rows(self.path / "metrics.csv")) if "metrics.csv" in found else 0
+        if found and not (resume and epochs <= 1):
+            got = f"{str(self.path)!r}, which holds {', '.join(found)} of a run without its {self.state.name}"
+            raise InvalidArgumentError("output", got, "a new folder")
+
     def tidy(self) -> None:
         """Remove what killed processes left of files they were writing."""
-        networks = (f"{name}.safetensors" for name in ("last", "best", "ema"))
-        for name in ("recipe.json", "metrics.csv", "steps.csv", "state.pt", *networks):
+        for name in ("recipe.json", "metrics.csv", "steps.csv", "state.pt", *_NETWORKS):
             remove_leftovers(self.path / name)
 
     def read_state(self, recipe: TrainingRecipe) -> dict[str, Any]:

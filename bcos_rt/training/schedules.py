@@ -64,7 +64,8 @@ class Schedule:
 
 def _share_of_period(epoch: float, first: float, factor: float) -> float:
     length = first
-    while epoch >= length:
-        epoch -= length
+    # Fractions of epochs have rounding errors; a period's first step is not the last of the one before.
+    while epoch >= length * (1 - 1e-9):
+        epoch = max(epoch - length, 0.0)
         length *= factor
     return epoch / length

@@ -49,7 +49,7 @@ from bcos_rt.training.optim import clip_adaptively, make_optimizers, set_fused, 
 from bcos_rt.training.recipe import TrainingRecipe
 from bcos_rt.training.run import Progress, RunFolder, save_network
 from bcos_rt.training.schedules import Schedule
-from bcos_rt.training.sharded import broadcast, clip_norm, copy_whole, load_whole, share_out, whole_state
+from bcos_rt.training.sharded import broadcast, clip_norm, copy_whole, load_whole, local, share_out, whole_state
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -73,9 +73,10 @@ class TrainingResult:
         net: the network after the last epoch, in evaluation mode: the one that was given.
         averaged: its exponential moving average, in evaluation mode; None without ``recipe.ema``.
         history: a row an epoch: ``epoch``, ``lr``, ``train_loss``, ``train_top1`` (shares), ``val_loss``, ``val_top1``,
-            ``val_top5``, ``ema_top1``, ``b`` (mean), ``images_per_s``, ``seconds``. Of networks whose output is an
-            embedding ``train_cosine``, ``val_cosine`` and ``ema_cosine`` in place of ``top1``: the mean cosine of their
-            embeddings with the teacher's.
+            ``val_top5``, ``ema_top1``, ``b`` (mean), ``images_per_s`` (absent where all of an epoch's steps were done
+            before the run was resumed), ``seconds``. Of images without labels, those are right whose top class is the
+            teacher's. Of networks whose output is an embedding ``train_cosine``, ``val_cosine`` and ``ema_cosine`` in
+            place of ``top1``: the mean cosine of their embeddings with the teacher's.
         best: the best epoch's row, by ``recipe.select``; None without validation data.
         output: the run's folder, or None.
     """
@@ -155,6 +156,14 @@ def finetune(
         raise InvalidArgumentError("teacher", "None", "a network, for recipe.distillation")
     if recipe.distillation is None and teacher is not None:
         raise InvalidArgumentError("teacher", f"a {type(teacher).__name__}", "None without recipe.distillation")
+    if teacher is net and teacher is not None:
+        raise InvalidArgumentError("teacher", "the network that is trained", "another network, such as a copy of it")
+    if explain_images is not None and output is None:
+        raise InvalidArgumentError("explain_images", "images without output", "None, or a folder for their pictures")
+    if output is not None and not isinstance(output, str | os.PathLike):
+        raise InvalidTypeError("output", type(output).__name__, "a path or None")
+    if on_epoch is not None and not callable(on_epoch):
+        raise InvalidTypeError("on_epoch", type(on_epoch).__name__, "a function or None")
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise InvalidArgumentError("workers", repr(workers), "an integer of at least 0")
     folder = None if output is None else RunFolder(output)
@@ -164,6 +173,8 @@ def finetune(
         raise InvalidArgumentError(
             "output", f"{str(output)!r}, which holds a run", "a new folder", " (or resume=True to go on)"
         )
+    if folder is not None and not folder.state.exists():
+        folder.check_new(resume)
     fabric = _make_fabric(accelerator, devices, strategy, num_nodes, recipe, folder)
     try:
         fabric.launch()
@@ -226,6 +237,11 @@ def _make_fabric(
     # An environment variable of Fabric's may have chosen, too.
     if not isinstance(fabric.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
         raise InvalidArgumentError("strategy", type(fabric.strategy).__name__, _STRATEGIES)
+    if isinstance(fabric.strategy, DDPStrategy) and fabric.strategy._start_method != "popen":
+        # What "auto" is in a notebook: processes that would have to begin inside this one.
+        raise InvalidArgumentError(
+            "devices", f"{devices!r} in an interactive interpreter", "1 there, or a script that torchrun starts"
+        )
     return fabric
 
 
@@ -272,13 +288,16 @@ class _Training:
             )
         if recipe.batch_size % world:
             raise InvalidArgumentError("recipe.batch_size", recipe.batch_size, f"a multiple of {world} processes")
+        if recipe.accumulate > recipe.batch_size // world:
+            got = f"{recipe.accumulate} parts of a process's {recipe.batch_size // world} images"
+            raise InvalidArgumentError("recipe.accumulate", got, "at most as many parts as images")
         self.sampler = EpochSampler(
             len(raw), recipe.batch_size, world_size=world, rank=rank, seed=recipe.seed, shuffle=True, drop_last=True
         )
         self.loader = loader(self.data, self.sampler, workers=workers)
         self.steps = len(raw) // recipe.batch_size
         self.schedule = Schedule(recipe, self.steps)
-        self.validation = None
+        self.validation, seen = None, None
         if validation is not None:
             seen = open_data(validation, transform=augmentation.eval_transform(), split="val")
             if len(seen) == 0:
@@ -290,6 +309,9 @@ class _Training:
         self.embeds = _embeds(net, recipe)
         _check_metrics(self.embeds, recipe, validation is not None, explain_images is not None)
         _check_bcos(net, recipe)
+        _check_labelled("data", raw.labels, recipe.loss == "none")
+        if seen is not None:
+            _check_labelled("validation", seen.labels, teacher is not None)
         self.progress = Progress()
         self.fused = fabric.device.type in FUSED_DEVICES
         self.eager_numbers = not self.fused
@@ -326,8 +348,9 @@ class _Training:
         self.saved: tuple[int, int] | None = None
         self.pictures = None if explain_images is None else _checked_pictures(net, explain_images)[:MAX_PICTURES]
         self.label_loss = label_loss(recipe)
-        # What may be checked before it is saved: a network may hold infinities of its own, as a mask.
-        self.finite_names = [k for k, v in net.state_dict().items() if is_finite(v)]
+        self.finite_names: list[str] = []
+        self.constants: list[tuple[Tensor, Tensor]] = []
+        self.good: list[Tensor] = []
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -341,6 +364,7 @@ class _Training:
                 self.folder.write_logs(self.progress)
         elif self.folder is not None and self.fabric.is_global_zero:
             self.folder.describe(self.recipe, self._about())
+        self._look_at_first()
         self._set_b(self._done)
         # The network as it came; what cannot be explained is found out before an epoch is spent on it.
         if self._done == 0 and self.fabric.is_global_zero:
@@ -363,10 +387,40 @@ class _Training:
                     bar.update(task, numbers=text)
 
             stop = stack.enter_context(_signals())
+            stack.push(self._leave_exponents)
             while self.progress.epoch < self.recipe.epochs:
                 bar.update(task, description=f"epoch {self.progress.epoch + 1}/{self.recipe.epochs}")
                 self._epoch(stop, tell)
         return self._result()
+
+    def _look_at_first(self) -> None:
+        """Note what need not be finite (a network may hold infinities of its own, as a mask) and what is not averaged.
+
+        Raises:
+            InvalidArgumentError: weights that are not finite, running statistics that are no numbers.
+        """
+        self._gather()
+        for name, value in chain(self.net.named_parameters(), self.net.named_buffers()):
+            if not is_finite(value) and (isinstance(value, nn.Parameter) or bool(value.isnan().any())):
+                raise InvalidArgumentError("net", f"{name}, which is not finite", "finite weights and statistics")
+        self.finite_names = [k for k, v in self.net.state_dict().items() if is_finite(v)]
+        self.good = [value.clone() for value in self._statistics()]
+        if self.average is not None:
+            pairs = zip(self.average.module.buffers(), self.trained.buffers(), strict=True)
+            self.constants = [(a, b) for a, b in pairs if not (b.is_floating_point() and is_finite(b))]
+
+    def _statistics(self) -> list[Tensor]:
+        return [value for value in self.trained.buffers() if value.is_floating_point()]
+
+    def _leave_exponents(self, error: type[BaseException] | None, *_: object) -> None:
+        """Where a run ends early, the network has its own B again (or what was learned), and another may begin."""
+        if error is None:
+            return
+        if self.recipe.b_start is not None:
+            for net in {*self._trained(), *self._whole()}:
+                set_exponents(net, self.targets)
+        for net in self._whole():
+            fix_exponents(net)
 
     @property
     def _done(self) -> int:
@@ -378,7 +432,7 @@ class _Training:
         self.data.set_epoch(progress.epoch)
         self.sampler.set_epoch(progress.epoch)
         self.sampler.skip(progress.step)
-        self.model.train()
+        self._train_mode()
         began, images_before = time.perf_counter(), progress.sums.get("images", 0.0)
         sums: dict[str, Tensor] = {}
         for images, labels in self._batches(stop):
@@ -386,7 +440,7 @@ class _Training:
             numbers = self._step(images, labels)
             progress.step += 1
             for name, value in (*numbers.items(), ("images", torch.ones(()))):
-                sums[name] = sums.get(name, 0.0) + value * len(images)
+                sums[name] = sums.get(name, 0.0) + self._exact(value) * len(images)
             done = self._done
             stopping = self._must_stop(stop, done)
             # Reading a number waits for the GPU, and asking other processes for theirs: not after every step.
@@ -411,10 +465,27 @@ class _Training:
                 self._read(sums)
             self._interrupted(stop)
         self._check_weights()
-        row = self._row(took, progress.sums["images"] - images_before)
+        try:
+            row = self._row(took, progress.sums["images"] - images_before)
+        except Exception:
+            # What cannot be validated is trained all the same. (Other processes would have to save with this one.)
+            if self.fabric.world_size == 1:
+                self._save()
+            raise
         progress.history.append(row)
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
         self._finish_epoch(row)
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        if self.recipe.freeze_norms:
+            for module in self.trained.modules():
+                if getattr(module, "running_var", None) is not None:
+                    module.eval()
+
+    def _exact(self, value: Tensor) -> Tensor:
+        """So that it does not matter where in an epoch sums are read; Apple's GPUs have no float64."""
+        return value if value.device.type == "mps" else value.double()
 
     def _read(self, sums: dict[str, Tensor]) -> None:
         """Move sums on the device to those of the epoch."""
@@ -464,7 +535,8 @@ class _Training:
         return sums
 
     def _parts(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(images.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True))
+        parts = self.recipe.accumulate
+        return list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
 
     def _prepared(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """A batch as the network sees it in a step, and the random numbers of that step."""
@@ -510,6 +582,8 @@ class _Training:
         if self.embeds and taught is not None:
             return losses, agreement(logits.detach(), taught).mean()
         hard = labels if labels.ndim == 1 else labels.argmax(1)
+        if taught is not None and not self.labelled and taught.shape == logits.shape:
+            hard = torch.where(hard < 0, taught.argmax(1), hard)
         return losses, (logits.detach().argmax(1) == hard).float().mean()
 
     def _update(self, step: int) -> None:
@@ -539,14 +613,20 @@ class _Training:
                     layer.b.clamp_(min=1.0)
             if self.bias_names:
                 now, after = self.schedule.bias_scale(step), self.schedule.bias_scale(step + 1)
+                factor = torch.tensor(after / now if now > 0 else 0.0, device=finite.device)
+                if scaler is None:  # a bad step changes nothing, nor does one behind it
+                    factor = torch.where(self.first_bad.fine(), factor, 1.0)
                 # The average is one of weights under today's scale.
                 for net in self._trained():
                     for name in self.bias_names:
-                        net.get_parameter(name).mul_(after / now if now > 0 else 0.0)
+                        local(net.get_parameter(name)).mul_(factor)
         if self.recipe.b_start is not None:
             self._set_b(step + 1)
         if self.average is not None:
             self.average.update_parameters(self.trained)
+            # Integers (positions, a count of batches) and infinities have no average.
+            for copied, value in self.constants:
+                copied.copy_(value)
 
     @property
     def _scaler(self) -> Any:
@@ -623,8 +703,9 @@ class _Training:
             row |= {f"val_{name}": value for name, value in self._validate(self.net).items()}
             if self.averaged is not None:
                 averaged = self._validate(self.averaged)
-                row |= {f"ema_{name}": averaged[name] for name in ("loss", self._metric)}
-        row["images_per_s"] = images * self.fabric.world_size / seconds
+                row |= {f"ema_{name}": averaged[name] for name in ("loss", self._metric) if name in averaged}
+        if images:
+            row["images_per_s"] = images * self.fabric.world_size / seconds
         row["seconds"] = progress.seconds
         return row
 
@@ -663,7 +744,10 @@ class _Training:
             sums = (loss * len(images), agreement(outputs, taught).double().sum(), len(images))
             totals += torch.tensor([float(v) for v in sums], dtype=torch.float64)
         totals = self._summed(totals)
-        return dict(zip(("loss", "cosine"), (totals[:2] / totals[2]).tolist(), strict=True))
+        found = dict(zip(("loss", "cosine"), (totals[:2] / totals[2]).tolist(), strict=True))
+        if not _learns_outputs(self.recipe):  # the loss is one of features, which validation does not look at
+            del found["loss"]
+        return found
 
     @torch.no_grad()
     def _validate(self, net: nn.Module) -> dict[str, float]:
@@ -773,9 +857,11 @@ class _Training:
         if self.folder is None:
             return
         # Sums of the unfinished epoch are each process's own.
-        gathered: Any = self.fabric.all_gather(torch.tensor(list(self.progress.sums.values()), dtype=torch.float64))
+        sums: Any = torch.tensor(list(self.progress.sums.values()), dtype=torch.float64)
+        if self.fabric.world_size > 1:
+            sums = self.fabric.all_gather(sums)
         values = self.folder.state_values(self.recipe, self.progress)
-        values["sums"] = gathered.reshape(self.fabric.world_size, len(self.progress.sums)).tolist()
+        values["sums"] = sums.reshape(self.fabric.world_size, len(self.progress.sums)).tolist()
         values["precision"] = dict(self.fabric.strategy.precision.state_dict())
         values["targets"] = self.targets
         values["trained_on"] = self._trained_on()
@@ -869,6 +955,8 @@ class _Training:
     def _interrupted(self, stop: Mapping[str, int | None]) -> None:
         where = f"epoch {self.progress.epoch + 1}, step {self.progress.step} of {self.steps}"
         if self.folder is None:
+            if stop["signal"] == signal.SIGINT:
+                raise KeyboardInterrupt
             raise TrainingInterruptedError(f"training was stopped in {where}; without output nothing was saved")
         self._check_weights()
         self._save()
@@ -890,6 +978,8 @@ class _Training:
             in_loss = any(loss for s, loss in bad if s == step)
         if step >= 0:
             self._not_finite(step, in_loss, images, labels)
+        for kept, value in zip(self.good, self._statistics(), strict=True):
+            kept.copy_(value)
         scaler = self._scaler
         if scaler is not None and float(scaler.get_scale()) < SMALLEST_SCALE:
             self._not_finite(self._done - 1, False, images, labels)
@@ -897,7 +987,8 @@ class _Training:
     def _not_finite(self, step: int, in_loss: bool, images: Tensor, labels: Tensor) -> None:
         """Do a step that was not finite again, and raise with the name of what was so first.
 
-        No weight has changed since, and the order of images is known.
+        No weight has changed since, and the order of images is known. Running statistics are left as they were when a
+        step was last seen to be finite.
         """
         epoch, within = divmod(step, self.steps)
         if step != self._done - 1:
@@ -905,7 +996,8 @@ class _Training:
             self.sampler.skip(within)
             images, labels = read_batch(self.data, next(iter(self.sampler)))
             self._check_labels(labels)
-        self.model.train()
+        self._train_mode()
+        self._set_b(step)
         images, labels = self._prepared(images, labels, step)
         found = None
         bad: dict[str, None] = {}
@@ -919,9 +1011,15 @@ class _Training:
             found = "the images"
         with self.fabric.no_backward_sync(self.model):
             for part in self._parts(images, labels):
+                if found is None and self.teaching is not None:
+                    with self.fabric.autocast():
+                        found = None if is_finite(self.teaching.teach(part[0])) else "the teacher's output"
                 again = first_not_finite(self.trained, partial(compute, *part))
                 found = found or again
         found, names = self._first_of_all(found, list(bad))
+        with torch.no_grad():
+            for kept, value in zip(self.good, self._statistics(), strict=True):
+                value.copy_(kept)
         self._gather()
         what = "gradient"
         if in_loss:
@@ -954,6 +1052,7 @@ class _Training:
         self._gather()
         states = [net.state_dict() for net in self._whole()]
         bad = [name for state in states for name in self.finite_names if not is_finite(state[name])]
+        bad += self._bad_moments()
         if float(self._summed(torch.tensor([float(len(bad))]))) == 0:
             return
         raise TrainingError(
@@ -961,6 +1060,19 @@ class _Training:
             f"step {self.progress.step} of {self.steps}; {self._kept()}. A smaller learning rate, gradient clipping or "
             "fp32 may help."
         )
+
+    def _bad_moments(self) -> list[str]:
+        """What optimisers (a square may overflow where its gradient did not) and a loss's own parameters hold."""
+        bad = []
+        names = {id(parameter): name for name, parameter in self.trained.named_parameters()}
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():
+                what = names.get(id(parameter), "a parameter of the loss")
+                found = [k for k, v in state.items() if isinstance(v, Tensor) and not is_finite(v)]
+                bad += [f"the optimiser's {key} of {what}" for key in found]
+        if self.teaching is not None:
+            bad += [f"the loss's {name}" for name, p in self.teaching.named_parameters() if not is_finite(p)]
+        return bad
 
     def _result(self) -> TrainingResult:
         self._gather()
@@ -989,7 +1101,9 @@ def _check_metrics(embeds: bool, recipe: TrainingRecipe, validated: bool, explai
     if not embeds:
         if recipe.select == "cosine" and validated:
             raise InvalidArgumentError("recipe.select", "'cosine'", "'top1' or 'loss', for a network with logits")
+        _check_select_loss(recipe, validated, "'top1'")
         return
+    _check_select_loss(recipe, validated, "'cosine'")
     if recipe.loss != "none":
         expected = "'none' and a distillation, as of TrainingRecipe.clip(): the network returns an embedding"
         raise InvalidArgumentError("recipe.loss", repr(recipe.loss), expected)
@@ -999,6 +1113,26 @@ def _check_metrics(embeds: bool, recipe: TrainingRecipe, validated: bool, explai
         raise InvalidArgumentError("recipe.select", "'top1'", "'cosine' or 'loss': the network returns an embedding")
     if explained:
         raise InvalidArgumentError("explain_images", "images", "None: an embedding is explained for texts")
+
+
+def _learns_outputs(recipe: TrainingRecipe) -> bool:
+    """Whether the loss is one of the network's outputs, not of its features alone."""
+    taught = recipe.distillation
+    return recipe.loss != "none" or (taught is not None and taught.logits + taught.siglip + taught.embedding > 0)
+
+
+def _check_select_loss(recipe: TrainingRecipe, validated: bool, other: str) -> None:
+    if recipe.select == "loss" and validated and not _learns_outputs(recipe):
+        got = "'loss' with a loss of features alone, which validation does not look at"
+        raise InvalidArgumentError("recipe.select", got, other)
+
+
+def _check_labelled(argument: str, labels: Tensor | None, may_lack: bool) -> None:
+    """Refuse images without labels before an epoch is spent, where the data knows without being read."""
+    if labels is not None and len(labels) and not may_lack and bool((labels < 0).any()):
+        expected = "labels, or a teacher" if argument == "validation" else "labels"
+        hint = "" if argument == "validation" else " (or recipe.loss='none' with a distillation)"
+        raise InvalidArgumentError(argument, "images without labels", expected, hint)
 
 
 def _copied(net: nn.Module) -> nn.Module:

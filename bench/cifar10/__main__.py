@@ -137,7 +137,7 @@ def _train(one: Run, data: Path, work: Path) -> None:
     def told(row: dict[str, Any]) -> None:
         console.print(
             f"  epoch {row['epoch']:3} train {row['train_top1']:.4f} test {row['val_top1']:.4f} "
-            f"{row['images_per_s']:.0f} images/s", highlight=False,
+            f"{row.get('images_per_s', 0.0):.0f} images/s", highlight=False,
         )  # fmt: skip
         copy_logs(folder, _logs(one))
 

@@ -83,7 +83,7 @@ def study_rows(logs: Path) -> list[dict[str, Any]]:
                 "epochs": run.recipe.epochs,
                 "top1": _percent(float(last["val_top1"])),
                 "localisation": _percent(localisation(logs, run).get("bcos")),
-                "images_per_s": f"{float(last['images_per_s']):.0f}",
+                "images_per_s": f"{float(last['images_per_s'] or 0):.0f}",
             })  # fmt: skip
     return rows
 

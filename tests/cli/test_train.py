@@ -16,7 +16,7 @@ from rich.console import Console
 
 from bcos_rt import load
 from bcos_rt.cli import app
-from bcos_rt.cli.train import _teller
+from bcos_rt.cli.train import _recipe, _teller
 from bcos_rt.models.small import SMALL_NETWORKS, small_resnet
 
 CLASSES = ("black", "blue", "cyan", "green", "red", "white", "yellow")
@@ -165,6 +165,14 @@ def test_bad_input_is_named(bcos, data, tmp_path, arguments, message):
     assert result.code == 2, result.err
     assert message in result.err
     assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_settings_may_be_spelled_as_in_python():
+    changes = ["step_schedule=False", "learn_b=True", "agc=None", "loss=bce", "sync_norms=true"]
+    recipe = _recipe("bcosify", changes, None, None, None, None)
+    assert (recipe.step_schedule, recipe.learn_b, recipe.agc, recipe.loss, recipe.sync_norms) == (
+        False, True, None, "bce", True,
+    )  # fmt: skip
 
 
 def test_a_line_an_epoch_without_a_terminal(bcos, data, tiny, tmp_path):

@@ -11,11 +11,11 @@ from torchvision.models import VisionTransformer
 
 from bcos_rt import Recipe, bcosify, finetune, load
 from bcos_rt.data import Augmentation
-from bcos_rt.errors import InvalidArgumentError
+from bcos_rt.errors import InvalidArgumentError, TrainingError
 from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.nn.exponent import exponents
 from bcos_rt.nn.network import BcosNetwork
-from bcos_rt.training import TrainingRecipe
+from bcos_rt.training import TrainingRecipe, trainer
 from bcos_rt.training.biases import bias_names
 from tests.training.worker import colours, convnet, network
 
@@ -145,3 +145,56 @@ def test_the_average_of_biases_is_scaled_as_they_are() -> None:
     for one in (net, result.averaged):
         for name in names:
             torch.testing.assert_close(one.get_parameter(name), torch.full_like(net.get_parameter(name), 0.25))
+
+
+# --- runs that end early ---------------------------------------------------------------------------------------------
+
+
+class Once(nn.Module):
+    """Infinite in the training batch of one number."""
+
+    def __init__(self, when: int) -> None:
+        super().__init__()
+        self.when, self.calls = when, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        return x / 0 if self.calls == self.when else x
+
+
+def test_after_an_error_the_network_has_its_own_b() -> None:
+    """Another run rises to it again."""
+    source = convnet()
+    source.insert(3, Once(3))
+    net = bcosify(source, Recipe(mean=(0, 0, 0), std=(1, 1, 1)))[0]
+    recipe = PLAIN.replace(b_start=1.0, b_epochs=3.0)
+    with pytest.raises(TrainingError, match="step 3"):
+        finetune(net, colours(48), recipe)
+    assert all_b(net) == 2.0
+    finetune(net, colours(48), recipe)
+    assert all_b(net) == 2.0
+
+
+def test_a_learned_b_is_kept_after_an_error_and_learned_no_more() -> None:
+    source = convnet()
+    source.insert(3, Once(3))
+    net = bcosify(source, Recipe(mean=(0, 0, 0), std=(1, 1, 1)))[0]
+    with pytest.raises(TrainingError):
+        finetune(net, colours(48), PLAIN.replace(learn_b=True, b_lr=0.5))
+    assert not any(p.ndim == 0 for p in net.parameters())
+    assert any(b != 2.0 for b in exponents(net).values())
+
+
+@pytest.mark.parametrize("log_every", [1, 50])
+def test_a_step_that_is_not_finite_scales_no_bias(log_every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "FUSED_DEVICES", ("cpu",))
+    source = convnet()
+    source.insert(3, Once(3))
+    net = bcosify(source, Recipe(biases="keep", mean=(0, 0, 0), std=(1, 1, 1)))[0]
+    name = bias_names(net)[0]
+    nn.init.ones_(net.get_parameter(name))
+    recipe = PLAIN.replace(lr=0.0, bias_decay_epochs=4.0, log_every=log_every)
+    with pytest.raises(TrainingError, match="step 3"):
+        finetune(net, colours(48), recipe)
+    # Two of twelve steps were done; on a GPU the next ones are too before anyone looks.
+    torch.testing.assert_close(net.get_parameter(name), torch.full_like(net.get_parameter(name), 10 / 12))

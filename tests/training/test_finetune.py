@@ -631,3 +631,116 @@ def test_validation_that_numbers_a_class_differently_is_refused(tmp_path: Path) 
                 Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(folder / f"{i}.png")
     with pytest.raises(InvalidArgumentError, match=r"validation: got 'b' as class 0 of 2, expected class 1"):
         finetune(convnet(), tmp_path / "train", PLAIN.replace(batch_size=4), validation=tmp_path / "val")
+
+
+# --- nothing done is lost, nothing said is wrong ---------------------------------------------------------------------
+
+
+class Unreadable(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Validation images the second of which cannot be read."""
+
+    broken = True
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if self.broken and index == 1:
+            raise OSError("no such file")
+        return torch.rand(3, 16, 16), 0
+
+
+def test_an_epoch_that_cannot_be_validated_is_not_lost(tmp_path: Path) -> None:
+    seen = Unreadable()
+    recipe = PLAIN.replace(epochs=2)
+    with pytest.raises(Exception, match="no such file"):
+        finetune(network(), colours(48), recipe, validation=seen, output=tmp_path / "run")
+    assert (tmp_path / "run" / "state.pt").exists()
+    seen.broken = False
+    again = finetune(network(), colours(48), recipe, validation=seen, output=tmp_path / "run", resume=True)
+    whole = finetune(network(), colours(48), recipe, validation=seen, output=tmp_path / "whole")
+    losses = [[row["train_loss"] for row in result.history] for result in (again, whole)]
+    assert losses[0] == losses[1]
+    assert "images_per_s" not in again.history[0], "none was trained by this process"
+    assert again.history[1]["images_per_s"] > 0
+
+
+def test_images_without_labels_are_refused_before_an_epoch() -> None:
+    images = colours(48)[0]
+    with pytest.raises(InvalidArgumentError, match="validation: got images without labels"):
+        finetune(network(), colours(48), PLAIN, validation=(images, None))
+    with pytest.raises(InvalidArgumentError, match="data: got images without labels"):
+        finetune(network(), (images, None), PLAIN)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_networks_without_their_state_are_not_overwritten(tmp_path: Path, resume: bool) -> None:
+    finetune(network(), colours(48), PLAIN.replace(epochs=2), validation=colours(16), output=tmp_path / "run")
+    (tmp_path / "run" / "state.pt").unlink()
+    before = (tmp_path / "run" / "best.safetensors").read_bytes()
+    with pytest.raises(InvalidArgumentError, match=r"output: .*best\.safetensors.* of a run without its state\.pt"):
+        finetune(network(), colours(48), PLAIN.replace(lr=0.1), output=tmp_path / "run", resume=resume)
+    assert (tmp_path / "run" / "best.safetensors").read_bytes() == before
+
+
+def test_a_run_killed_before_its_first_state_begins_anew(tmp_path: Path) -> None:
+    recipe = PLAIN.replace(epochs=1)
+    finetune(network(), colours(48), recipe, output=tmp_path / "run")
+    (tmp_path / "run" / "state.pt").unlink()
+    assert len(finetune(network(), colours(48), recipe, output=tmp_path / "run", resume=True).history) == 1
+
+
+def test_images_without_labels_are_right_where_the_teacher_says_so() -> None:
+    teacher = network()
+    recipe = PLAIN.replace(loss="none", distillation=Distillation(), lr=0.0, epochs=1, freeze_norms=True)
+    result = finetune(network(), (colours(48)[0], None), recipe, validation=(colours(16)[0], None), teacher=teacher)
+    assert result.history[0]["train_top1"] == result.history[0]["val_top1"] == 1.0
+
+
+def test_frozen_norms_keep_their_statistics() -> None:
+    net, free = network(), network()
+    before = weights(net)
+    finetune(net, colours(48), PLAIN.replace(epochs=1, freeze_norms=True))
+    finetune(free, colours(48), PLAIN.replace(epochs=1))
+    names = [name for name in before if "running" in name]
+    assert names
+    for name in names:
+        assert torch.equal(net.state_dict()[name], before[name])
+    assert any(not torch.equal(free.state_dict()[name], before[name]) for name in names)
+    assert not torch.equal(net.state_dict()["backbone.0.weight"], before["backbone.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"accumulate": 5, "batch_size": 12}, {}, None),
+        ({"select": "loss", "loss": "none", "distillation": Distillation(0.0, features=1.0, modules=("2",))},
+         {"teacher": network(), "validation": colours(16)}, r"recipe\.select: got 'loss' with a loss of features"),
+        ({}, {"explain_images": torch.rand(1, 3, 16, 16)}, "explain_images: got images without output"),
+        ({}, {"output": ["a"]}, "output: got list"),
+        ({}, {"on_epoch": "x"}, "on_epoch: got str"),
+    ],
+)  # fmt: skip
+def test_what_would_do_nothing_or_fail_later_is_refused(
+    changes: dict[str, Any], arguments: dict[str, Any], message: str | None
+) -> None:
+    if message is None:  # parts of as equal sizes as can be: 3, 3, 2, 2, 2
+        finetune(network(), colours(48), PLAIN.replace(epochs=1, **changes))
+        return
+    with pytest.raises((InvalidArgumentError, InvalidTypeError), match=message):
+        finetune(network(), colours(48), PLAIN.replace(**changes), **arguments)
+
+
+def test_a_network_is_not_its_own_teacher() -> None:
+    net = network()
+    with pytest.raises(InvalidArgumentError, match="teacher: got the network that is trained"):
+        finetune(net, colours(48), PLAIN.replace(distillation=Distillation()), teacher=net)
+
+
+def test_a_resumed_run_selects_as_it_did(tmp_path: Path) -> None:
+    finetune(network(), colours(48), PLAIN.replace(epochs=1), validation=colours(16), output=tmp_path / "run")
+    with pytest.raises(InvalidArgumentError, match=r"select='loss' \(was 'top1'\)"):
+        finetune(
+            network(), colours(48), PLAIN.replace(epochs=1, select="loss"), validation=colours(16),
+            output=tmp_path / "run", resume=True,
+        )  # fmt: skip

@@ -10,9 +10,9 @@ from torch.testing import assert_close
 
 from bcos_rt import finetune
 from bcos_rt.data import Augmentation
-from bcos_rt.errors import TrainingError
+from bcos_rt.errors import InvalidArgumentError, TrainingError
 from bcos_rt.nn.conventional import ConventionalNetwork
-from bcos_rt.training import TrainingRecipe, trainer
+from bcos_rt.training import Distillation, TrainingRecipe, trainer
 from bcos_rt.training.finite import all_finite
 from bcos_rt.training.optim import make_optimizers, set_fused, step_all
 from tests.training.worker import colours, convnet
@@ -201,3 +201,78 @@ def test_a_state_of_the_other_kind_of_optimiser_goes_on(optimizer: str) -> None:
         found.append(layer.weight.detach().clone())
     for other in found[1:]:
         assert_close(other, found[0], rtol=1e-5, atol=1e-6)
+
+
+# --- what else may not be finite -------------------------------------------------------------------------------------
+
+
+def test_running_statistics_are_those_before_the_step() -> None:
+    """So that a second try with a smaller learning rate begins with numbers."""
+    net = broken(3, "output")
+    with pytest.raises(TrainingError, match="step 3"):
+        finetune(net, colours(64), PLAIN)
+    assert all(bool(b.isfinite().all()) for b in net.buffers())
+    twin = ConventionalNetwork(convnet())
+    finetune(twin, (colours(64)[0][:32], colours(64)[1][:32]), PLAIN.replace(epochs=1, lr=0.0))
+    assert not torch.equal(net.get_buffer("model.1.running_var"), torch.ones(8)), "two steps were seen"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model.1.running_var", torch.nan), ("model.0.weight", torch.nan), ("model.0.weight", torch.inf)],
+)
+def test_a_network_that_is_not_finite_is_refused(name: str, value: float) -> None:
+    net = ConventionalNetwork(convnet())
+    with torch.no_grad():
+        net.state_dict()[name].view(-1)[0] = value
+    with pytest.raises(InvalidArgumentError, match=rf"net: got {name}, which is not finite"):
+        finetune(net, colours(64), PLAIN)
+
+
+class Steep(nn.Module):
+    """The identity, with a gradient whose square is more than float32 has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient * 1e24)
+        return x
+
+
+def test_an_optimisers_moments_are_looked_at(tmp_path: Path) -> None:
+    """Adam's second moment would stay infinite, and its weights where they are."""
+    source = convnet()
+    source.insert(3, Steep())
+    with pytest.raises(TrainingError, match=r"the optimiser's exp_avg_sq of model\.0\.weight is not finite"):
+        finetune(ConventionalNetwork(source), colours(64), PLAIN, output=tmp_path / "run")
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_a_teacher_that_is_not_finite_is_named() -> None:
+    teacher = ConventionalNetwork(convnet())
+    nn.init.constant_(teacher.model[8].bias, torch.nan)
+    recipe = PLAIN.replace(loss="none", distillation=Distillation())
+    with pytest.raises(TrainingError, match="first not finite: the teacher's output"):
+        finetune(ConventionalNetwork(convnet()), colours(64), recipe, teacher=teacher)
+
+
+def test_the_average_of_what_has_none_is_a_copy() -> None:
+    """torch's average of integers rounds down; of infinities it is no number."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("index", torch.arange(5000))
+            self.register_buffer("mask", torch.tensor([0.0, -torch.inf, 0.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mask.clamp(min=0)
+
+    source = convnet()
+    source.append(Positions())
+    net = ConventionalNetwork(source)
+    result = finetune(net, colours(64), PLAIN.replace(ema=0.9), validation=colours(16))
+    assert result.averaged is not None
+    for name in ("model.9.index", "model.9.mask", "model.1.num_batches_tracked"):
+        assert torch.equal(result.averaged.get_buffer(name), net.get_buffer(name)), name
+    variance = "model.1.running_var"
+    assert not torch.equal(result.averaged.get_buffer(variance), net.get_buffer(variance))

@@ -2,10 +2,11 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 
-from bcos_rt.data.augment import Mixing
+from bcos_rt.data.augment import Augmentation, Mixing
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.training import Distillation, TrainingRecipe
 from bcos_rt.training.schedules import Schedule
@@ -53,11 +54,44 @@ def test_replace_reaches_into_parts() -> None:
         ({"distillation.logit": 1.0}, "did you mean 'logits'"),
         ({"lr.x": 1.0}, "lr has none"),
         ({"mixing": {"mixupp": 1.0}}, "did you mean 'mixup'"),
+        ({"warmup_steps": 5, "step_schedule": False}, r"TrainingRecipe\.warmup_steps: got 5 with step_schedule=False"),
+        ({"smoothing": 0.1}, r"smoothing: got 0\.1 with loss='uniform_off_bce', .*expected 0\.0, or loss 'bce'"),
+        ({"loss": "bce", "off_value": 0.1}, r"TrainingRecipe\.off_value"),
+        ({"schedule": "constant", "min_lr": 0.1}, r"TrainingRecipe\.min_lr"),
+        ({"restart_epochs": 3.0}, r"TrainingRecipe\.restart_epochs"),
+        ({"momentum": 0.5}, r"TrainingRecipe\.momentum"),
+        ({"optimizer": "sgd", "betas": (0.5, 0.9)}, r"TrainingRecipe\.betas"),
+        ({"b_lr": 0.1}, r"TrainingRecipe\.b_lr: got 0\.1 with learn_b=False"),
+        ({"distillation": {"temperature": 2.0, "logit_loss": "mse"}}, r"Distillation\.temperature"),
     ],
 )
 def test_bad_values_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         TrainingRecipe().replace(**changes)
+
+
+@pytest.mark.parametrize("name", ["step_schedule", "learn_b", "channels_last", "decay_all", "sync_norms"])
+@pytest.mark.parametrize("value", ["False", 0, None])
+def test_only_true_and_false_are_either(name: str, value: object) -> None:
+    with pytest.raises(InvalidTypeError, match=rf"TrainingRecipe\.{name}: got .*, expected True or False"):
+        TrainingRecipe(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("betas", [0.9, None, ("a", "b"), "ab"])
+def test_betas_of_another_type(betas: object) -> None:
+    with pytest.raises(InvalidTypeError, match=r"TrainingRecipe\.betas"):
+        TrainingRecipe(betas=betas)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"padding": 2.5}, {"padding": float("inf")}, {"magnitude": 9.5}, {"magnitude": 31}, {"scale": 0.5},
+     {"ratio": None}, {"scale": ("a", 1)}, {"ratio": (2, 1)}],
+)  # fmt: skip
+def test_bad_augmentations_are_named(changes: dict[str, Any]) -> None:
+    (name,) = changes
+    with pytest.raises(InvalidArgumentError, match=rf"Augmentation\.{name}"):
+        Augmentation(**changes)
 
 
 def test_wrong_types_are_named() -> None:

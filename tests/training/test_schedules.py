@@ -56,6 +56,15 @@ def test_restarts(factor: int) -> None:
     assert [Schedule(recipe, 5).lr(i) for i in range(60)] == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(0.4, 100), (0.1, 10), (0.3, 10), (1 / 3, 9)])
+def test_periods_of_parts_of_epochs_begin_at_the_peak(epochs: float, steps: int) -> None:
+    """Sums of 0.1 and the like are not exact: no period's first step is at the end of the one before."""
+    recipe = TrainingRecipe(epochs=30, lr=0.3, schedule="cosine_restarts", restart_epochs=epochs)
+    period = round(epochs * steps)
+    found = [Schedule(recipe, steps).lr(i) for i in range(30 * steps)]
+    assert found[::period] == pytest.approx([0.3] * len(found[::period]), rel=1e-6)
+
+
 def test_b_rises_to_the_layers_own() -> None:
     schedule = Schedule(TrainingRecipe(b_start=1.0, b_epochs=2.0), 10)
     assert [schedule.b(i, 2.5) for i in (0, 10, 20, 99)] == pytest.approx([1.0, 1.75, 2.5, 2.5])
