@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from bcos_rt.benchmark import machine
-from bcos_rt.files import write_json
+from bcos_rt.files import replacing, write_json
 
-__all__ = ["ROOT", "copy_logs", "describe_machine"]
+__all__ = ["ROOT", "copy_logs", "copy_whole", "describe_machine"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,8 +20,14 @@ def copy_logs(run: Path, target: Path) -> None:
     """Copy a run's recipe and rows to the folder that is committed, beside the machine they come from."""
     target.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.csv", "steps.csv", "recipe.json"):
-        shutil.copy(run / name, target / name)
+        copy_whole(run / name, target / name)
     describe_machine(target)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file; a kill leaves the whole of the old one or of the new one."""
+    with replacing(target) as temporary:
+        shutil.copy(source, temporary)
 
 
 def describe_machine(target: Path) -> None:

@@ -84,6 +84,8 @@ Methods = Annotated[
     ),
 ]
 CONVERT = "convert:"
+# Of --weights: the published ones.
+_PUBLISHED = "default"
 
 
 @dataclass(frozen=True)
@@ -131,15 +133,23 @@ def compared_networks(
         InvalidArgumentError: none, options that do not go together, or a network twice.
     """
     named = list(models or ())
+    if weights and not named:
+        raise InvalidArgumentError("--weights", "no --model", "a conventional model it belongs to")
+    if weights and len(weights) != len(named):
+        raise InvalidArgumentError("--weights", f"{len(weights)} for {len(named)} models", "none, or one for each")
+    of_each = []
+    for model, given in zip(named, weights or (), strict=False):
+        if not is_saved(model):
+            of_each.append(given)
+        elif given != _PUBLISHED:
+            raise InvalidArgumentError("--weights", f"{given!r} for {model}", f"{_PUBLISHED!r}: it has its own")
     models = [model for model in named if not is_saved(model)]
     checkpoints = [*(checkpoints or ()), *(Path(model) for model in named if is_saved(model))]
     if not models and not checkpoints:
         raise InvalidArgumentError("--model, --checkpoint", "neither", "at least one of them")
-    for option, given in (("--convert", convert), ("--weights", weights), ("--num-classes", num_classes)):
-        if given and not models:
+    for option, asked in (("--convert", convert), ("--num-classes", num_classes)):
+        if asked and not models:
             raise InvalidArgumentError(option, "no --model", "a conventional model it belongs to")
-    if weights and len(weights) != len(models):
-        raise InvalidArgumentError("--weights", f"{len(weights)} for {len(models)} models", "none, or one for each")
     found: dict[str, Compared] = {}
 
     def add(name: str, *arguments: Any) -> None:
@@ -153,7 +163,7 @@ def compared_networks(
         # Runs call their checkpoints alike: best, last.
         add(path.stem if stems.count(path.stem) == 1 else str(path), None, path, None, None)
     for i, model in enumerate(models):
-        of = weights[i] if weights else None
+        of = of_each[i] if of_each else None
         called = model if models.count(model) == 1 else f"{model} ({of or 'default'})"
         converted = convert or model.startswith(CONVERT)
         add(called, model.removeprefix(CONVERT), None, of, num_classes, converted)

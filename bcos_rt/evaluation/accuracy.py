@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bcos_rt.data import loader, open_data, shard
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
-from bcos_rt.evaluation.checks import checked_logits, example_tensor
+from bcos_rt.evaluation.checks import check_count, checked_logits, example_tensor, spread
 from bcos_rt.evaluation.saving import save_figure
 from bcos_rt.explanation.explain import explain
 from bcos_rt.files import write_csv, write_json
@@ -206,11 +206,14 @@ def evaluate(
     """
     if not isinstance(net, nn.Module):
         raise InvalidTypeError("net", type(net).__name__, "a torch.nn.Module")
+    for name, value, least in (("batch_size", batch_size, 1), ("completeness_images", completeness_images, 0),
+                               ("bins", bins, 1)):  # fmt: skip
+        check_count(name, value, least)
     images = open_data(data)
     if len(images) == 0:
         raise InvalidArgumentError("data", "no image", "images with labels")
     like = example_tensor(net)
-    every = max(1, -(-len(images) // max(1, completeness_images)))
+    explained = spread(completeness_images, len(images))
     rows: list[Tensor] = []
     labels_seen: list[Tensor] = []
     errors: list[Tensor] = []
@@ -222,8 +225,8 @@ def evaluate(
             with torch.no_grad():
                 rows.append(checked_logits(net(pixels), batch[0]).double().cpu())
             labels_seen.append(labels)
-            chosen = [i for i, index in enumerate(batch) if index % every == 0]
-            if isinstance(net, BcosNetwork) and completeness_images > 0 and chosen:
+            chosen = [i for i, index in enumerate(batch) if index in explained]
+            if isinstance(net, BcosNetwork) and chosen:
                 explanation = explain(net, pixels[chosen])
                 errors.append(explanation.completeness_error().cpu())
                 scales.append(explanation.logits.double().abs().amax(1).cpu())

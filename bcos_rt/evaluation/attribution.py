@@ -24,6 +24,7 @@ from bcos_rt.errors import (
     UnsupportedOpError,
     did_you_mean,
 )
+from bcos_rt.evaluation.checks import check_count
 from bcos_rt.evaluation.prepared import (
     OwnActivation,
     OwnReLU6,
@@ -279,9 +280,17 @@ def _occlusion(
     perturbations: int = 8,
 ) -> Tensor:  # fmt: skip
     """Zeiler & Fergus 2014: how much the logit falls when a square is replaced by zeros (the mean colour)."""
+    smallest = min(images.shape[2:])
+    side = max(1, smallest // 7) if window is None else window
+    check_count("window", side)
+    if side > smallest:
+        raise InvalidArgumentError("window", side, f"at most {smallest} pixels, the image's shorter side")
+    step = max(1, side // 2) if stride is None else stride
+    check_count("stride", step)
+    if step > side:
+        raise InvalidArgumentError("stride", step, f"at most {side}, the window's side: each pixel is to be covered")
+    check_count("perturbations", perturbations)
     inputs, made = seen(net, images)
-    side = window or max(1, min(images.shape[2:]) // 7)
-    step = stride or max(1, side // 2)
     channels = inputs.shape[1]
     with torch.no_grad():
         found = _captum("Occlusion")(made.model).attribute(
@@ -351,6 +360,8 @@ def _captum(name: str) -> Callable[..., Any]:
 def named_methods(methods: Sequence[str | Method]) -> dict[str, Method]:
     """Methods by name, a function's own name where one is given; all of them take several classes an image."""
     found: dict[str, Method] = {}
+    if isinstance(methods, str):
+        raise InvalidTypeError("methods", repr(methods), f"a sequence of methods, such as [{methods!r}]")
     for entry in methods:
         name = entry if isinstance(entry, str) else getattr(entry, "__name__", "method")
         if name in found:

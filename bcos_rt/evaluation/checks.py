@@ -9,7 +9,19 @@ from torch import Tensor, nn
 
 from bcos_rt.errors import InvalidArgumentError
 
-__all__ = ["checked_logits", "checked_maps", "example_tensor"]
+__all__ = ["check_count", "checked_logits", "checked_maps", "example_tensor", "spread"]
+
+
+def check_count(argument: str, value: object, least: int = 1) -> None:
+    """Raise InvalidArgumentError unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidArgumentError(argument, repr(value), f"an integer of at least {least}")
+
+
+def spread(count: int, among: int) -> set[int]:
+    """``count`` indices (all, where there are fewer) spread evenly over 0 to ``among - 1``."""
+    count = min(count, among)
+    return {i * among // count for i in range(count)}
 
 
 def example_tensor(net: nn.Module) -> Tensor:

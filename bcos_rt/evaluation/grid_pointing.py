@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bcos_rt.data import ImageData, loader, open_data, shard
-from bcos_rt.errors import InvalidArgumentError, did_you_mean
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.evaluation.attribution import Method, methods_of
-from bcos_rt.evaluation.checks import checked_logits, checked_maps, example_tensor
+from bcos_rt.evaluation.checks import check_count, checked_logits, checked_maps, example_tensor
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.graph.capture import eval_mode
 from bcos_rt.nn.conventional import ConventionalNetwork
@@ -63,6 +63,8 @@ class GridPointing:
         variant, smooth: as measured.
         judges: network -> the networks that classify all images of its grids right and with confidence.
         example: one grid image [3, nS, nS] and the first class's map of each (network, method), for a picture.
+        empty: (network, method) -> how many of the maps have no positive part, as where it is smaller than the
+            network's numbers can be. They count as 0.
     """
 
     shares: dict[tuple[str, str], np.ndarray]
@@ -71,6 +73,7 @@ class GridPointing:
     smooth: int
     example: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     judges: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    empty: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def summary(self) -> list[dict[str, Any]]:
         """A row a network and method: mean and quartiles of the shares."""
@@ -81,15 +84,21 @@ class GridPointing:
             rows.append({
                 "network": network, "method": name, "n": self.n, "variant": self.variant, "smooth": self.smooth,
                 "grids": len(values) // self.n**2, "mean": float(values.mean()), "q25": float(low),
-                "median": float(middle), "q75": float(high), "images_of": " + ".join(judges),
+                "median": float(middle), "q75": float(high), "empty": self.empty.get((network, name), 0),
+                "images_of": " + ".join(judges),
             })  # fmt: skip
         return rows
 
-    def save(self, folder: str | os.PathLike[str], name: str = "localisation") -> Path:
-        """Write ``NAME.csv`` (the summary), ``NAME.npz`` (all shares), ``NAME.png`` and ``NAME_example.png``."""
+    def save(self, folder: str | os.PathLike[str], name: str = "localisation", example: bool = True) -> Path:
+        """Write ``NAME.csv`` (the summary), ``NAME.npz`` (all shares), ``NAME.png`` and ``NAME_example.png``.
+
+        Args:
+            example: whether the last is written, which shows images of the data.
+        """
         folder = Path(folder)
         arrays = {f"{network}/{method}": values for (network, method), values in self.shares.items()}
-        save_results(folder, name, self.summary(), arrays, {"": self.plot(), "_example": self.plot_example()})
+        figures = {"": self.plot(), **({"_example": self.plot_example()} if example else {})}
+        save_results(folder, name, self.summary(), arrays, figures)
         return folder
 
     def plot(self) -> Figure:
@@ -188,6 +197,11 @@ def confident_for_all(
     return least
 
 
+def is_sure(logit: float, confidence: float) -> bool:
+    """Whether a logit's sigmoid is over ``confidence``."""
+    return 1 / (1 + math.exp(-min(max(logit, -700), 700))) > confidence
+
+
 def choose_images(
     by_class: Mapping[int, Sequence[tuple[int, float]]], cells: int, confidence: float = 0.5
 ) -> list[int]:
@@ -201,7 +215,7 @@ def choose_images(
 
     def usable(k: int) -> bool:
         images = by_class[k]
-        return used[k] < len(images) and 1 / (1 + math.exp(-min(max(images[used[k]][1], -700), 700))) > confidence
+        return used[k] < len(images) and is_sure(images[used[k]][1], confidence)
 
     mask = np.array([usable(k) for k in by_class], dtype=bool)
     position = {k: i for i, k in enumerate(by_class)}
@@ -375,20 +389,27 @@ def grid_pointing_game(
         UnsupportedOpError: a method that refuses a network, see
             :func:`~bcos_rt.evaluation.attribution.unsupported_methods`.
     """
-    if n < 2:
-        raise InvalidArgumentError("n", n, "at least 2 cells on a side")
+    for argument, value, least in (("n", n, 2), ("grids", grids, 1), ("batch_size", batch_size, 1)):
+        check_count(argument, value, least)
     if not networks:
         raise InvalidArgumentError("networks", "none", "at least one network")
+    for name, net in networks.items():
+        if not isinstance(net, nn.Module):
+            raise InvalidTypeError(f"networks[{name!r}]", type(net).__name__, "a torch.nn.Module")
+    if not 0 <= confidence < 1:
+        raise InvalidArgumentError("confidence", confidence, "a number in [0, 1)")
     check_variant(variant)
     if same_grids is not None and same_grids is not True and same_grids not in networks:
         raise InvalidArgumentError("same_grids", repr(same_grids), f"True, None or one of {', '.join(networks)}")
-    if grids < 1:
-        raise InvalidArgumentError("grids", grids, "at least 1")
+    if stride is not None and not variant.startswith("strided"):
+        raise InvalidArgumentError("stride", stride, f"None for variant={variant!r}, which has no windows")
     images = open_data(data)
     side = _square(images)
     cell = side // n if variant == "rescaled" else side
+    if cell == 0:
+        raise InvalidArgumentError("n", n, f"at most {side}, the pixels of an image's side, for variant='rescaled'")
     window = smoothing_for(cell) if smooth is None else smooth
-    if window and window % 2 == 0:
+    if window and (window < 0 or window % 2 == 0):
         raise InvalidArgumentError("smooth", smooth, "an odd number of pixels, or 0 for none")
     step = max(1, side // 2) if stride is None else stride
     if not 1 <= step <= side:
@@ -399,6 +420,7 @@ def grid_pointing_game(
     shares: dict[tuple[str, str], np.ndarray] = {}
     example: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     judges: dict[str, tuple[str, ...]] = {}
+    empty: dict[tuple[str, str], int] = {}
     # Image i of a grid is in row i % n and column i // n, see tiled().
     places = torch.arange(n * n).reshape(n, n).T.flatten()
 
@@ -415,11 +437,9 @@ def grid_pointing_game(
         labels = {index: k for k, entries in by_class.items() for index, _ in entries}
         made = grids_of(chosen, lambda index: labels[index], n * n, grids, published_offsets)
         if not made:
-            sure = sum(1 for entries in by_class.values() if entries)
-            raise InvalidArgumentError(
-                "data", f"{sure} classes with an image that {' and '.join(map(repr, names))} classify right",
-                f"more than {n * n} classes with images of confidence > {confidence}",
-            )  # fmt: skip
+            sure = sum(1 for entries in by_class.values() if entries and is_sure(entries[0][1], confidence))
+            right = f"that {' and '.join(map(repr, names))} classify right with a confidence > {confidence}"
+            raise InvalidArgumentError("data", f"{sure} classes with an image {right}", f"more than {n * n}")
         return made
 
     sharing = tuple(networks) if same_grids is True else (same_grids,) if same_grids is not None else None
@@ -447,12 +467,13 @@ def grid_pointing_game(
                         maps = _map(apply, name, net, grid[None], targets)[0]
                 inside = share_in_cells(maps, n, window).cpu()
                 found.append(inside.gather(1, places[:, None])[:, 0].numpy())
+                empty[network, name] = empty.get((network, name), 0) + int((inside.sum(1) == 0).sum())
                 if i == 0:
                     example[network, name] = (grid.float().cpu(), maps[0].float().cpu())
                 if tell is not None:
                     tell(f"{network}: {name}", i + 1, len(chosen))
             shares[network, name] = np.concatenate(found)
-    return GridPointing(shares, n, variant, window, example, judges)
+    return GridPointing(shares, n, variant, window, example, judges, empty)
 
 
 def _square(images: ImageData) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bcos_rt.data import open_data
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation.attribution import Method, methods_of
-from bcos_rt.evaluation.checks import checked_logits, checked_maps, example_tensor
+from bcos_rt.evaluation.checks import check_count, checked_logits, checked_maps, example_tensor
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.explanation.explain import class_ids_of
 from bcos_rt.graph.capture import eval_mode
@@ -63,8 +63,7 @@ class Perturbation:
 
     def __post_init__(self) -> None:
         for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise InvalidArgumentError(f"Perturbation.{name}", value, "at least 1")
+            check_count(f"Perturbation.{name}", value)
         for name, fill in (("deletion", self.deletion), ("insertion", self.insertion)):
             colour = isinstance(fill, tuple) and len(fill) == 3 and all(0 <= value <= 1 for value in fill)
             if not colour and fill not in ("blur", "mean"):

@@ -345,7 +345,7 @@ class _Pooled:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Something looked at several places at a time, or at tokens."""
+    """Something looked at several places at a time, or at tokens, or made one map of several."""
 
     name: str
 
@@ -354,8 +354,8 @@ def last_map(made: Prepared, inputs: Tensor, net: nn.Module) -> nn.Module:
     """The module whose map [N, C, H, W] of more than one place is the last before the classifier.
 
     Raises:
-        UnsupportedOpError: there is none; attention or a layer of tokens comes after it, so that the logits are not
-            made from what it shows; or its dimensions are in another order.
+        UnsupportedOpError: there is none; attention, a layer of tokens or a sum with another map comes after it, so
+            that the logits are not made from what it shows; or its dimensions are in another order.
     """
     events: list[_Map | _Pooled | _Tokens] = []
     with _watching(made.model, events, classifier_name(inner_network(net))):
@@ -413,7 +413,7 @@ def _watching(
         def note(_module: nn.Module, given: tuple[Any, ...], out: object) -> None:
             if not is_classifier and isinstance(module, nn.Linear) and given and _is_tokens(given[0]):
                 events.append(_Tokens("a linear layer of tokens"))
-            if isinstance(out, Tensor) and out.ndim == 4 and out.shape[2] * out.shape[3] > 1:
+            if isinstance(out, Tensor) and _is_map(out):
                 events.append(_Map(name, module, out, not is_classifier))
 
         return note
@@ -430,6 +430,9 @@ def _watching(
             events.append(_Tokens("a softmax over places"))
         elif (name == "linear" and _is_tokens(operand)) or (name in _PRODUCTS and _is_tokens(out)):
             events.append(_Tokens(f"{name.strip('_')} of tokens"))
+        elif _is_map(out) and sum(map(_is_map, _flat(args))) > 1:
+            # Of an addition or concatenation, the last module's map is a part only.
+            events.append(_Tokens(f"{name.strip('_')} of maps"))
 
     for name, module in model.named_modules():
         if any(True for _ in module.children()):
@@ -444,6 +447,16 @@ def _watching(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_map(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4 and value.shape[2] * value.shape[3] > 1
+
+
+def _flat(values: Sequence[Any]) -> Iterator[Any]:
+    """Arguments, those in lists too."""
+    for value in values:
+        yield from value if isinstance(value, list | tuple) else (value,)
 
 
 def _is_tokens(value: object) -> bool:

@@ -244,6 +244,17 @@ def _checked(net: nn.Module, stages: Sequence[str]) -> list[str]:
         # Maps that stay as they are would be said to stay through its randomisation.
         if stage != REST and next(known[stage].parameters(), None) is None:
             raise InvalidArgumentError("stages", f"{stage!r}, which has none", "modules with parameters")
+    done: set[int] = set()
+    for i, stage in enumerate(stages):
+        if stage == REST and i + 1 < len(stages):
+            raise InvalidArgumentError("stages", f"{REST!r} before others", f"{REST!r} last: it is all that is left")
+        module = inner_network(net) if stage == REST else known[stage]
+        mine = {id(parameter) for parameter in module.parameters()}
+        if mine <= done:
+            raise InvalidArgumentError(
+                "stages", f"{stage!r}, all of whose parameters stages before it have", "nothing to be randomised twice"
+            )
+        done |= mine
     return list(stages)
 
 

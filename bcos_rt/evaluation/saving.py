@@ -29,12 +29,16 @@ def save_results(
     arrays: Mapping[str, np.ndarray],
     figures: Mapping[str, Figure],
 ) -> None:
-    """Write ``NAME.csv`` (one row or more), ``NAME.npz`` (numbers as float32) and ``NAME + SUFFIX.png`` by suffix."""
-    write_csv(folder / f"{name}.csv", rows, list(rows[0]))
+    """Write ``NAME + SUFFIX.png`` by suffix, ``NAME.npz`` (numbers as float32) and ``NAME.csv`` (one row or more).
+
+    The table comes last: where it is, everything is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, figure in figures.items():
+        save_figure(figure, folder / f"{name}{suffix}.png")
     with replacing(folder / f"{name}.npz") as temporary, open(temporary, "wb") as file:
         stored: dict[str, Any] = {
             key: values.astype(np.float32) if values.dtype.kind == "f" else values for key, values in arrays.items()
         }
         np.savez_compressed(file, **stored)
-    for suffix, figure in figures.items():
-        save_figure(figure, folder / f"{name}{suffix}.png")
+    write_csv(folder / f"{name}.csv", rows, list(rows[0]))

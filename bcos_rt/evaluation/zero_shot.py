@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bcos_rt.data import open_data
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation.accuracy import Evaluation, judged
+from bcos_rt.evaluation.checks import check_count, spread
 from bcos_rt.evaluation.embeddings import Tell, batches_of, tokens_of
 from bcos_rt.explanation.text import checked_texts, explain_text
 from bcos_rt.graph import TokenPooling
@@ -59,12 +60,13 @@ def zero_shot(
         raise InvalidTypeError("logit_scale", repr(logit_scale), "a number > 0")
     if not 0 < logit_scale < float("inf"):
         raise InvalidArgumentError("logit_scale", logit_scale, "a finite number > 0")
+    check_count("completeness_images", completeness_images, 0)
     rows: list[Tensor] = []
     labels_seen: list[Tensor] = []
     errors: list[Tensor] = []
     scales: list[Tensor] = []
     images = open_data(data)
-    every = max(1, -(-len(images) // max(1, completeness_images)))
+    explained = spread(completeness_images, len(images))
     texts: Tensor | None = None
     for batch, pixels, labels in batches_of(net, images, batch_size, workers, tell, "evaluating"):
         with torch.no_grad():
@@ -74,8 +76,8 @@ def zero_shot(
             logits = logit_scale * pooled_cosines(tokens, texts, how).double()
         rows.append(logits.cpu())
         labels_seen.append(labels)
-        if isinstance(net, BcosNetwork) and completeness_images > 0:
-            for place in (i for i, index in enumerate(batch) if index % every == 0):
+        if isinstance(net, BcosNetwork):
+            for place in (i for i, index in enumerate(batch) if index in explained):
                 best = texts[logits[place].argmax()][None]
                 explanation = explain_text(net, pixels[place : place + 1], best, how.kind, power=power)
                 errors.append(logit_scale * explanation.completeness_error()[:, 0].cpu())

@@ -16,7 +16,6 @@ second here than one with two.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +29,7 @@ from bcos_rt.nn.network import BcosNetwork
 from bench.cifar10.images import load_images
 from bench.cifar10.networks import COMMITTED_WEIGHTS, build, trained, weights_of
 from bench.cifar10.plan import Run, runs
-from bench.logs import ROOT, copy_logs
+from bench.logs import ROOT, copy_logs, copy_whole
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
@@ -125,10 +124,11 @@ def _train(one: Run, data: Path, work: Path) -> None:
 
     folder, kept = work / one.name, _logs(one) / "state.pt"
     if _finished(one, work):
+        _publish(one, work)
         return
     if kept.exists() and not (folder / kept.name).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(kept, folder / kept.name)
+        copy_whole(kept, folder / kept.name)
     console.print(f"[bold]{one.name}")
     images = load_images(data, work / "cifar10.npz")
     net = build(one, work, RESULTS)
@@ -150,11 +150,20 @@ def _train(one: Run, data: Path, work: Path) -> None:
     except TrainingInterruptedError as error:
         console.print(str(error))
         copy_logs(folder, _logs(one))
-        shutil.copy(folder / kept.name, kept)
+        copy_whole(folder / kept.name, kept)
         raise typer.Exit(143) from error
-    kept.unlink(missing_ok=True)
+    _publish(one, work)
+
+
+def _publish(one: Run, work: Path) -> None:
+    """Put what a run that is finished here leaves where it is committed; again after a kill in between."""
+    folder, target = work / one.name, _logs(one)
+    if len(read_rows(folder / "metrics.csv")) < one.recipe.epochs:
+        return
+    copy_logs(folder, target)
+    (target / "state.pt").unlink(missing_ok=True)
     if not one.variant:
-        shutil.copy(folder / "last.safetensors", _logs(one) / COMMITTED_WEIGHTS)
+        copy_whole(folder / "last.safetensors", target / COMMITTED_WEIGHTS)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,5 @@ def localise_run(run: Run, net: nn.Module, images: tuple[Tensor, Tensor], target
                 {run.name: net}, methods, images, n=SIDE, grids=count,
                 tell=lambda what, done, of: bar.update(task, description=what, completed=done, total=of),
             )  # fmt: skip
-            result.save(path.parent, path.stem)
-            # It shows images of the data set, which are not this project's to publish.
-            path.with_name(f"{path.stem}_example.png").unlink()
+            # The example shows images of the data set, which are not this project's to publish.
+            result.save(path.parent, path.stem, example=False)

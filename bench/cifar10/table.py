@@ -14,7 +14,7 @@ COLUMNS = (
     "model", "seed", "pretrained_top1", "bcos_top1", "bcosified_top1", "delta", "scratch_epochs", "t", "speedup",
     "loc_bcos", "loc_bcosified", "loc_best_posthoc", "best_posthoc",
 )  # fmt: skip
-STUDY_COLUMNS = ("variant", "epochs", "top1", "localisation", "images_per_s")
+STUDY_COLUMNS = ("variant", "epochs", "top1", "localisation", "grids", "images_per_s")
 
 
 def last_epoch(logs: Path, run: Run) -> dict[str, str] | None:
@@ -83,6 +83,7 @@ def study_rows(logs: Path) -> list[dict[str, Any]]:
                 "epochs": run.recipe.epochs,
                 "top1": _percent(float(last["val_top1"])),
                 "localisation": _percent(localisation(logs, run).get("bcos")),
+                "grids": next((r["grids"] for r in read_rows(logs / run.name / "localisation.csv")), None),
                 "images_per_s": f"{float(last['images_per_s'] or 0):.0f}",
             })  # fmt: skip
     return rows

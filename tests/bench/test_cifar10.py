@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from bcos_rt.files import read_rows, write_csv
 from bcos_rt.training.run import save_network
+from bench.cifar10 import __main__ as program
 from bench.cifar10.localise import localise_run, methods_for
 from bench.cifar10.networks import COMMITTED_WEIGHTS, build, weights_of
 from bench.cifar10.picture import draw
@@ -24,8 +25,8 @@ from bench.cifar10.table import epoch_of_passing, write_tables
 def logs(folder: Path, name: str, accuracies: list[float], methods: dict[str, float]) -> None:
     rows = [{"epoch": i + 1, "val_top1": a, "images_per_s": 300.0} for i, a in enumerate(accuracies)]
     write_csv(folder / name / "metrics.csv", rows, list(rows[0]))
-    found = [{"method": method, "mean": mean} for method, mean in methods.items()]
-    write_csv(folder / name / "localisation.csv", found, ("method", "mean"))
+    found = [{"method": method, "mean": mean, "grids": 63} for method, mean in methods.items()]
+    write_csv(folder / name / "localisation.csv", found, ("method", "mean", "grids"))
 
 
 def test_table_from_logs(tmp_path: Path) -> None:
@@ -47,7 +48,7 @@ def test_table_from_logs(tmp_path: Path) -> None:
         "loc_bcosified": "75.00", "loc_best_posthoc": "45.00", "best_posthoc": "integrated_gradients",
     }  # fmt: skip
     (study,) = read_rows(tmp_path / "out" / "cifar10_study.csv")
-    assert (study["variant"], study["top1"], study["localisation"]) == ("b1", "75.00", "25.00")
+    assert (study["variant"], study["top1"], study["localisation"], study["grids"]) == ("b1", "75.00", "25.00", "63")
 
 
 def test_picture_of_what_there_is(tmp_path: Path) -> None:
@@ -101,11 +102,33 @@ def test_every_network_can_be_built(run: Run, tmp_path: Path) -> None:
 
 def test_weights_of_this_machine_come_before_the_committed_ones(tmp_path: Path) -> None:
     work, results = tmp_path / "work", tmp_path / "results"
-    assert weights_of("a", work, results) is None
-    for path in (results / "a" / COMMITTED_WEIGHTS, work / "a" / "last.safetensors"):
-        path.parent.mkdir(parents=True)
-        path.touch()
-        assert weights_of("a", work, results) == path
+    name = "resnet20-standard-seed0"
+    assert weights_of(name, work, results) is None
+    committed, mine = results / name / COMMITTED_WEIGHTS, work / name / "last.safetensors"
+    committed.parent.mkdir(parents=True)
+    committed.touch()
+    assert weights_of(name, work, results) == committed
+    # Written after every epoch: before the last one it is not yet what the run ends with.
+    logs(work, name, [0.1] * 11, {})
+    mine.touch()
+    assert weights_of(name, work, results) == committed
+    logs(work, name, [0.1] * 12, {})
+    assert weights_of(name, work, results) == mine
+
+
+def test_a_finished_run_is_published_again_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, results = "resnet20-standard-seed0", tmp_path / "results"
+    monkeypatch.setattr(program, "RESULTS", results)
+    work = tmp_path / "work"
+    logs(work, name, [0.1] * 12, {})
+    for file in ("steps.csv", "recipe.json", "last.safetensors"):
+        (work / name / file).write_text("x")
+    logs(results, name, [0.1] * 11, {})
+    (results / name / "state.pt").write_text("x")
+    program._train(next(r for r in runs() if r.name == name), tmp_path / "none.tar.gz", work)
+    assert len(read_rows(results / name / "metrics.csv")) == 12
+    assert (results / name / COMMITTED_WEIGHTS).read_text() == "x"
+    assert not (results / name / "state.pt").exists()
 
 
 def test_a_source_that_was_never_trained_is_named(tmp_path: Path) -> None:

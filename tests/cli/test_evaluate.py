@@ -125,8 +125,8 @@ def test_bad_input_of_evaluate_is_named(bcos, data, arguments, message):
         (("--smooth", 4), "smooth: got 4"),
         (("--variant", "half"), "variant: got 'half'"),
         # Six classes cannot fill nine cells.
-        (("--method", "random"), "more than 9 classes"),
-        (("--method", "bcos", "--convert"), "more than 9 classes"),
+        (("--method", "random"), "expected more than 9"),
+        (("--method", "bcos", "--convert"), "expected more than 9"),
     ],
 )
 def test_bad_input_of_localise_is_named(bcos, model, data, tmp_path, arguments, message):

@@ -1,5 +1,6 @@
 """Evaluation against numbers worked out one by one."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from bcos_rt import Recipe, bcosify
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation.accuracy import evaluate, reliability
+from bcos_rt.evaluation.checks import spread
 from bcos_rt.files import read_rows
 
 
@@ -191,3 +193,19 @@ def test_logits_that_are_not_finite_are_named(value: float) -> None:
 class Rows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(3)
+
+
+@pytest.mark.parametrize(("count", "among"), [(32, 33), (256, 257), (10, 30), (5, 3), (0, 7), (1, 1)])
+def test_as_many_are_explained_as_asked(count: int, among: int) -> None:
+    found = sorted(spread(count, among))
+    assert len(found) == min(count, among)
+    assert all(0 <= i < among for i in found)
+    gaps = {b - a for a, b in itertools.pairwise(found)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 0}, {"batch_size": -1}, {"completeness_images": -5}, {"bins": 0}])
+def test_counts_are_checked_before_anything_runs(changes: dict[str, int]) -> None:
+    (name,) = changes
+    with pytest.raises(InvalidArgumentError, match=rf"{name}: got"):
+        evaluate(torch.nn.Identity(), (torch.rand(4, 3, 8, 8), torch.arange(4)), **changes)

@@ -90,6 +90,9 @@ def test_a_network_that_reads_what_it_wrote_over_is_refused(name: str) -> None:
         if inplace:
             with pytest.raises(UnsupportedOpError, match=r"Reads.*writes over a value"):
                 method(name)(net, IMAGES, TARGETS)
+        elif name == "grad_cam":  # for another reason
+            with pytest.raises(UnsupportedOpError, match="add of maps follows"):
+                method(name)(net, IMAGES, TARGETS)
         else:
             assert method(name)(net, IMAGES, TARGETS).shape == (3, 16, 16)
         assert net.training  # its mode is as it was
@@ -409,6 +412,19 @@ def vit() -> ConventionalNetwork:
     return ConventionalNetwork(small_vit(1, 32)(5)).eval()
 
 
+class Residual(nn.Module):
+    """Ends with an addition that is no module: the last module's map is one of two parts of what is pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.norm = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc((x + self.norm(self.conv(x))).mean((2, 3)))
+
+
 def cam_refused() -> dict[str, Callable[[], nn.Module]]:
     timm = pytest.importorskip("timm")
     swin = timm.models.swin_transformer.SwinTransformer
@@ -425,6 +441,7 @@ def cam_refused() -> dict[str, Callable[[], nn.Module]]:
         "channels_last_in_blocks": lambda: torchvision.models.ConvNeXt(
             [torchvision.models.convnext.CNBlockConfig(12, None, 2)], num_classes=5
         ),
+        "residual": Residual,
         "mixer": lambda: timm.models.mlp_mixer.MlpMixer(
             img_size=32, patch_size=8, embed_dim=16, num_blocks=1, num_classes=5
         ),
@@ -439,7 +456,8 @@ def cam_refused() -> dict[str, Callable[[], nn.Module]]:
         ("ours", "no module of SimpleViT returns one|follows"),
         ("behind a stem", "in SimpleViT .* follows"),
         ("channels_last", r"\(1, 4, 4, 24\) of 'norm', is not known to be one"),
-        ("channels_last_in_blocks", r"\(1, 8, 8, 12\) of 'features.1.1.block.5', is not known to be one"),
+        ("channels_last_in_blocks", "in ConvNeXt add of maps follows the last one, 'features.1.1.block.5'"),
+        ("residual", "in Residual add of maps follows the last one, 'norm'"),
         ("mixer", "in MlpMixer .* follows"),
     ],
 )
@@ -555,3 +573,19 @@ def test_grad_cam_resized_as_published() -> None:
     assert not torch.allclose(smooth, blocks)
     with pytest.raises(InvalidArgumentError, match="resize: got 'cubic'"):
         method("grad_cam", resize="cubic")(net, IMAGES, TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window: got 0"),
+        ({"window": -1}, "window: got -1"),
+        ({"window": 17}, "window: got 17, expected at most 16"),
+        ({"stride": 0}, "stride: got 0"),
+        ({"window": 4, "stride": 5}, "stride: got 5, expected at most 4"),
+        ({"perturbations": 0}, "perturbations: got 0"),
+    ],
+)
+def test_bad_windows_of_occlusion_are_named(options: dict[str, int], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        method("occlusion", **options)(resnet(), IMAGES, TARGETS)

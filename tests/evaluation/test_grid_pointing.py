@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bcos_rt import BcosNetwork, Recipe, bcosify, explain
-from bcos_rt.errors import InvalidArgumentError
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation import grid_pointing_game
 from bcos_rt.evaluation.grid_pointing import (
     Variant,
@@ -143,7 +143,7 @@ def test_a_network_that_looks_at_its_class_points_at_it(variant: str, tmp_path: 
     net = ConventionalNetwork(Colours())
     result = grid_pointing_game(
         {"colours": net}, ["input_x_gradient", "random"], images(), n=2, grids=5, smooth=0,
-        variant=variant, stride=SIDE,  # type: ignore[arg-type]
+        variant=variant, stride=SIDE if variant == "strided" else None,  # type: ignore[arg-type]
     )  # fmt: skip
     rows = {row["method"]: row for row in result.summary()}
     assert rows["input_x_gradient"]["mean"] > 0.999
@@ -155,6 +155,15 @@ def test_a_network_that_looks_at_its_class_points_at_it(variant: str, tmp_path: 
     }  # fmt: skip
     stored = np.load(tmp_path / "localisation.npz")
     np.testing.assert_allclose(stored["colours/random"], result.shares["colours", "random"], rtol=1e-6)
+
+
+def test_maps_without_a_positive_part_are_counted() -> None:
+    def half(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return -torch.ones(len(images), *images.shape[2:]) if int(targets[0]) < 3 else images.sum(1)
+
+    result = grid_pointing_game({"a": ConventionalNetwork(Colours())}, [half], images(), n=2, grids=5, smooth=0)
+    (row,) = result.summary()
+    assert row["empty"] == int((result.shares["a", "half"] == 0).sum()) > 0
 
 
 def test_a_constant_map_scores_chance() -> None:
@@ -285,14 +294,21 @@ def test_windows_cover_the_whole_grid_whatever_the_stride() -> None:
         ({"methods": []}, "methods: got none"),
         ({"methods": ["random", "random"]}, "'random' twice"),
         ({"methods": ["input_times_gradient"]}, "did you mean 'input_x_gradient'"),
-        ({"n": 3}, "more than 9 classes"),
-        ({"confidence": 1.0}, "with images of confidence > 1"),
+        ({"n": 3}, r"data: got 6 classes with an image that 'a' classify right with a confidence > 0\.5, .*than 9"),
+        ({"confidence": 0.9999}, "data: got 0 classes"),
+        ({"confidence": 1.0}, "confidence: got 1"),
+        ({"n": 2.0}, r"n: got 2\.0, expected an integer"),
+        ({"n": SIDE + 1, "variant": "rescaled"}, "n: got 13"),
+        ({"smooth": -3}, "smooth: got -3"),
+        ({"stride": 3}, "stride: got 3, expected None for variant='full'"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"methods": "random"}, "methods: got 'random'"),
         ({"data": (torch.zeros(3, 3, 4, 6), torch.arange(3))}, "square images"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> None:
     arguments = {"networks": {"a": ConventionalNetwork(Colours())}, "methods": ["random"], "data": images(), "n": 2}
-    with pytest.raises(InvalidArgumentError, match=message):
+    with pytest.raises((InvalidArgumentError, InvalidTypeError), match=message):
         grid_pointing_game(**{**arguments, **changes})  # type: ignore[arg-type]
 
 
