@@ -76,7 +76,10 @@ def evaluate(
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     device: Device = "auto",
-    explained: Annotated[int, typer.Option(min=0, help="Images explained for the completeness error.")] = 256,
+    explained: Annotated[
+        int | None,
+        typer.Option(min=0, help="Images explained for the completeness error of a B-cos network. Default: 256."),
+    ] = None,
     clip: Clip = None,
     zero_shot: Annotated[
         bool,
@@ -140,6 +143,7 @@ def evaluate(
             from bcos_rt.data import open_data, renumbered
             from bcos_rt.evaluation import evaluate as measure
             from bcos_rt.evaluation.accuracy import check_place
+            from bcos_rt.nn.network import BcosNetwork
 
             if output is not None:
                 check_place(output, "--output")
@@ -149,6 +153,10 @@ def evaluate(
             else:
                 net, side, described = one_network(model, checkpoint, weights, num_classes, convert)
             _check_protocol(net, towers)
+            if explained and (linear_probe or not isinstance(net, BcosNetwork)):
+                got = f"{explained} with " + ("--linear-probe" if linear_probe else "a conventional network")
+                raise InvalidArgumentError("--explained", got, "no --explained: there is no explanation of its own")
+            count = 256 if explained is None else explained
             net = net.to(place)
         with progress.working(f"looking at {data}"):
             images = open_data(data, size=size or side, split=split)
@@ -171,12 +179,12 @@ def evaluate(
                 found = classify(
                     net, images, texts, pooling or "mean",  # type: ignore[arg-type]
                     power=power, logit_scale=source.logit_scale, batch_size=batch_size, workers=workers,
-                    completeness_images=explained, tell=tell,
+                    completeness_images=count, tell=tell,
                 )  # fmt: skip
                 about |= {"protocol": "zero shot", "pooling": pooling or "mean", "power": power, "texts": list(names)}
             else:
                 found = measure(
-                    net, images, batch_size=batch_size, workers=workers, completeness_images=explained, tell=tell
+                    net, images, batch_size=batch_size, workers=workers, completeness_images=count, tell=tell
                 )
         if output is not None:
             found.save(output, about)

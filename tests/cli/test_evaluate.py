@@ -135,6 +135,19 @@ def test_bad_input_of_localise_is_named(bcos, model, data, tmp_path, arguments, 
     assert not (tmp_path / "out").exists()
 
 
+def test_explained_is_for_networks_that_explain_themselves(bcos, model, data):
+    result = bcos("evaluate", *model, "--data", data, "--explained", 3)
+    assert (result.code, "--explained: got 3 with a conventional network" in result.err) == (2, True), result.err
+
+
+def test_saved_networks_take_no_weights_of_others(bcos, checkpoint, model, data, tmp_path):
+    options = ("-m", checkpoint, "--data", data, "-o", tmp_path / "out", "--grid", 2, "--method", "random")
+    result = bcos("localise", *model, *options, "--weights", "random")
+    assert (result.code, f"'random' for {checkpoint}" in result.err) == (2, True), result.err
+    result = bcos("localise", "-m", model[1], *options, "--weights", "random")
+    assert (result.code, "--weights: got 1 for 2 models" in result.err) == (2, True), result.err
+
+
 def test_localise_needs_a_network(bcos, data, tmp_path):
     result = bcos("localise", "--data", data, "-o", tmp_path / "out")
     assert (result.code, "neither" in result.err) == (2, True)
