@@ -34,16 +34,24 @@ from bcos_rt.data.loading import read_batch
 from bcos_rt.errors import (
     InvalidArgumentError,
     InvalidTypeError,
-    MissingDependencyError,
     TrainingError,
     TrainingInterruptedError,
 )
 from bcos_rt.files import replacing
 from bcos_rt.nn.exponent import bcos_layers, exponents, fix_exponents, fixed_exponents, learn_exponents, set_exponents
-from bcos_rt.nn.network import BcosNetwork, EmbeddingLayer
+from bcos_rt.nn.network import BcosNetwork
 from bcos_rt.nn.norms import BatchNormUncentered2d
 from bcos_rt.training.biases import bias_names
+from bcos_rt.training.checks import (
+    check_bcos,
+    check_labelled,
+    check_metrics,
+    checked_pictures,
+    embeds,
+    learns_outputs,
+)
 from bcos_rt.training.finite import FirstBad, all_finite, first_not_finite, is_finite
+from bcos_rt.training.launch import make_fabric
 from bcos_rt.training.losses import Teaching, agreement, check_label, label_loss
 from bcos_rt.training.optim import clip_adaptively, make_optimizers, set_fused, step_all
 from bcos_rt.training.recipe import TrainingRecipe
@@ -60,7 +68,6 @@ __all__ = ["TrainingResult", "finetune"]
 MAX_PICTURES = 8
 # Where a step that is not finite is left out by torch's fused optimisers, and numbers are read every log_every steps.
 FUSED_DEVICES = ("cuda",)
-_STRATEGIES = "'auto', 'ddp' or 'fsdp'"
 # Loss scaling that has come down to this finds no scale at which the gradients are finite.
 SMALLEST_SCALE = 2.0**-10
 
@@ -175,7 +182,7 @@ def finetune(
         )
     if folder is not None and not folder.state.exists():
         folder.check_new(resume)
-    fabric = _make_fabric(accelerator, devices, strategy, num_nodes, recipe, folder)
+    fabric = make_fabric(accelerator, devices, strategy, num_nodes, recipe, folder)
     try:
         fabric.launch()
     except ValueError as error:  # SLURM started other numbers
@@ -184,79 +191,6 @@ def finetune(
         ) from error
     training = _Training(fabric, net, data, validation, recipe, folder, teacher, explain_images, workers, on_epoch)
     return training.run(console or Console(stderr=True))
-
-
-def _make_fabric(
-    accelerator: str,
-    devices: int | str,
-    strategy: str,
-    num_nodes: int,
-    recipe: TrainingRecipe,
-    folder: RunFolder | None,
-) -> Fabric:
-    try:
-        from lightning_fabric import Fabric
-        from lightning_fabric.loggers.logger import Logger
-        from lightning_fabric.loggers.tensorboard import TensorBoardLogger
-        from lightning_fabric.strategies.ddp import DDPStrategy
-        from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
-        from lightning_fabric.strategies.single_device import SingleDeviceStrategy
-    except ImportError as error:
-        raise MissingDependencyError("training needs Lightning Fabric: pip install 'bcos-rt[train]'") from error
-    if not isinstance(strategy, str):
-        raise InvalidTypeError("strategy", type(strategy).__name__, f"a strategy's name, {_STRATEGIES}")
-    if "spawn" in strategy or "fork" in strategy:
-        raise InvalidArgumentError(
-            "strategy", repr(strategy), "a strategy whose processes call finetune themselves, such as 'ddp'"
-        )
-    if strategy == "dp" or (strategy != "fsdp" and any(name in strategy for name in ("fsdp", "deepspeed"))):
-        raise InvalidArgumentError("strategy", repr(strategy), _STRATEGIES)
-    if strategy == "fsdp" and recipe.precision == "16-mixed":
-        raise InvalidArgumentError("strategy", "'fsdp' with recipe.precision='16-mixed'", "'bf16-mixed' with it")
-    if devices == "auto":
-        devices, num_nodes = _launched() or (devices, num_nodes)
-    # Fabric's own "fsdp" is FSDP1, for GPUs alone.
-    sharded = ModelParallelStrategy(lambda net, _: share_out(net, sharded.root_device))
-    loggers: list[Logger] = []
-    if folder is not None:
-        try:
-            loggers.append(TensorBoardLogger(str(folder.path), name="tensorboard", version=""))
-        except ModuleNotFoundError:  # TensorBoard is an option
-            loggers = []
-    try:
-        fabric = Fabric(
-            accelerator=accelerator, devices=devices, num_nodes=num_nodes,
-            strategy=sharded if strategy == "fsdp" else strategy,
-            precision=recipe.precision, loggers=loggers,
-        )  # fmt: skip
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise InvalidArgumentError(
-            "accelerator, devices, strategy", f"{accelerator!r}, {devices!r}, {strategy!r} ({error})",
-            "what Lightning Fabric takes on this machine",
-        ) from error  # fmt: skip
-    # An environment variable of Fabric's may have chosen, too.
-    if not isinstance(fabric.strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy):
-        raise InvalidArgumentError("strategy", type(fabric.strategy).__name__, _STRATEGIES)
-    if isinstance(fabric.strategy, DDPStrategy) and fabric.strategy._start_method != "popen":
-        # What "auto" is in a notebook: processes that would have to begin inside this one.
-        raise InvalidArgumentError(
-            "devices", f"{devices!r} in an interactive interpreter", "1 there, or a script that torchrun starts"
-        )
-    return fabric
-
-
-def _launched() -> tuple[int, int] | None:
-    """Processes on a node, and nodes, as torchrun or else SLURM's srun started them; None where neither did."""
-    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    if here:
-        return here, int(os.environ["WORLD_SIZE"]) // here
-    if "SLURM_NTASKS" not in os.environ or not SLURMEnvironment.detect():
-        return None
-    tasks = int(os.environ["SLURM_NTASKS"])
-    nodes = int(os.environ.get("SLURM_NNODES", "1"))
-    return int(os.environ.get("SLURM_NTASKS_PER_NODE", str(max(1, tasks // nodes)))), nodes
 
 
 class _Training:
@@ -306,12 +240,12 @@ class _Training:
             self.validation = loader(seen, shard(len(seen), recipe.batch_size, world, rank), workers=workers)
         if isinstance(net, BcosNetwork):
             net.image_size = augmentation.size
-        self.embeds = _embeds(net, recipe)
-        _check_metrics(self.embeds, recipe, validation is not None, explain_images is not None)
-        _check_bcos(net, recipe)
-        _check_labelled("data", raw.labels, recipe.loss == "none")
+        self.embeds = embeds(net, recipe)
+        check_metrics(self.embeds, recipe, validation is not None, explain_images is not None)
+        check_bcos(net, recipe)
+        check_labelled("data", raw.labels, recipe.loss == "none")
         if seen is not None:
-            _check_labelled("validation", seen.labels, teacher is not None)
+            check_labelled("validation", seen.labels, teacher is not None)
         self.progress = Progress()
         self.fused = fabric.device.type in FUSED_DEVICES
         self.eager_numbers = not self.fused
@@ -346,7 +280,7 @@ class _Training:
         self.unexchanged = [*loss_parameters, *(p for p in self.trained.parameters() if self.sharded and p.ndim == 0)]
         self.first_bad = FirstBad(fabric.device)
         self.saved: tuple[int, int] | None = None
-        self.pictures = None if explain_images is None else _checked_pictures(net, explain_images)[:MAX_PICTURES]
+        self.pictures = None if explain_images is None else checked_pictures(net, explain_images)[:MAX_PICTURES]
         self.label_loss = label_loss(recipe)
         self.finite_names: list[str] = []
         self.constants: list[tuple[Tensor, Tensor]] = []
@@ -745,7 +679,7 @@ class _Training:
             totals += torch.tensor([float(v) for v in sums], dtype=torch.float64)
         totals = self._summed(totals)
         found = dict(zip(("loss", "cosine"), (totals[:2] / totals[2]).tolist(), strict=True))
-        if not _learns_outputs(self.recipe):  # the loss is one of features, which validation does not look at
+        if not learns_outputs(self.recipe):  # the loss is one of features, which validation does not look at
             del found["loss"]
         return found
 
@@ -1088,53 +1022,6 @@ class _Training:
         return TrainingResult(self.net, self.averaged, history, best, None if self.folder is None else self.folder.path)
 
 
-def _embeds(net: nn.Module, recipe: TrainingRecipe) -> bool:
-    """Whether a network's output is an embedding, not logits: it says so, or its loss is one of embeddings alone."""
-    if isinstance(net, BcosNetwork):
-        return isinstance(net.logit_layer, EmbeddingLayer)
-    taught = recipe.distillation
-    return recipe.loss == "none" and taught is not None and not taught.logits and (taught.siglip + taught.embedding) > 0
-
-
-def _check_metrics(embeds: bool, recipe: TrainingRecipe, validated: bool, explained: bool) -> None:
-    """Refuse what belongs to classes where there are embeddings, and the other way round."""
-    if not embeds:
-        if recipe.select == "cosine" and validated:
-            raise InvalidArgumentError("recipe.select", "'cosine'", "'top1' or 'loss', for a network with logits")
-        _check_select_loss(recipe, validated, "'top1'")
-        return
-    _check_select_loss(recipe, validated, "'cosine'")
-    if recipe.loss != "none":
-        expected = "'none' and a distillation, as of TrainingRecipe.clip(): the network returns an embedding"
-        raise InvalidArgumentError("recipe.loss", repr(recipe.loss), expected)
-    if recipe.mixing is not None:
-        raise InvalidArgumentError("recipe.mixing", "mixed labels", "None: the network returns an embedding")
-    if recipe.select == "top1" and validated:
-        raise InvalidArgumentError("recipe.select", "'top1'", "'cosine' or 'loss': the network returns an embedding")
-    if explained:
-        raise InvalidArgumentError("explain_images", "images", "None: an embedding is explained for texts")
-
-
-def _learns_outputs(recipe: TrainingRecipe) -> bool:
-    """Whether the loss is one of the network's outputs, not of its features alone."""
-    taught = recipe.distillation
-    return recipe.loss != "none" or (taught is not None and taught.logits + taught.siglip + taught.embedding > 0)
-
-
-def _check_select_loss(recipe: TrainingRecipe, validated: bool, other: str) -> None:
-    if recipe.select == "loss" and validated and not _learns_outputs(recipe):
-        got = "'loss' with a loss of features alone, which validation does not look at"
-        raise InvalidArgumentError("recipe.select", got, other)
-
-
-def _check_labelled(argument: str, labels: Tensor | None, may_lack: bool) -> None:
-    """Refuse images without labels before an epoch is spent, where the data knows without being read."""
-    if labels is not None and len(labels) and not may_lack and bool((labels < 0).any()):
-        expected = "labels, or a teacher" if argument == "validation" else "labels"
-        hint = "" if argument == "validation" else " (or recipe.loss='none' with a distillation)"
-        raise InvalidArgumentError(argument, "images without labels", expected, hint)
-
-
 def _copied(net: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(net)
@@ -1149,28 +1036,6 @@ def _average(net: nn.Module, decay: float, sharded: bool) -> AveragedModel:
         return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
     # One tensor at a time: the other kernel takes no mixture of tensors with shards and without.
     return AveragedModel(net, avg_fn=get_ema_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
-
-
-def _check_bcos(net: nn.Module, recipe: TrainingRecipe) -> None:
-    """Refuse what is of B-cos layers where there are none."""
-    if exponents(net):
-        return
-    for name, given, none in (("b_start", recipe.b_start, None), ("learn_b", recipe.learn_b, False)):
-        if given != none:
-            got = f"{given!r} for a {type(net).__name__} without B-cos layers"
-            raise InvalidArgumentError(f"recipe.{name}", got, f"{none!r}: it has no B")
-
-
-def _checked_pictures(net: nn.Module, images: Tensor) -> Tensor:
-    if not isinstance(net, BcosNetwork):
-        raise InvalidArgumentError(
-            "explain_images", f"images for a {type(net).__name__}", "None: it is no B-cos network"
-        )
-    try:
-        net.encode(images)
-    except (InvalidArgumentError, InvalidTypeError) as error:
-        raise type(error)("explain_images", error.got, error.expected) from error
-    return images
 
 
 def _shapes(net: nn.Module) -> dict[str, list[int]]:

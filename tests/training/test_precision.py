@@ -38,7 +38,7 @@ def scaler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         monkeypatch.setattr(plugin, "forward_context", lambda: torch.autocast("cpu", enabled=False))
         return Fabric(accelerator="cpu", devices=1, plugins=[plugin])
 
-    monkeypatch.setattr(trainer, "_make_fabric", fabric)
+    monkeypatch.setattr(trainer, "make_fabric", fabric)
     if request.param:
         monkeypatch.setattr(trainer, "FUSED_DEVICES", ("cpu",))
     return made
@@ -57,7 +57,7 @@ def test_scaled_training_is_plain_training(scaler: torch.amp.GradScaler, changes
     finetune(scaled, colours(48), recipe)
     assert scaler.get_scale() == 2.0**16 * 2**6
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "_make_fabric", lambda *_: Fabric(accelerator="cpu", devices=1))
+        patch.setattr(trainer, "make_fabric", lambda *_: Fabric(accelerator="cpu", devices=1))
         finetune(plain, colours(48), recipe)
     assert_close(scaled.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-6)
     assert exponents(scaled) == pytest.approx(exponents(plain), rel=1e-5)

@@ -21,6 +21,7 @@ from bcos_rt.data import Augmentation
 from bcos_rt.data.loading import loader
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, TrainingInterruptedError
 from bcos_rt.training import TrainingRecipe, trainer
+from bcos_rt.training.launch import launched
 from bcos_rt.training.sharded import share_out
 from tests.training.worker import colours, convnet, network
 
@@ -199,7 +200,7 @@ def test_who_started_the_processes(
         monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert trainer._launched() == expected
+    assert launched() == expected
 
 
 @pytest.mark.parametrize("strategy", ["fsdp_cpu_offload", "xla_fsdp", "deepspeed", "deepspeed_stage_2", "dp"])

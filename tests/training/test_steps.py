@@ -371,7 +371,7 @@ def test_fp16_autocast_with_loss_scaling(make: Callable[[], nn.Module], monkeypa
     finetune(plain, colours(32), recipe, accelerator="cpu")
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
-    monkeypatch.setattr(trainer, "_make_fabric", lambda *_: Fabric(accelerator="cpu", devices=1, plugins=[plugin]))
+    monkeypatch.setattr(trainer, "make_fabric", lambda *_: Fabric(accelerator="cpu", devices=1, plugins=[plugin]))
     types: list[torch.dtype] = []
     layer = next(m for m in half.modules() if isinstance(m, nn.Conv2d) or type(m).__name__ == "BcosConv2d")
     layer.register_forward_hook(lambda *a: types.append(a[2].dtype))

@@ -16,7 +16,7 @@ from bcos_rt.data import Augmentation
 from bcos_rt.errors import TrainingError, TrainingInterruptedError
 from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.nn.network import BcosNetwork
-from bcos_rt.training import Distillation, TrainingRecipe, TrainingResult, trainer
+from bcos_rt.training import Distillation, TrainingRecipe, TrainingResult, launch, trainer
 from bcos_rt.training.sharded import local
 from tests.training.worker import colours, convnet
 
@@ -177,11 +177,12 @@ def sharded(folder: Path) -> dict[str, Any]:
         held.append((sum(local(p).numel() for p in net.parameters()), sum(p.numel() for p in net.parameters())))
         return net
 
-    original, trainer.share_out = trainer.share_out, share_out
+    original = trainer.share_out
+    trainer.share_out = launch.share_out = share_out
     try:
         result = run(folder, strategy="fsdp")
     finally:
-        trainer.share_out = original
+        trainer.share_out = launch.share_out = original
     return {"held": held, "net": numbers_of(result.net), "averaged": numbers_of(result.averaged)}
 
 

@@ -1,0 +1,82 @@
+"""What of a run does not go together, found before anything is trained."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
+from bcos_rt.nn.exponent import exponents
+from bcos_rt.nn.network import BcosNetwork, EmbeddingLayer
+from bcos_rt.training.recipe import TrainingRecipe
+
+__all__ = ["check_bcos", "check_labelled", "check_metrics", "checked_pictures", "embeds", "learns_outputs"]
+
+
+def embeds(net: nn.Module, recipe: TrainingRecipe) -> bool:
+    """Whether a network's output is an embedding, not logits: it says so, or its loss is one of embeddings alone."""
+    if isinstance(net, BcosNetwork):
+        return isinstance(net.logit_layer, EmbeddingLayer)
+    taught = recipe.distillation
+    return recipe.loss == "none" and taught is not None and not taught.logits and (taught.siglip + taught.embedding) > 0
+
+
+def check_metrics(embedding: bool, recipe: TrainingRecipe, validated: bool, explained: bool) -> None:
+    """Refuse what belongs to classes where there are embeddings, and the other way round."""
+    if not embedding:
+        if recipe.select == "cosine" and validated:
+            raise InvalidArgumentError("recipe.select", "'cosine'", "'top1' or 'loss', for a network with logits")
+        _check_select_loss(recipe, validated, "'top1'")
+        return
+    _check_select_loss(recipe, validated, "'cosine'")
+    if recipe.loss != "none":
+        expected = "'none' and a distillation, as of TrainingRecipe.clip(): the network returns an embedding"
+        raise InvalidArgumentError("recipe.loss", repr(recipe.loss), expected)
+    if recipe.mixing is not None:
+        raise InvalidArgumentError("recipe.mixing", "mixed labels", "None: the network returns an embedding")
+    if recipe.select == "top1" and validated:
+        raise InvalidArgumentError("recipe.select", "'top1'", "'cosine' or 'loss': the network returns an embedding")
+    if explained:
+        raise InvalidArgumentError("explain_images", "images", "None: an embedding is explained for texts")
+
+
+def learns_outputs(recipe: TrainingRecipe) -> bool:
+    """Whether the loss is one of the network's outputs, not of its features alone."""
+    taught = recipe.distillation
+    return recipe.loss != "none" or (taught is not None and taught.logits + taught.siglip + taught.embedding > 0)
+
+
+def _check_select_loss(recipe: TrainingRecipe, validated: bool, other: str) -> None:
+    if recipe.select == "loss" and validated and not learns_outputs(recipe):
+        got = "'loss' with a loss of features alone, which validation does not look at"
+        raise InvalidArgumentError("recipe.select", got, other)
+
+
+def check_labelled(argument: str, labels: Tensor | None, may_lack: bool) -> None:
+    """Refuse images without labels before an epoch is spent, where the data knows without being read."""
+    if labels is not None and len(labels) and not may_lack and bool((labels < 0).any()):
+        expected = "labels, or a teacher" if argument == "validation" else "labels"
+        hint = "" if argument == "validation" else " (or recipe.loss='none' with a distillation)"
+        raise InvalidArgumentError(argument, "images without labels", expected, hint)
+
+
+def check_bcos(net: nn.Module, recipe: TrainingRecipe) -> None:
+    """Refuse what is of B-cos layers where there are none."""
+    if exponents(net):
+        return
+    for name, given, none in (("b_start", recipe.b_start, None), ("learn_b", recipe.learn_b, False)):
+        if given != none:
+            got = f"{given!r} for a {type(net).__name__} without B-cos layers"
+            raise InvalidArgumentError(f"recipe.{name}", got, f"{none!r}: it has no B")
+
+
+def checked_pictures(net: nn.Module, images: Tensor) -> Tensor:
+    """Images to explain after every epoch, which only a B-cos network can, of a size and kind that it takes."""
+    if not isinstance(net, BcosNetwork):
+        raise InvalidArgumentError(
+            "explain_images", f"images for a {type(net).__name__}", "None: it is no B-cos network"
+        )
+    try:
+        net.encode(images)
+    except (InvalidArgumentError, InvalidTypeError) as error:
+        raise type(error)("explain_images", error.got, error.expected) from error
+    return images
