@@ -9,11 +9,16 @@ from pathlib import Path
 import torch
 
 from bcos_rt.benchmark import machine
-from bcos_rt.files import replacing, write_json
+from bcos_rt.files import read_rows, replacing, write_json
 
-__all__ = ["ROOT", "copy_logs", "copy_whole", "describe_machine"]
+__all__ = ["ROOT", "all_epochs", "copy_logs", "copy_whole", "describe_machine"]
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def all_epochs(run: Path, epochs: int) -> bool:
+    """Whether a run's folder has a row of each epoch. (Its networks are written after every one.)"""
+    return len(read_rows(run / "metrics.csv")) >= epochs
 
 
 def copy_logs(run: Path, target: Path) -> None:

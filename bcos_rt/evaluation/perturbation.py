@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bcos_rt.data import open_data
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation.attribution import Method, methods_of
-from bcos_rt.evaluation.checks import check_count, checked_logits, checked_maps, example_tensor
+from bcos_rt.evaluation.checks import check_count, checked_logits, checked_maps, example_tensor, spread
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.explanation.explain import class_ids_of
 from bcos_rt.graph.capture import eval_mode
@@ -276,7 +276,7 @@ def insertion_deletion(
     if len(source) == 0:
         raise InvalidArgumentError("data", "no image", "images")
     count = min(images, len(source))
-    chosen = [i * len(source) // count for i in range(count)]
+    chosen = sorted(spread(count, len(source)))
     curves: dict[tuple[str, str], PerturbationCurves] = {}
     for network, net in networks.items():
         like = example_tensor(net)

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -912,8 +912,7 @@ class _Training:
             in_loss = any(loss for s, loss in bad if s == step)
         if step >= 0:
             self._not_finite(step, in_loss, images, labels)
-        for kept, value in zip(self.good, self._statistics(), strict=True):
-            kept.copy_(value)
+        _copy(self._statistics(), self.good)
         scaler = self._scaler
         if scaler is not None and float(scaler.get_scale()) < SMALLEST_SCALE:
             self._not_finite(self._done - 1, False, images, labels)
@@ -951,9 +950,7 @@ class _Training:
                 again = first_not_finite(self.trained, partial(compute, *part))
                 found = found or again
         found, names = self._first_of_all(found, list(bad))
-        with torch.no_grad():
-            for kept, value in zip(self.good, self._statistics(), strict=True):
-                value.copy_(kept)
+        _copy(self.good, self._statistics())
         self._gather()
         what = "gradient"
         if in_loss:
@@ -1020,6 +1017,12 @@ class _Training:
         metric = f"val_{self.recipe.select}"
         best = next((row for row in history if metric in row and row[metric] == self.progress.best), None)
         return TrainingResult(self.net, self.averaged, history, best, None if self.folder is None else self.folder.path)
+
+
+@torch.no_grad()
+def _copy(sources: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
 
 
 def _copied(net: nn.Module) -> nn.Module:

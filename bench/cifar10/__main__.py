@@ -29,7 +29,7 @@ from bcos_rt.nn.network import BcosNetwork
 from bench.cifar10.images import load_images
 from bench.cifar10.networks import COMMITTED_WEIGHTS, build, trained, weights_of
 from bench.cifar10.plan import Run, runs
-from bench.logs import ROOT, copy_logs, copy_whole
+from bench.logs import ROOT, all_epochs, copy_logs, copy_whole
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
@@ -105,7 +105,7 @@ def _logs(one: Run) -> Path:
 
 
 def _finished(one: Run, work: Path) -> bool:
-    return any(len(read_rows(logs / one.name / "metrics.csv")) >= one.recipe.epochs for logs in (work, RESULTS))
+    return any(all_epochs(logs / one.name, one.recipe.epochs) for logs in (work, RESULTS))
 
 
 def _localise(one: Run, data: Path, work: Path, grids: int = GRIDS) -> None:
@@ -158,7 +158,7 @@ def _train(one: Run, data: Path, work: Path) -> None:
 def _publish(one: Run, work: Path) -> None:
     """Put what a run that is finished here leaves where it is committed; again after a kill in between."""
     folder, target = work / one.name, _logs(one)
-    if len(read_rows(folder / "metrics.csv")) < one.recipe.epochs:
+    if not all_epochs(folder, one.recipe.epochs):
         return
     copy_logs(folder, target)
     (target / "state.pt").unlink(missing_ok=True)

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from bcos_rt import bcosify, load
-from bcos_rt.files import read_rows
 from bcos_rt.models import load_model
 from bench.cifar10.images import CLASSES
 from bench.cifar10.plan import Run, runs
+from bench.logs import all_epochs
 
 __all__ = ["COMMITTED_WEIGHTS", "build", "trained", "weights_of"]
 
@@ -23,7 +23,7 @@ def weights_of(name: str, work: Path, results: Path) -> Path | None:
     """The network a run ended with: of this machine, or else the committed one; None without either."""
     (epochs,) = {run.recipe.epochs for run in runs() if run.name == name}
     mine = work / name / "last.safetensors"
-    if mine.exists() and len(read_rows(work / name / "metrics.csv")) >= epochs:
+    if mine.exists() and all_epochs(mine.parent, epochs):
         return mine
     committed = results / name / COMMITTED_WEIGHTS
     return committed if committed.exists() else None

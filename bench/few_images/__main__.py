@@ -28,14 +28,14 @@ from torchvision.transforms import functional as transforms
 
 from bcos_rt import BcosNetwork, Recipe, bcosify, load, recalibrate, save
 from bcos_rt.data import Augmentation
-from bcos_rt.files import read_rows, write_csv, write_json
+from bcos_rt.files import write_csv, write_json
 from bcos_rt.images import resized
 from bcos_rt.models import load_model
 from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.training import Distillation, TrainingRecipe, finetune
 from bench.few_images.blocks import fit_blocks
 from bench.few_images.picture import draw
-from bench.logs import ROOT, copy_logs, describe_machine
+from bench.logs import ROOT, all_epochs, copy_logs, describe_machine
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
@@ -116,7 +116,7 @@ VARIANTS: dict[str, Variant] = {
     "blocks_biases_kept": _fitted(**PLAIN, biases="keep", batch_norm="uncentered_folded"),
     # Both, one after the other.
     "long": Variant(LONG, training=AT_ONCE, start="blocks"),
-    # Of 16 crops of 128 pixels the last stages' norms see 256 places each: too few for statistics.
+    # Without statistics of 16 small crops, of which the last stages' norms see 256 places each.
     "long_frozen": Variant(LONG, training={**AT_ONCE, "freeze_norms": True}, start="blocks", recalibrated=False),
     # A photograph has one vector of logits, which a network can learn by heart, and thousands of places of features.
     "features": Variant(
@@ -228,8 +228,7 @@ def teacher() -> ConventionalNetwork:
 
 
 def _finished(name: str, work: Path) -> bool:
-    rows = read_rows(work / name / "metrics.csv")
-    return (work / name / LAST).exists() and len(rows) >= VARIANTS[name].epochs
+    return (work / name / LAST).exists() and all_epochs(work / name, VARIANTS[name].epochs)
 
 
 def _train(name: str, photos: Path, work: Path) -> None:

@@ -713,7 +713,6 @@ def test_frozen_norms_keep_their_statistics() -> None:
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({"accumulate": 5, "batch_size": 12}, {}, None),
         ({"select": "loss", "loss": "none", "distillation": Distillation(0.0, features=1.0, modules=("2",))},
          {"teacher": network(), "validation": colours(16)}, r"recipe\.select: got 'loss' with a loss of features"),
         ({}, {"explain_images": torch.rand(1, 3, 16, 16)}, "explain_images: got images without output"),
@@ -722,13 +721,15 @@ def test_frozen_norms_keep_their_statistics() -> None:
     ],
 )  # fmt: skip
 def test_what_would_do_nothing_or_fail_later_is_refused(
-    changes: dict[str, Any], arguments: dict[str, Any], message: str | None
+    changes: dict[str, Any], arguments: dict[str, Any], message: str
 ) -> None:
-    if message is None:  # parts of as equal sizes as can be: 3, 3, 2, 2, 2
-        finetune(network(), colours(48), PLAIN.replace(epochs=1, **changes))
-        return
     with pytest.raises((InvalidArgumentError, InvalidTypeError), match=message):
         finetune(network(), colours(48), PLAIN.replace(**changes), **arguments)
+
+
+def test_parts_are_of_as_equal_sizes_as_can_be() -> None:
+    """3, 3, 2, 2, 2: torch's chunks would be four of 3."""
+    finetune(network(), colours(48), PLAIN.replace(epochs=1, accumulate=5, batch_size=12))
 
 
 def test_a_network_is_not_its_own_teacher() -> None:
