@@ -278,11 +278,16 @@ def _too_many_taps(weight: Tensor, groups: int) -> bool:
     return max(weight.shape[2:]) > MAX_TAPS and not (groups > 1 and weight.shape[1] == 1)
 
 
-def _uses_cpp(x: Tensor) -> bool:
-    """Whether the C++ kernels can go over an image without rearranging it."""
+def _rows_use_cpp(x: Tensor) -> bool:
+    """Whether the C++ kernels take rows like these."""
     if _backend.get() != "auto" or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return False
-    return cpu.available() and cpu.in_channels_last(x)
+    return cpu.available()
+
+
+def _uses_cpp(x: Tensor) -> bool:
+    """Whether the C++ kernels can go over an image without rearranging it."""
+    return _rows_use_cpp(x) and cpu.in_channels_last(x)
 
 
 def has_memory(*tensors: Tensor) -> bool:
@@ -708,6 +713,9 @@ def _linear_values(x: Tensor, weight: Tensor, bias: Tensor | None, b: float | Te
         )
     _check_learned_b("linear", b, x)
     if not _use_triton(x):
+        if not isinstance(b, Tensor) and b != 1 and _rows_use_cpp(x):
+            z = F.linear(x, weight, bias).contiguous()
+            return cpu.linear_epilogue(z, cpu.row_square_sum(x), eps, b=b)[0]
         return reference.linear(x, weight, bias, b, eps)
     _check_size("linear", "the result", x, x.numel() // max(x.shape[-1], 1) * weight.shape[0])
     y: Tensor = _triton("linear_fused")(
@@ -789,12 +797,15 @@ def _(
 
 
 def _linear_backward(
-    triton: bool, saved: Sequence[Any], eps: float, b: float | Tensor, grad: Tensor, needs: Sequence[bool]
+    triton: bool, cpp: bool, saved: Sequence[Any], eps: float, b: float | Tensor, grad: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     x, weight, bias, y = saved
     if not triton:
         with torch.autocast(x.device.type, enabled=False):
-            return reference.linear_backward(grad, x, weight, bias, y, b, eps, needs)
+            # As _conv2d_backward.
+            direct = cpp and not torch.is_grad_enabled() and has_memory(grad, x, y)
+            response = cpu.square_row_response_grad if direct else None
+            return reference.linear_backward(grad, x, weight, bias, y, b, eps, needs, response)
     learned = b if isinstance(b, Tensor) else None
     grads = _linear_backward_op(grad, x, weight, bias, y, 2.0 if learned is not None else b, learned, eps, list(needs))
     return _needed(grads, needs)
@@ -802,13 +813,13 @@ def _linear_backward(
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, ctx.b, ctx.eps = inputs
-    ctx.triton = _use_triton(x)
+    ctx.triton, ctx.cpp = _use_triton(x), _rows_use_cpp(x)
     ctx.save_for_backward(x, weight, bias, output)
 
 
 def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = [*ctx.needs_input_grad[:3], False]
-    return (*_linear_backward(ctx.triton, ctx.saved_tensors, ctx.eps, ctx.b, grad, needs)[:3], None, None)
+    return (*_linear_backward(ctx.triton, ctx.cpp, ctx.saved_tensors, ctx.eps, ctx.b, grad, needs)[:3], None, None)
 
 
 _linear.register_autograd(_linear_autograd, setup_context=_linear_setup)
@@ -822,7 +833,7 @@ def _linear_learned_b_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 def _linear_learned_b_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *saved, b = ctx.saved_tensors
-    return (*_linear_backward(ctx.triton, saved, ctx.eps, b, grad, ctx.needs_input_grad[:4]), None)
+    return (*_linear_backward(ctx.triton, False, saved, ctx.eps, b, grad, ctx.needs_input_grad[:4]), None)
 
 
 _linear_learned_b.register_autograd(_linear_learned_b_autograd, setup_context=_linear_learned_b_setup)

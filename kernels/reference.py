@@ -47,9 +47,9 @@ __all__ = [
     "pack_mask",
     "patch_norm",
     "per_row",
-    "recover_z",
     "row_norm",
     "square_response_grad",
+    "square_row_response_grad",
     "square_sum",
     "transposed_rows",
     "unpack_mask",
@@ -197,15 +197,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, b: float | Tensor, ep
     return z * dynamic_scale(z, row_norm(x, eps), b, -1)
 
 
-def recover_z(y: Tensor, n: Tensor, channel_dim: int) -> Tensor:
-    """For B = 2, ``y = z |z| / n`` gives ``z = sign(y) sqrt(|y| n)``: no second convolution, nothing more stored."""
-    return y.sign() * (y.abs().to(n.dtype) * _align(n, y, channel_dim)).sqrt().to(y.dtype)
-
-
 def grad_response(
     grad: Tensor, z: Tensor, n: Tensor, b: float | Tensor, channel_dim: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of ``y = z (|z|/n + d)^(B-1)``, d = 0 for B = 2, differentiated as a whole.
+    """Gradients of ``y = z (|z|/n + d)^(B-1)``, every B's but 1 and 2, differentiated as a whole.
 
     ``dy/dz = m (1 + (B-1) u / (u+d))``, ``dy/dn = -(B-1) (z m / n) u / (u+d)`` and ``dy/dB = z m log(u+d)`` with
     ``u = |z|/n``: all finite at z = 0 for every B >= 1, where ``|cos|^(B-1)`` by itself has an infinite slope between
@@ -217,10 +212,7 @@ def grad_response(
     wide = _align(n, z, channel_dim)
     u = z.abs().to(n.dtype) / wide
     grad_b = None
-    if not isinstance(b, Tensor) and b == 2:
-        m, slope = u, torch.ones_like(u)
-    else:
-        m, slope = (u + POWER_EPS).pow(b - 1), u / (u + POWER_EPS)
+    m, slope = (u + POWER_EPS).pow(b - 1), u / (u + POWER_EPS)
     if isinstance(b, Tensor):
         grad_b = (grad.to(n.dtype) * z.to(n.dtype) * m * (u + POWER_EPS).log()).sum().to(b.dtype)
     grad_z = grad.to(n.dtype) * m * (1 + (b - 1) * slope)
@@ -231,6 +223,21 @@ def grad_response(
         shape = grad_n.shape
         grad_n = grad_n.reshape(*shape[:dim], groups, shape[dim] // groups, *shape[dim + 1 :]).sum(dim + 1)
     return grad_z.to(z.dtype), grad_n, grad_b
+
+
+def _square_response_grad(grad: Tensor, y: Tensor, n: Tensor, groups: int, channel_dim: int) -> tuple[Tensor, Tensor]:
+    """:func:`grad_response` for B = 2 from ``y = z |z| / n`` itself: no second product, nothing more stored.
+
+    ``dy/dz = 2 |z| / n = 2 sqrt(|y| / n)`` and ``dy/dn = -y / n``.
+
+    Returns:
+        grad_z like ``y``; grad_n / n like ``n``.
+    """
+    grad_z = (y.abs().to(n.dtype) / _align(n, y, channel_dim)).sqrt() * grad * 2
+    dim, shape = channel_dim % y.ndim, y.shape
+    products = grad.to(n.dtype) * y
+    products = products.reshape(*shape[:dim], groups, shape[dim] // groups, *shape[dim + 1 :]).sum(dim + 1)
+    return grad_z.to(y.dtype), -products / (n * n)
 
 
 def square_response_grad(
@@ -244,19 +251,14 @@ def square_response_grad(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`grad_response` of a convolution for B = 2, from ``y = z |z| / n`` itself.
-
-    ``dy/dz = 2 |z| / n = 2 sqrt(|y| / n)`` and ``dy/dn = -y / n``.
-
-    Returns:
-        grad_z like ``y``; grad_n / n, [N, groups, H', W'].
-    """
+    """:func:`grad_response` of a convolution for B = 2: grad_z like ``y``; grad_n / n, [N, groups, H', W']."""
     n = patch_norm(x, kernel_size, stride, padding, dilation, groups, eps)
-    grad_z = (y.abs().to(n.dtype) / _align(n, y, 1)).sqrt() * grad * 2
-    products = grad.to(n.dtype) * y
-    shape = (y.shape[0], groups, y.shape[1] // groups, *y.shape[2:])
-    grad_n = products.reshape(shape).sum(2)
-    return grad_z.to(y.dtype), -grad_n / (n * n)
+    return _square_response_grad(grad, y, n, groups, 1)
+
+
+def square_row_response_grad(grad: Tensor, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """:func:`grad_response` of a linear layer for B = 2: grad_z like ``y``; grad_n / n, [..., 1]."""
+    return _square_response_grad(grad, y, row_norm(x, eps), 1, -1)
 
 
 def conv2d_backward(
@@ -308,7 +310,7 @@ def conv2d_backward(
         [needs[0], needs[1], needs[2] and bias is not None],
     )
     if spread is not None:
-        grad_x = torch.addcmul(grad_x, _align(spread, x, 1).to(x.dtype), x)
+        grad_x = torch.addcmul(grad_x, _align(spread, x, 1), x).to(x.dtype)
     return grad_x, grad_w, grad_b, grad_exponent
 
 
@@ -321,23 +323,30 @@ def linear_backward(
     b: float | Tensor,
     eps: float,
     needs: Sequence[bool],
+    square_response: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of :func:`linear` for x, weight, bias and a tensor B, through the row norm too."""
-    grad_norm = grad_exponent = None
+    """Gradients of :func:`linear` for x, weight, bias and a tensor B, through the row norm too.
+
+    ``square_response`` takes the place of :func:`square_row_response_grad`.
+    """
+    spread = grad_exponent = None
     grad_z = grad
     if isinstance(b, Tensor) or b != 1:
         n = row_norm(x, eps)
-        z = F.linear(x, weight, bias) if isinstance(b, Tensor) or b != 2 else recover_z(y, n, -1)
-        grad_z, grad_n, grad_exponent = grad_response(grad, z, n, b, -1)
+        if isinstance(b, Tensor) or b != 2:
+            grad_z, grad_n, grad_exponent = grad_response(grad, F.linear(x, weight, bias), n, b, -1)
+            share = grad_n / n
+        else:
+            grad_z, share = (square_response or square_row_response_grad)(grad, x, y, eps)
+        # n = length + eps and d length/dx = x / length, taken as 0 at x = 0.
         length = n - eps
-        unit = torch.where(length > 0, x.to(n.dtype) / length, torch.zeros_like(n))
-        grad_norm = (grad_n * unit).to(x.dtype)
+        spread = torch.where(length > 0, share * n / length, torch.zeros_like(n))
     grad_x = grad_w = grad_b = None
     flat = grad_z.reshape(-1, weight.shape[0])
     if needs[0]:
         grad_x = F.linear(grad_z, weight.t())
-        if grad_norm is not None:
-            grad_x = grad_x + grad_norm
+        if spread is not None:
+            grad_x = torch.addcmul(grad_x, spread, x).to(x.dtype)
     if needs[1]:
         grad_w = flat.t() @ x.reshape(-1, weight.shape[1])
     if needs[2] and bias is not None:

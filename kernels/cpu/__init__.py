@@ -45,6 +45,7 @@ __all__ = [
     "scale_act",
     "scale_act_transposed",
     "square_response_grad",
+    "square_row_response_grad",
     "square_sum",
     "transposed_epilogue",
     "unavailable_reason",
@@ -285,8 +286,21 @@ def square_response_grad(
     grad_z, norm = _image_like(y.shape, y.dtype), _image_like((n, groups, oh, ow), torch.float32)
     _kernels().response_grad(
         (n, o, x.shape[2], x.shape[3], oh, ow), _window(kernel_size, stride, padding, dilation), _storage(y),
-        y.data_ptr(), o, _operand(grad), squares.data_ptr(), groups, groups, eps, grad_z.data_ptr(), norm.data_ptr(),
-        torch.get_num_threads(),
+        y.data_ptr(), o, _operand(grad), squares.data_ptr(), groups, groups, False, eps, grad_z.data_ptr(),
+        norm.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_z, norm
+
+
+def square_row_response_grad(grad: Tensor, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """:func:`bcos_rt.kernels.reference.square_row_response_grad` in one pass."""
+    grad, y, squares = grad.contiguous(), y.contiguous(), row_square_sum(x)
+    o = y.shape[-1]
+    rows = y.numel() // o if o else 0
+    grad_z, norm = torch.empty_like(y), torch.zeros_like(squares)
+    _kernels().response_grad(
+        (1, o, 1, rows, 1, rows), _WINDOW_OF_ONE, _storage(y), y.data_ptr(), o, (grad.data_ptr(), 0, 0, o),
+        squares.data_ptr(), 1, 1, True, eps, grad_z.data_ptr(), norm.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return grad_z, norm
 

@@ -118,8 +118,8 @@ PYBIND11_MODULE(_native, m) {
     });
 
     m.def("response_grad", [](py::tuple size, py::tuple win, int storage, int64_t y, int64_t y_pixel, py::object grad,
-                              int64_t squares, int64_t entries, int64_t groups, float eps, int64_t grad_z, int64_t norm,
-                              int threads) {
+                              int64_t squares, int64_t entries, int64_t groups, bool of_rows, float eps, int64_t grad_z,
+                              int64_t norm, int threads) {
         ResponseGrad a;
         a.layer.sizes = sizes(size);
         a.layer.window = window(win);
@@ -129,6 +129,7 @@ PYBIND11_MODULE(_native, m) {
         a.layer.squares = address<const float>(squares);
         a.layer.entries = entries;
         a.layer.groups = groups;
+        a.layer.of_rows = of_rows;
         a.layer.eps = eps;
         a.layer.threads = threads;
         a.grad = image(grad);

@@ -13,7 +13,7 @@ from torch import Tensor
 from bcos_rt.kernels import cpu, ops, reference, reference_layers
 from bcos_rt.kernels.cpu import pointwise, winograd
 from bcos_rt.kernels.reference import ACTIVATIONS, channels_last
-from bcos_rt.nn import BcosConv2d
+from bcos_rt.nn import BcosConv2d, BcosLinear
 from tests.tolerances import KERNEL
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no C++ kernels: {cpu.unavailable_reason()}")
@@ -505,6 +505,54 @@ def test_square_response_grad(dtype, groups, kernel, geometry):
         close(found[1], expected[1], dtype, "n")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs", [1, 13, 48])
+def test_square_row_response_grad(dtype, outputs):
+    """Rows in more dimensions than one, a row of zeros, a gradient that is expanded."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 7, 11).to(dtype)
+    x[1, 2, 3] = 0
+    y = reference.linear(x.double(), torch.randn(outputs, 11).double(), None, 2.0).to(dtype)
+    for grad in (torch.randn(y.shape).to(dtype), torch.randn(7, 1).to(dtype).expand(y.shape)):
+        found = cpu.square_row_response_grad(grad, x, y, 1e-3)
+        expected = reference.square_row_response_grad(grad.double(), x.double(), y.double(), 1e-3)
+        close(found[0], expected[0], dtype, "z")
+        close(found[1], expected[1], dtype, "n")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("b", [1.0, 1.5, 2.0, 2.5])
+@pytest.mark.parametrize("shape", [(11,), (5, 11), (2, 3, 4, 11), (0, 11)])
+def test_linear_layers_use_the_kernels(shape, b, bias, monkeypatch):
+    """Values and gradients against float64's; second derivatives go without the kernels."""
+    torch.manual_seed(0)
+    calls = []
+    for name in ("linear_epilogue", "square_row_response_grad"):
+        original = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *a, f=original, n=name, **k: (calls.append(n), f(*a, **k))[1])
+    tensors = [torch.randn(shape), torch.randn(19, 11), *([torch.randn(19)] if bias else [])]
+    if len(shape) > 1 and shape[0]:
+        # Strided rows, some of them zero.
+        tensors[0] = tensors[0].transpose(0, 1).contiguous().transpose(0, 1)
+        tensors[0][..., -1, :] = 0
+
+    def layer(dtype, create_graph=False):
+        given = [t.to(dtype).requires_grad_() for t in tensors]
+        y = ops.linear(*given[:2], given[2] if bias else None, b=b)
+        torch.manual_seed(1)
+        direction = torch.randn(y.shape, dtype=torch.float64).to(dtype)
+        return y.detach(), *torch.autograd.grad((y * direction).sum(), given, create_graph=create_graph)
+
+    ours = layer(torch.float32)
+    assert calls == ([] if b == 1 else ["linear_epilogue", "square_row_response_grad"][: 2 if b == 2 else 1])
+    for mine, exact, what in zip(ours, layer(torch.float64), ("y", "x", "weight", "bias"), strict=False):
+        close(mine, exact, torch.float32, what)
+    calls.clear()
+    _, first, *_ = layer(torch.float32, create_graph=True)
+    assert "square_row_response_grad" not in calls
+    assert first.requires_grad
+
+
 @pytest.mark.parametrize("b", [1.0, 1.5, 2.0, 2.5])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_layers_use_the_kernels(b, groups, monkeypatch):
@@ -565,10 +613,11 @@ def test_depthwise_layers_use_their_kernels(kernel, geometry, b, bias, monkeypat
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_training_in_channels_last_memory(backend):
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_compiled_training_in_channels_last_memory(kind, backend):
     """A compiler traces the backward pass with stand-ins of tensors, which have no memory to read."""
     torch.manual_seed(0)
-    layer = BcosConv2d(8, 16, 3, padding=1)
+    layer = BcosConv2d(8, 16, 3, padding=1) if kind == "conv" else BcosLinear(9, 16)
     x = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
     grads = []
     for apply in (layer, torch.compile(layer, backend=backend)):
@@ -580,8 +629,8 @@ def test_compiled_training_in_channels_last_memory(backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_batched_gradients_in_channels_last_memory():
-    layer = BcosConv2d(8, 4, 3)
+@pytest.mark.parametrize("layer", [BcosConv2d(8, 4, 3), BcosLinear(6, 4)])
+def test_batched_gradients_in_channels_last_memory(layer):
     x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
     y = layer(x)
     directions = torch.randn(3, *y.shape)
