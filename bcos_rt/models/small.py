@@ -56,13 +56,15 @@ class SmallResNet(nn.Module):
         blocks: n, blocks in each of the three stages.
         width: channels of the first stage; doubled twice.
         num_classes: logits.
+        stem_pool: a 3 x 3 max-pool of stride 2 behind the stem, as in ImageNet's ResNets.
     """
 
-    def __init__(self, blocks: int = 3, width: int = 16, num_classes: int = 10) -> None:
+    def __init__(self, blocks: int = 3, width: int = 16, num_classes: int = 10, stem_pool: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if stem_pool else None
         self.layer1 = _stage(blocks, width, width, 1)
         self.layer2 = _stage(blocks, width, 2 * width, 2)
         self.layer3 = _stage(blocks, 2 * width, 4 * width, 2)
@@ -74,14 +76,16 @@ class SmallResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
+        if self.maxpool is not None:
+            x = self.maxpool(x)
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return logits
 
 
-def small_resnet(blocks: int = 3, width: int = 16) -> Callable[[int], nn.Module]:
+def small_resnet(blocks: int = 3, width: int = 16, stem_pool: bool = False) -> Callable[[int], nn.Module]:
     """A constructor of :class:`SmallResNet` by number of classes."""
-    return lambda num_classes: SmallResNet(blocks, width, num_classes)
+    return lambda num_classes: SmallResNet(blocks, width, num_classes, stem_pool)
 
 
 class _SmallDenseNet(torchvision.models.DenseNet):  # type: ignore[misc]
@@ -123,6 +127,7 @@ def small_vit(depth: int = 6, dim: int = 96, conv_stem: tuple[int, ...] = ()) ->
 
 SMALL_NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "resnet20": small_resnet(3, 16),
+    "resnet20_pool": small_resnet(3, 16, stem_pool=True),
     "resnet20_w32": small_resnet(3, 32),
     "densenet28": small_densenet(12, (2, 4, 6)),
     "vit6": small_vit(6, 96),

@@ -80,6 +80,8 @@ STUDY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain_input": ({"input_normalization": "none"}, {}),
     "no_logit_bias": ({"logit_bias": None}, {}),
 }
+# Of a ResNet-20 with the max-pool behind its stem that ImageNet's ResNets have.
+POOL_STUDY: dict[str, dict[str, Any]] = {"stem_pool_average": {}, "stem_pool_keep": {"stem_pool": "keep"}}
 
 
 def runs() -> list[Run]:
@@ -100,5 +102,9 @@ def runs() -> list[Run]:
         Run("resnet20", "bcosified", 0, short.replace(**training), Recipe(**conversion), variant)
         for variant, (conversion, training) in STUDY.items()
     ]
-    # The study after the first seed of the ResNet, before the slower networks.
-    return made[:6] + study + made[6:]
+    pool = [Run("resnet20_pool", "standard", 0, STANDARD.replace(seed=0))] + [
+        Run("resnet20_pool", "bcosified", 0, short, Recipe(**conversion), variant)
+        for variant, conversion in POOL_STUDY.items()
+    ]
+    # The study after the ResNet's seeds, before the slower networks.
+    return made[:6] + study + pool + made[6:]

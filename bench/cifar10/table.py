@@ -14,7 +14,7 @@ COLUMNS = (
     "model", "seed", "pretrained_top1", "bcos_top1", "bcosified_top1", "delta", "scratch_epochs", "t", "speedup",
     "loc_bcos", "loc_bcosified", "loc_best_posthoc", "best_posthoc",
 )  # fmt: skip
-STUDY_COLUMNS = ("variant", "epochs", "top1", "localisation", "grids", "images_per_s")
+STUDY_COLUMNS = ("model", "variant", "epochs", "top1", "localisation", "grids", "images_per_s")
 
 
 def last_epoch(logs: Path, run: Run) -> dict[str, str] | None:
@@ -35,11 +35,11 @@ def table_rows(logs: Path) -> list[dict[str, Any]]:
     by_name = {run.name: run for run in runs() if not run.variant}
     rows = []
     for run in by_name.values():
-        if run.kind != "standard":
+        names = {kind: run.name.replace("-standard-", f"-{kind}-") for kind in ("standard", "bcos", "bcosified")}
+        # A network of the study alone has no run from scratch.
+        if run.kind != "standard" or not all(name in by_name for name in names.values()):
             continue
-        group = {
-            kind: by_name[run.name.replace("-standard-", f"-{kind}-")] for kind in ("standard", "bcos", "bcosified")
-        }
+        group = {kind: by_name[name] for kind, name in names.items()}
         last = {kind: last_epoch(logs, member) for kind, member in group.items()}
         if any(row is None for row in last.values()):
             continue
@@ -79,6 +79,7 @@ def study_rows(logs: Path) -> list[dict[str, Any]]:
         last = last_epoch(logs, run) if run.variant else None
         if last is not None:
             rows.append({
+                "model": run.network,
                 "variant": run.variant,
                 "epochs": run.recipe.epochs,
                 "top1": _percent(float(last["val_top1"])),

@@ -17,7 +17,7 @@ from bench.cifar10 import __main__ as program
 from bench.cifar10.localise import localise_run, methods_for
 from bench.cifar10.networks import COMMITTED_WEIGHTS, build, weights_of
 from bench.cifar10.picture import draw
-from bench.cifar10.plan import STUDY, Run, runs
+from bench.cifar10.plan import POOL_STUDY, STUDY, Run, runs
 from bench.cifar10.ship import LARGEST, ship_best
 from bench.cifar10.table import epoch_of_passing, write_tables
 
@@ -39,6 +39,7 @@ def test_table_from_logs(tmp_path: Path) -> None:
     logs(tmp_path, "resnet20-standard-seed1", [0.9] * 12, {})
     logs(tmp_path, "resnet20-bcosified-seed1", [0.9] * 5, {})  # not finished: no row
     logs(tmp_path, "resnet20-bcos-seed1", rising, {})
+    logs(tmp_path, "resnet20_pool-standard-seed0", [0.9] * 12, {})  # of the study alone: no row
     logs(tmp_path, "resnet20-bcosified-b1-seed0", [0.6, 0.7, 0.75], {"bcos": 0.25})
     write_tables(tmp_path, tmp_path / "out")
     (row,) = read_rows(tmp_path / "out" / "cifar10.csv")
@@ -48,7 +49,8 @@ def test_table_from_logs(tmp_path: Path) -> None:
         "loc_bcosified": "75.00", "loc_best_posthoc": "45.00", "best_posthoc": "integrated_gradients",
     }  # fmt: skip
     (study,) = read_rows(tmp_path / "out" / "cifar10_study.csv")
-    assert (study["variant"], study["top1"], study["localisation"], study["grids"]) == ("b1", "75.00", "25.00", "63")
+    assert (study["model"], study["variant"], study["top1"]) == ("resnet20", "b1", "75.00")
+    assert (study["localisation"], study["grids"]) == ("25.00", "63")
 
 
 def test_picture_of_what_there_is(tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_every_run_has_a_name_of_its_own_and_a_source_before_it() -> None:
     assert len(set(names)) == len(names)
     for i, run in enumerate(runs()):
         assert run.source is None or run.source in names[:i]
-    assert {run.variant for run in runs()} == {"", *STUDY}
+    assert {run.variant for run in runs()} == {"", *STUDY, *POOL_STUDY}
 
 
 @pytest.mark.parametrize("run", [run for run in runs() if run.seed == 0], ids=lambda run: run.name)
