@@ -135,6 +135,32 @@ def test_bad_input_of_localise_is_named(bcos, model, data, tmp_path, arguments, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), {"n": 3, "grids": 250, "smooth": None, "confidence": 0.5, "variant": "full", "stride": None,
+              "same_grids": None, "batch_size": 64}),
+        (("--grid", 2, "--grids", 7, "--smooth", 5, "--confidence", 0.25, "--batch-size", 3),
+         {"n": 2, "grids": 7, "smooth": 5, "confidence": 0.25, "batch_size": 3}),
+        (("--variant", "rescaled", "--same-grids"), {"variant": "rescaled", "same_grids": True}),
+        (("--variant", "strided_padded", "--stride", 9), {"variant": "strided_padded", "stride": 9}),
+    ],
+)  # fmt: skip
+def test_options_of_localise_reach_the_game(bcos, model, data, tmp_path, monkeypatch, arguments, expected):
+    given = {}
+
+    def game(networks, methods, images, **options):
+        given.update(options, methods=methods)
+        raise InvalidArgumentError("grids", "none", "the game is not what is tested")
+
+    monkeypatch.setattr("bcos_rt.evaluation.grid_pointing_game", game)
+    options = ("--data", data, "-o", tmp_path / "out", "--method", "random")
+    result = bcos("localise", *model, *options, *arguments)
+    assert (result.code, "not what is tested" in result.err) == (2, True), result.err
+    assert {name: given[name] for name in expected} == expected
+    assert [list(names) for names in given["methods"].values()] == [["random"]]
+
+
 def test_explained_is_for_networks_that_explain_themselves(bcos, model, data):
     result = bcos("evaluate", *model, "--data", data, "--explained", 3)
     assert (result.code, "--explained: got 3 with a conventional network" in result.err) == (2, True), result.err
