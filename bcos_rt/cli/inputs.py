@@ -197,7 +197,7 @@ def load_network(
         from bcos_rt.checkpoint import load
 
         net = load(checkpoint)
-        return Network(net.eval(), False, _side_of(net), {"checkpoint": str(checkpoint), "source": dict(net.source)})
+        return Network(net.eval(), False, side_of(net), {"checkpoint": str(checkpoint), "source": dict(net.source)})
 
     if model is None:
         raise InvalidArgumentError("--model, --checkpoint", "neither", "one of them")
@@ -257,7 +257,7 @@ def load_clip_network(
     described = {"clip": source.name, "weights": weights, "source": source.image_tower.source}
     if net is not None:
         described |= {"checkpoint": str(checkpoint), "source": dict(net.source)}
-        return Network(net.eval(), False, _side_of(net), described), source
+        return Network(net.eval(), False, side_of(net), described), source
     net, _ = convert_source(source.image_tower, Recipe.equivalent(output="embedding"))
     return Network(net.eval(), True, source.image_tower.input_size, described), source
 
@@ -276,7 +276,7 @@ def has_embedding(net: BcosNetwork) -> bool:
     return isinstance(net.logit_layer, EmbeddingLayer)
 
 
-def _side_of(net: BcosNetwork) -> int:
+def side_of(net: BcosNetwork) -> int:
     """The side of the images that a loaded network was trained with, or its source made for, where it is known."""
     if net.image_size is not None:
         return net.image_size

@@ -31,6 +31,7 @@ from bcos_rt.cli.inputs import (
     load_photos,
     load_source,
     read_recipe_file,
+    side_of,
 )
 from bcos_rt.cli.output import Outcome, Progress, run
 from bcos_rt.errors import InvalidArgumentError, TrainingInterruptedError, did_you_mean
@@ -209,6 +210,7 @@ def finetune(
             if teacher:
                 raise InvalidArgumentError("--teacher", "with --checkpoint", "--model, whose weights teach")
             return load(checkpoint), None, {"checkpoint": str(checkpoint)}
+        _check_classes(num_classes, classes)
         source = load_source(str(model), weights, num_classes or classes)
         net, _ = convert_source(source, named_recipe(conversion))
         if names is not None and net.class_names is None:
@@ -258,6 +260,7 @@ def train(
         import torch
 
         torch.manual_seed(chosen.seed)
+        _check_classes(num_classes, classes)
         source = load_source(model, "random", num_classes or classes)
         net = convert_source(source, named_recipe(conversion))[0] if bcos else source.conventional()
         # The data's classes: random weights know nothing of the source's.
@@ -266,6 +269,12 @@ def train(
 
     place = _Place(accelerator, devices, strategy, num_nodes, workers)
     _run("train", build, chosen, data, val, output, resume, photos, place, as_json)
+
+
+def _check_classes(num_classes: int | None, classes: int | None) -> None:
+    """That the network's logits can bear the names of the data's classes."""
+    if num_classes is not None and classes is not None and num_classes != classes:
+        raise InvalidArgumentError("--num-classes", f"{num_classes} with --data of {classes} classes", str(classes))
 
 
 def _clip_towers(
@@ -304,6 +313,7 @@ def _run(
             import torch
 
             from bcos_rt.data import check_numbers, open_data
+            from bcos_rt.nn.network import BcosNetwork
             from bcos_rt.training import finetune as fit
         with progress.working(f"looking at {data}"):
             images = open_data(data, split="train")
@@ -316,7 +326,8 @@ def _run(
             names = images.class_names
             net, teacher, about = build(None if names is None else len(names), names)
             check_numbers(names, getattr(net, "class_names", None), "--data", "the network has it")
-        pictures = load_photos(photos, chosen.augmentation.size or DEFAULT_SIZE) if photos else None
+            side = chosen.augmentation.size or (side_of(net) if isinstance(net, BcosNetwork) else DEFAULT_SIZE)
+        pictures = load_photos(photos, side) if photos else None
         result = fit(
             net, images, chosen, validation=validation, output=output, teacher=teacher, resume=resume,
             explain_images=pictures, accelerator=place.accelerator, devices=place.devices_as_given,

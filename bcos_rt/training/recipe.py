@@ -107,7 +107,8 @@ class TrainingRecipe:
 
     Attributes:
         epochs: passes over the data.
-        batch_size: images a step, over all processes and accumulated parts together.
+        batch_size: images a step, over all processes and accumulated parts together. Images that fill no batch are left
+            out, other ones in every epoch.
         accumulate: parts a process's batch is computed in, one after the other; norms then see one part at a time.
         optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"`` (Nesterov off).
         lr: peak learning rate.

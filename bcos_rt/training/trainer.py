@@ -238,7 +238,7 @@ class _Training:
                 raise InvalidArgumentError("validation", "no image", "at least one")
             check_numbers(seen.class_names, raw.class_names, "validation", "the training data has it")
             self.validation = loader(seen, shard(len(seen), recipe.batch_size, world, rank), workers=workers)
-        if isinstance(net, BcosNetwork):
+        if isinstance(net, BcosNetwork) and augmentation.size is not None:
             net.image_size = augmentation.size
         self.embeds = embeds(net, recipe)
         check_metrics(self.embeds, recipe, validation is not None, explain_images is not None)
@@ -253,10 +253,9 @@ class _Training:
         if recipe.learn_b:
             learn_exponents(net)
         self.bias_names = bias_names(net) if recipe.bias_decay_epochs is not None else []
-        if recipe.sync_norms:
-            for module in net.modules():
-                if isinstance(module, BatchNormUncentered2d):
-                    module.synchronised = True
+        for module in net.modules():
+            if isinstance(module, BatchNormUncentered2d):
+                module.synchronised = recipe.sync_norms
         # As setup_module does; copies are made before it.
         fabric.strategy.precision.convert_module(net)
         # With shards a copy is trained, and those who look at the network look at the whole one, which `_gather` fills.
@@ -282,6 +281,8 @@ class _Training:
         self.saved: tuple[int, int] | None = None
         self.pictures = None if explain_images is None else checked_pictures(net, explain_images)[:MAX_PICTURES]
         self.label_loss = label_loss(recipe)
+        self.features_alone = self.label_loss is None and not learns_outputs(recipe)
+        self.stop: dict[str, int | None] = {"signal": None}
         self.finite_names: list[str] = []
         self.constants: list[tuple[Tensor, Tensor]] = []
         self.good: list[Tensor] = []
@@ -320,11 +321,11 @@ class _Training:
                 if text:
                     bar.update(task, numbers=text)
 
-            stop = stack.enter_context(_signals())
+            self.stop = stack.enter_context(_signals())
             stack.push(self._leave_exponents)
             while self.progress.epoch < self.recipe.epochs:
                 bar.update(task, description=f"epoch {self.progress.epoch + 1}/{self.recipe.epochs}")
-                self._epoch(stop, tell)
+                self._epoch(tell)
         return self._result()
 
     def _look_at_first(self) -> None:
@@ -361,7 +362,7 @@ class _Training:
         """Steps done, which is the number of the next."""
         return self.progress.epoch * self.steps + self.progress.step
 
-    def _epoch(self, stop: dict[str, int | None], tell: Callable[[str], None]) -> None:
+    def _epoch(self, tell: Callable[[str], None]) -> None:
         progress = self.progress
         self.data.set_epoch(progress.epoch)
         self.sampler.set_epoch(progress.epoch)
@@ -369,14 +370,14 @@ class _Training:
         self._train_mode()
         began, images_before = time.perf_counter(), progress.sums.get("images", 0.0)
         sums: dict[str, Tensor] = {}
-        for images, labels in self._batches(stop):
+        for images, labels in self._batches():
             self._check_labels(labels)
             numbers = self._step(images, labels)
             progress.step += 1
             for name, value in (*numbers.items(), ("images", torch.ones(()))):
                 sums[name] = sums.get(name, 0.0) + self._exact(value) * len(images)
             done = self._done
-            stopping = self._must_stop(stop, done)
+            stopping = self._must_stop(done)
             # Reading a number waits for the GPU, and asking other processes for theirs: not after every step.
             due = stopping or done % self.recipe.log_every == 0 or progress.step == self.steps
             if due or (self.eager_numbers and self.fabric.world_size == 1):
@@ -390,22 +391,19 @@ class _Training:
                 tell("")
             if stopping:
                 progress.seconds += time.perf_counter() - began
-                self._interrupted(stop)
+                self._interrupted()
         took = time.perf_counter() - began
         progress.seconds += took
         if progress.step < self.steps:
             if sums:
                 self._check_finite(images, labels)
                 self._read(sums)
-            self._interrupted(stop)
+            self._interrupted()
         self._check_weights()
-        try:
-            row = self._row(took, progress.sums["images"] - images_before)
-        except Exception:
-            # What cannot be validated is trained all the same. (Other processes would have to save with this one.)
-            if self.fabric.world_size == 1:
-                self._save()
-            raise
+        if self._validates:
+            # Before a validation, which may fail, be long, or be stopped.
+            self._save()
+        row = self._row(took, progress.sums["images"] - images_before)
         progress.history.append(row)
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
         self._finish_epoch(row)
@@ -427,12 +425,12 @@ class _Training:
             self.progress.sums[name] = self.progress.sums.get(name, 0.0) + float(value)
         sums.clear()
 
-    def _batches(self, stop: Mapping[str, int | None]) -> Iterator[Any]:
+    def _batches(self) -> Iterator[Any]:
         """The loader's batches; they end early where the signal that stops this process ended one that reads."""
         try:
             yield from self.loader
         except RuntimeError:
-            if stop["signal"] is None or self.fabric.world_size > 1:
+            if self.stop["signal"] is None or self.fabric.world_size > 1:
                 raise
 
     def _check_labels(self, labels: Tensor) -> None:
@@ -509,8 +507,9 @@ class _Training:
         if self.label_loss is not None:
             check_label(self.largest_label, logits.shape[1])
             losses["labels"] = self.label_loss(logits.float() if logits.dtype.itemsize < 4 else logits, labels)
-        if self.sharded:
-            # FSDP's backward pass begins at the network's output, which a loss of features alone does not reach.
+        if self.features_alone:
+            # FSDP's backward pass begins at the network's output, which such a loss does not reach; DDP waits for
+            # gradients of all weights. One process does it too, so that weight decay is the same.
             nothing = torch.where(torch.zeros_like(logits, dtype=torch.bool), logits, 0).sum()
             losses = {name: value + nothing for name, value in losses.items()}
         if self.embeds and taught is not None:
@@ -632,8 +631,7 @@ class _Training:
         if self.targets:
             found = exponents(self.net)
             row["b"] = sum(found.values()) / len(found)
-        last = progress.epoch + 1 == self.recipe.epochs
-        if self.validation is not None and (last or (progress.epoch + 1) % self.recipe.validate_every == 0):
+        if self._validates:
             row |= {f"val_{name}": value for name, value in self._validate(self.net).items()}
             if self.averaged is not None:
                 averaged = self._validate(self.averaged)
@@ -642,6 +640,13 @@ class _Training:
             row["images_per_s"] = images * self.fabric.world_size / seconds
         row["seconds"] = progress.seconds
         return row
+
+    @property
+    def _validates(self) -> bool:
+        """Whether the epoch that is trained is to be validated."""
+        epoch = self.progress.epoch + 1
+        due = epoch == self.recipe.epochs or epoch % self.recipe.validate_every == 0
+        return self.validation is not None and due
 
     @property
     def _metric(self) -> str:
@@ -659,6 +664,8 @@ class _Training:
             broadcast(net.buffers())
         net.eval()
         for images, labels in self.validation or ():
+            if self.stop["signal"] is not None and self.fabric.world_size == 1:
+                self._interrupted()
             images = self.fabric.to_device(images)
             if self.recipe.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
@@ -877,8 +884,8 @@ class _Training:
 
     # --- endings -----------------------------------------------------------------------------------------------------
 
-    def _must_stop(self, stop: Mapping[str, int | None], done: int) -> bool:
-        asked = stop["signal"] is not None
+    def _must_stop(self, done: int) -> bool:
+        asked = self.stop["signal"] is not None
         if self.fabric.world_size == 1:
             return asked
         # All processes stop after the same step, so they must agree; that costs a message, hence not every step.
@@ -886,17 +893,17 @@ class _Training:
             return False
         return bool(self._summed(torch.tensor([float(asked)])) > 0)
 
-    def _interrupted(self, stop: Mapping[str, int | None]) -> None:
+    def _interrupted(self) -> None:
         where = f"epoch {self.progress.epoch + 1}, step {self.progress.step} of {self.steps}"
         if self.folder is None:
-            if stop["signal"] == signal.SIGINT:
+            if self.stop["signal"] == signal.SIGINT:
                 raise KeyboardInterrupt
             raise TrainingInterruptedError(f"training was stopped in {where}; without output nothing was saved")
         self._check_weights()
         self._save()
         if self.fabric.is_global_zero:
             self.folder.write_logs(self.progress)
-        if stop["signal"] == signal.SIGINT:
+        if self.stop["signal"] == signal.SIGINT:
             raise KeyboardInterrupt
         raise TrainingInterruptedError(
             f"training was stopped in {where}; the state is in {self.folder.state}, resume=True (--resume) goes on"

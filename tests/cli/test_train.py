@@ -45,6 +45,18 @@ def tiny(monkeypatch):
     monkeypatch.setitem(SMALL_NETWORKS, "tiny", small_resnet(1, 4))
 
 
+@pytest.mark.parametrize("command", ["train", "finetune"])
+def test_logits_are_as_many_as_the_names_of_the_data(bcos, tiny, data, tmp_path, command):
+    """A network with other numbers of logits and names could not be loaded again."""
+    initial = ("--weights", "random") if command == "finetune" else ()
+    result = bcos(
+        command, "--model", "small:tiny", *initial, "--num-classes", 9, "--data", data, "-o", tmp_path / "out", *QUICK
+    )
+    expected = f"--num-classes: got 9 with --data of {len(CLASSES)} classes, expected {len(CLASSES)}"
+    assert (result.code, expected in result.err) == (2, True), result.err
+    assert not (tmp_path / "out").exists()
+
+
 QUICK = ("--epochs", 10, "--batch-size", 14, "--size", 32, "--workers", 0, "--accelerator", "cpu",
          "--set", "augmentation.crop=none", "--lr", 0.01)  # fmt: skip
 

@@ -665,6 +665,41 @@ def test_an_epoch_that_cannot_be_validated_is_not_lost(tmp_path: Path) -> None:
     assert again.history[1]["images_per_s"] > 0
 
 
+class Stopping(Unreadable):
+    """Validation images the second of which comes with a signal."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if self.broken and index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return torch.full((3, 16, 16), index / 4), 0
+
+
+def test_a_validation_that_is_stopped_loses_nothing(tmp_path: Path) -> None:
+    seen = Stopping()
+    recipe = PLAIN.replace(epochs=2, batch_size=2)
+    with pytest.raises(TrainingInterruptedError, match=r"epoch 1, step 24 of 24.*resume"):
+        finetune(network(), colours(48), recipe, validation=seen, output=tmp_path / "run", workers=0)
+    seen.broken = False
+    again = finetune(network(), colours(48), recipe, validation=seen, output=tmp_path / "run", resume=True)
+    whole = finetune(network(), colours(48), recipe, validation=seen, output=tmp_path / "whole")
+    for one, other in zip(again.history, whole.history, strict=True):
+        assert {k: one[k] for k in ("train_loss", "val_loss")} == {k: other[k] for k in ("train_loss", "val_loss")}
+    for one, other in zip(again.net.parameters(), whole.net.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_run_leaves_no_choice_of_another_in_the_network() -> None:
+    net = network()
+    net.image_size = 48
+    norms = [module for module in net.modules() if isinstance(module, BatchNormUncentered2d)]
+    assert norms
+    for recipe in (PLAIN.replace(epochs=1, sync_norms=True), PLAIN.replace(epochs=1)):
+        assert recipe.augmentation.size is None
+        finetune(net, colours(16), recipe)
+        assert {norm.synchronised for norm in norms} == {recipe.sync_norms}
+        assert net.image_size == 48
+
+
 def test_images_without_labels_are_refused_before_an_epoch() -> None:
     images = colours(48)[0]
     with pytest.raises(InvalidArgumentError, match="validation: got images without labels"):

@@ -104,11 +104,18 @@ class Centred(nn.Module):
 
 
 def taught(strategy: str) -> dict[str, list[float]]:
-    """Distilled from features alone, of the last layer with weights (channels last); with running statistics."""
+    """Distilled from features alone, behind which there is another layer; channels last, with running statistics."""
 
     def net(seed: int) -> ConventionalNetwork:
         torch.manual_seed(seed)
-        layers = (nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), Centred(), nn.ReLU(), nn.Conv2d(6, 4, 3, 2))
+        layers = (
+            nn.Conv2d(3, 6, 3, 2),
+            nn.BatchNorm2d(6),
+            Centred(),
+            nn.ReLU(),
+            nn.Conv2d(6, 4, 3, 2),
+            nn.Conv2d(4, 4, 1),
+        )
         made = ConventionalNetwork(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
         return made.to(memory_format=torch.channels_last)
 
