@@ -158,16 +158,25 @@ def compared_networks(
         net, side, described = one_network(*arguments)
         found[name] = Compared(net.to(device), side, described)
 
-    stems = [path.stem for path in checkpoints]
-    for path in checkpoints:
-        # Runs call their checkpoints alike: best, last.
-        add(path.stem if stems.count(path.stem) == 1 else str(path), None, path, None, None)
+    for called, path in zip(_short_names(checkpoints), checkpoints, strict=True):
+        add(called, None, path, None, None)
     for i, model in enumerate(models):
         of = of_each[i] if of_each else None
         called = model if models.count(model) == 1 else f"{model} ({of or 'default'})"
         converted = convert or model.startswith(CONVERT)
         add(called, model.removeprefix(CONVERT), None, of, num_classes, converted)
     return found
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """Ends of paths that tell them apart: runs call their checkpoints alike, best and last."""
+    all_parts = [(*path.parent.parts, path.stem) for path in paths]
+    names = []
+    for parts in all_parts:
+        lengths = range(1, len(parts))
+        alone = (n for n in lengths if sum(other[-n:] == parts[-n:] for other in all_parts) == 1)
+        names.append(str(Path(*parts[-next(alone, len(parts)) :])))
+    return names
 
 
 def check_methods(asked: Sequence[str] | None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,15 +108,17 @@ class GridPointing:
 
         networks = list(dict.fromkeys(network for network, _ in self.shares))
         counts = [sum(1 for a, _ in self.shares if a == network) for network in networks]
-        figure = Figure(figsize=(1.5 + 0.95 * sum(counts), 4.2), layout="constrained")
-        axes = figure.subplots(1, len(networks), sharey=True, squeeze=False, width_ratios=counts)[0]
-        for axis, network in zip(axes, networks, strict=True):
+        # A title of ten letters a line takes an inch.
+        widths = [max(2, count) for count in counts]
+        figure = Figure(figsize=(1.5 + 0.95 * sum(widths), 4.2), layout="constrained")
+        axes = figure.subplots(1, len(networks), sharey=True, squeeze=False, width_ratios=widths)[0]
+        for axis, network, width in zip(axes, networks, widths, strict=True):
             chosen = {name: values for (a, name), values in self.shares.items() if a == network}
             axis.boxplot(list(chosen.values()), whis=(5, 95), showfliers=False, showmeans=True, widths=0.6)
             axis.set_xticks(range(1, len(chosen) + 1), [n.replace("_", "\n") for n in chosen], fontsize=8)
             axis.axhline(1 / self.n**2, color="grey", linestyle="--", linewidth=0.8)
-            axis.set_title(network, fontsize=10)
-            axis.set_ylim(0, 1)
+            axis.set_title("\n".join(textwrap.wrap(network, 10 * width)), fontsize=10)
+            axis.set_ylim(0, 1.02)
         axes[0].set_ylabel(f"share inside the right cell, {self.n} x {self.n}")
         return figure
 

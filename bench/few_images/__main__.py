@@ -284,7 +284,7 @@ def _network(name: str, work: Path, train: tuple[Tensor, Tensor]) -> nn.Module:
     if name in VARIANTS:
         net, again = load(work / name / LAST), VARIANTS[name].recalibrated
     else:
-        net, again = bcosify("efficientnet-lite0", Recipe())[0], name == "recalibrated"
+        net, again = bcosify("efficientnet-lite0", Recipe(**AS_PUBLISHED))[0], name == "recalibrated"
     if again:
         recalibrate(net, _centre(train[0]).split(50))
     return net.eval()
@@ -295,7 +295,7 @@ def _measured(name: str, net: nn.Module, held_out: tuple[Tensor, Tensor]) -> dic
 
     data, source = (_centre(held_out[0]), held_out[1]), teacher()
     if name == "converted":
-        # Values come down to 1e-89 in it: float32 has 0 there, and all explanations would be empty.
+        # Its logits are 1e-24 and less: float32 has 0 on the way there, and all explanations would be empty.
         net = net.double()
     found = evaluate(net, data, batch_size=25, completeness_images=20)
     with torch.no_grad():

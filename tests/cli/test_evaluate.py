@@ -1,6 +1,7 @@
 """bcos-rt evaluate, localise, perturb and randomise, on seeded networks; trained networks are in test_train.py."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from bcos_rt import Recipe, bcosify, save
 from bcos_rt.cli.inputs import chosen_device, load_network
-from bcos_rt.cli.several import Compared, methods_for
+from bcos_rt.cli.several import Compared, _short_names, methods_for
 from bcos_rt.data import open_data
 from bcos_rt.errors import InvalidArgumentError
 from bcos_rt.evaluation import Perturbation, insertion_deletion, parameter_randomisation
@@ -501,3 +502,9 @@ def test_bad_input_of_comparisons_is_named(bcos, data, tmp_path, arguments, mess
     result = bcos(*arguments, "--data", data, "-o", tmp_path / "out")
     assert (result.code, message in result.err) == (2, True), result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_called_alike_have_the_ends_of_their_paths():
+    paths = [Path(p) for p in ("/runs/a/best.safetensors", "/runs/b/best.safetensors", "last.safetensors", "c", "d/c")]
+    assert _short_names(paths) == ["a/best", "b/best", "last", "c", "d/c"]
+    assert _short_names([Path("x/best.safetensors")] * 2) == ["x/best"] * 2

@@ -53,13 +53,16 @@ def test_numbers_by_hand() -> None:
     assert found.top1 == pytest.approx(right / 40)
     assert found.top5 == pytest.approx(top5 / 40)
     assert found.loss == pytest.approx(loss, rel=1e-6)
-    error = 0.0
-    for b in range(15):
-        inside = [(c, hit) for c, hit in confidences if b / 15 < c <= (b + 1) / 15]
-        if inside:
-            gap = sum(hit for _, hit in inside) - sum(c for c, _ in inside)
-            error += abs(gap) / 40
-    assert found.softmax.error == pytest.approx(error, rel=1e-6)
+    largest = [max(row) for row in logits.tolist()]
+    sigmoids = [(1 / (1 + math.exp(-v)), hit) for v, (_, hit) in zip(largest, confidences, strict=True)]
+    for pairs, measured in ((confidences, found.softmax), (sigmoids, found.sigmoid)):
+        error = 0.0
+        for b in range(15):
+            inside = [(c, hit) for c, hit in pairs if b / 15 < c <= (b + 1) / 15]
+            if inside:
+                gap = sum(hit for _, hit in inside) - sum(c for c, _ in inside)
+                error += abs(gap) / 40
+        assert measured.error == pytest.approx(error, rel=1e-6)
     assert found.softmax.confidence == pytest.approx(sum(c for c, _ in confidences) / 40)
     assert found.sigmoid.confidence == pytest.approx(sum(1 / (1 + math.exp(-max(row))) for row in logits.tolist()) / 40)
     assert sum(found.softmax.counts) == sum(found.sigmoid.counts) == 40

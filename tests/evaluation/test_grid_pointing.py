@@ -157,6 +157,64 @@ def test_a_network_that_looks_at_its_class_points_at_it(variant: str, tmp_path: 
     np.testing.assert_allclose(stored["colours/random"], result.shares["colours", "random"], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("variant", "cell", "window"), [("full", 48, 3), ("rescaled", 24, 1)])
+def test_the_game_is_the_published_one_played_by_hand(variant: Variant, cell: int, window: int) -> None:
+    """Choice, offsets, shrinking, smoothing and shares together; colours of uneven strength in every image."""
+    torch.manual_seed(0)
+    colours, labels = images(36)
+    noise = torch.nn.functional.interpolate(0.5 + 0.5 * torch.rand(36, 1, 16, 16), (48, 48), mode="bilinear")
+    data = colours[:, :, :1, :1] * noise
+    net = ConventionalNetwork(Colours()).eval()
+
+    def uneven(net: nn.Module, grid: Tensor, targets: Tensor) -> Tensor:
+        """Brightness of the class's colour, and a pattern that no smoothing leaves as it is."""
+        rows = torch.arange(grid.shape[2])[:, None] + 2 * torch.arange(grid.shape[3])
+        weight = net.model.head.weight.detach()[targets]  # type: ignore[union-attr, index]
+        seen = (weight * grid).sum(1)
+        return seen + torch.sin(rows.float()) * grid.sum(1)
+
+    found = grid_pointing_game({"net": net}, {"net": [uneven]}, (data, labels), n=2, grids=4, variant=variant)
+    assert found.smooth == window
+    by_class: dict[int, list[tuple[int, float]]] = {k: [] for k in range(CLASSES)}
+    with torch.no_grad():
+        logits = net(data)
+    for i in logits.amax(1).argsort(descending=True, stable=True).tolist():
+        if int(logits[i].argmax()) == int(labels[i]):
+            by_class[int(labels[i])].append((i, float(logits[i].max())))
+    order = published_indices(by_class, 4, 0.5)
+    expected, start = [], 0
+    for _ in range(4):
+        chosen: list[int] = []
+        read = 0
+        while len(chosen) < 4 and start + read < len(order):
+            index = order[start + read]
+            read += 1
+            if int(labels[index]) not in [int(labels[j]) for j in chosen]:
+                chosen.append(index)
+        if len(chosen) < 4:
+            break
+        start += read + 1
+        parts = data[chosen]
+        if variant == "rescaled":
+            parts = torch.nn.functional.interpolate(parts, (24, 24), mode="bilinear", antialias=True).clamp(0, 1)
+        grid = torch.cat([torch.cat([parts[0], parts[1]], 1), torch.cat([parts[2], parts[3]], 1)], 2)
+        for place, index in enumerate(chosen):
+            values = uneven(net, grid[None], labels[index][None])[0]
+            rows = torch.nn.functional.pad(values, [window // 2] * 4).unfold(0, window, 1).unfold(1, window, 1)
+            positive = rows.double().mean((-2, -1)).clamp(min=0)
+            top, left = place % 2 * cell, place // 2 * cell
+            expected.append(float(positive[top : top + cell, left : left + cell].sum() / positive.sum()))
+    (shares,) = found.shares.values()
+    assert len(expected) > 8
+    np.testing.assert_allclose(shares, expected, rtol=1e-5)
+    low, high = np.percentile(shares, [5, 95])
+    ends = [float(y) for line in found.plot().axes[0].lines for y in np.atleast_1d(line.get_ydata())]
+    inside = [s for s in shares if low <= s <= high]
+    # Whiskers end at the last shares within 5 and 95 %.
+    assert np.isclose(ends, min(inside)).any()
+    assert np.isclose(ends, max(inside)).any()
+
+
 def test_maps_without_a_positive_part_are_counted() -> None:
     def half(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         return -torch.ones(len(images), *images.shape[2:]) if int(targets[0]) < 3 else images.sum(1)
