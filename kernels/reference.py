@@ -257,8 +257,16 @@ def square_response_grad(
 
 
 def square_row_response_grad(grad: Tensor, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """:func:`grad_response` of a linear layer for B = 2: grad_z like ``y``; grad_n / n, [..., 1]."""
-    return _square_response_grad(grad, y, row_norm(x, eps), 1, -1)
+    """:func:`grad_response` of a linear layer for B = 2: grad_z like ``y``; grad_n / ||x||, [..., 1], 0 at x = 0."""
+    n = row_norm(x, eps)
+    grad_z, share = _square_response_grad(grad, y, n, 1, -1)
+    return grad_z, _over_length(share * n, n, eps)
+
+
+def _over_length(grad_n: Tensor, n: Tensor, eps: float) -> Tensor:
+    """Of n = length + eps, d length/dx = x / length: what x is multiplied with, 0 at x = 0."""
+    length = n - eps
+    return torch.where(length > 0, grad_n / length, torch.zeros_like(n))
 
 
 def conv2d_backward(
@@ -332,15 +340,12 @@ def linear_backward(
     spread = grad_exponent = None
     grad_z = grad
     if isinstance(b, Tensor) or b != 1:
-        n = row_norm(x, eps)
         if isinstance(b, Tensor) or b != 2:
+            n = row_norm(x, eps)
             grad_z, grad_n, grad_exponent = grad_response(grad, F.linear(x, weight, bias), n, b, -1)
-            share = grad_n / n
+            spread = _over_length(grad_n, n, eps)
         else:
-            grad_z, share = (square_response or square_row_response_grad)(grad, x, y, eps)
-        # n = length + eps and d length/dx = x / length, taken as 0 at x = 0.
-        length = n - eps
-        spread = torch.where(length > 0, share * n / length, torch.zeros_like(n))
+            grad_z, spread = (square_response or square_row_response_grad)(grad, x, y, eps)
     grad_x = grad_w = grad_b = None
     flat = grad_z.reshape(-1, weight.shape[0])
     if needs[0]:

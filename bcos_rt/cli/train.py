@@ -210,8 +210,7 @@ def finetune(
             if teacher:
                 raise InvalidArgumentError("--teacher", "with --checkpoint", "--model, whose weights teach")
             return load(checkpoint), None, {"checkpoint": str(checkpoint)}
-        _check_classes(num_classes, classes)
-        source = load_source(str(model), weights, num_classes or classes)
+        source = load_source(str(model), weights, _class_count(num_classes, classes))
         net, _ = convert_source(source, named_recipe(conversion))
         if names is not None and net.class_names is None:
             net.class_names = list(names)
@@ -260,8 +259,7 @@ def train(
         import torch
 
         torch.manual_seed(chosen.seed)
-        _check_classes(num_classes, classes)
-        source = load_source(model, "random", num_classes or classes)
+        source = load_source(model, "random", _class_count(num_classes, classes))
         net = convert_source(source, named_recipe(conversion))[0] if bcos else source.conventional()
         # The data's classes: random weights know nothing of the source's.
         net.class_names = list(names) if names is not None else None
@@ -271,10 +269,11 @@ def train(
     _run("train", build, chosen, data, val, output, resume, photos, place, as_json)
 
 
-def _check_classes(num_classes: int | None, classes: int | None) -> None:
-    """That the network's logits can bear the names of the data's classes."""
+def _class_count(num_classes: int | None, classes: int | None) -> int | None:
+    """Of the network's logits, which are to bear the names of the data's classes."""
     if num_classes is not None and classes is not None and num_classes != classes:
         raise InvalidArgumentError("--num-classes", f"{num_classes} with --data of {classes} classes", str(classes))
+    return num_classes or classes
 
 
 def _clip_towers(

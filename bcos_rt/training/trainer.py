@@ -795,7 +795,7 @@ class _Training:
 
     def _save(self) -> None:
         """Save the state, whole, whatever the processes hold of it: all of them together, the first writes."""
-        if self.folder is None:
+        if self.folder is None or self.saved == (self.progress.epoch, self.progress.step):
             return
         # Sums of the unfinished epoch are each process's own.
         sums: Any = torch.tensor(list(self.progress.sums.values()), dtype=torch.float64)

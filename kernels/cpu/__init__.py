@@ -302,7 +302,9 @@ def square_row_response_grad(grad: Tensor, x: Tensor, y: Tensor, eps: float) -> 
         (1, o, 1, rows, 1, rows), _WINDOW_OF_ONE, _storage(y), y.data_ptr(), o, (grad.data_ptr(), 0, 0, o),
         squares.data_ptr(), 1, 1, True, eps, grad_z.data_ptr(), norm.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return grad_z, norm
+    # The kernel gives grad_n / n, as for a convolution.
+    length = squares.sqrt_()
+    return grad_z, torch.where(length > 0, norm * (length + eps) / length, norm.new_zeros(()))
 
 
 def square_sum(x: Tensor, groups: int = 1) -> Tensor:
