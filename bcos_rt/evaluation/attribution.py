@@ -50,8 +50,8 @@ PIXELS = 64 * 224 * 224
 def method(name: str, **options: Any) -> Method:
     """The attribution method of that name, a function of (network, images [N, 3, H, W] in [0, 1], classes).
 
-    Classes are [N] int64 for maps [N, H, W], or [N, K] for maps [N, K, H, W] of K classes of each image; ``"bcos"``
-    then needs one forward pass for all K, post-hoc methods look at each image K times.
+    Classes are [N] int64 for maps [N, H, W], or [N, K] for maps [N, K, H, W] of K classes of each image; ``"bcos"`` and
+    ``"occlusion"`` then need no more forward passes than for one, other methods look at each image K times.
 
     Args:
         name: ``"bcos"``, the contribution map of the network's own explanation; ``"gradient"``, with its sign;
@@ -83,7 +83,7 @@ def method(name: str, **options: Any) -> Method:
             )
     chosen: Method = functools.partial(function, **options)
     functools.update_wrapper(chosen, function)
-    if function is not _bcos:
+    if function not in (_bcos, _occlusion):
         chosen = _class_by_class(chosen)
     chosen.__name__ = name
     chosen.several_classes = True  # type: ignore[attr-defined]
@@ -279,7 +279,10 @@ def _occlusion(
     net: nn.Module, images: Tensor, targets: Tensor, *, window: int | None = None, stride: int | None = None,
     perturbations: int = 8,
 ) -> Tensor:  # fmt: skip
-    """Zeiler & Fergus 2014: how much the logit falls when a square is replaced by zeros (the mean colour)."""
+    """Zeiler & Fergus 2014: how much the logit falls when a square is replaced by zeros (the mean colour).
+
+    Of several classes an image too, from the same passes: what is seen through a window gives all logits.
+    """
     smallest = min(images.shape[2:])
     side = max(1, smallest // 7) if window is None else window
     check_count("window", side)
@@ -292,14 +295,20 @@ def _occlusion(
     check_count("perturbations", perturbations)
     inputs, made = seen(net, images)
     channels = inputs.shape[1]
+
+    def logits_of(part: Tensor, classes: Tensor) -> Tensor:
+        chosen: Tensor = made.model(part).gather(1, classes)
+        return chosen
+
     with torch.no_grad():
-        found = _captum("Occlusion")(made.model).attribute(
-            inputs, sliding_window_shapes=(channels, side, side), strides=(channels, step, step), target=targets,
-            perturbations_per_eval=perturbations,
+        # captum gives maps of each number that the function returns: [N, K] of them, the classes of an image in a row.
+        found = _captum("Occlusion")(logits_of).attribute(
+            inputs, sliding_window_shapes=(channels, side, side), strides=(channels, step, step),
+            additional_forward_args=(targets.reshape(len(targets), -1),), perturbations_per_eval=perturbations,
         )  # fmt: skip
     # A window covers all channels, and each of them is given its whole difference.
     mean: Tensor = found.mean(1).detach().to(images.dtype)
-    return mean
+    return mean.reshape(*targets.shape, *images.shape[2:])
 
 
 def _summed(attributions: Tensor) -> Tensor:

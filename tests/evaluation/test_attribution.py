@@ -228,6 +228,17 @@ def test_several_classes_are_one_forward_pass_of_our_own_explanation(monkeypatch
     assert calls == [(3, (3, 2))]
 
 
+def test_several_classes_of_occlusion_are_as_many_images_as_one() -> None:
+    net = ConventionalNetwork(Counting(resnet().model), MEAN, STD).eval()
+    seen = []
+    # The first call also looks at how the network is made.
+    for targets in (TARGETS, TARGETS, SEVERAL):
+        method("occlusion")(net, IMAGES, targets)
+        seen.append(sum(Counting.seen))
+        Counting.seen.clear()
+    assert seen[1] == seen[2] > len(IMAGES)
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 4, 64])
 def test_integrated_gradients_see_no_more_images_at_once_than_told(at_once: int) -> None:
     net = ConventionalNetwork(Counting(resnet().model), MEAN, STD).eval()
