@@ -28,6 +28,8 @@ from bcos_rt.kernels.reference import ACTIVATIONS
 
 __all__ = [
     "available",
+    "channel_combine",
+    "channel_sums",
     "channels_last",
     "conv_epilogue",
     "depthwise_fused",
@@ -368,6 +370,32 @@ def scale_act(
         ACTIVATIONS.index(activation), groups, 1, out.data_ptr(), c, _pointer(squares), torch.get_num_threads(),
     )  # fmt: skip
     return out, _or_empty(squares, x)
+
+
+def channel_sums(x: Tensor, y: Tensor | None = None, mean: Tensor | None = None) -> Tensor:
+    """Sums over all pixels of each channel, float64 [C]: of ``x``, of ``x y``, or of ``(x - mean)^2``.
+
+    Args:
+        x, y: float32 [N, C, H, W] in channels-last memory.
+        mean: float32 [C].
+    """
+    n, c, h, w = x.shape
+    out = torch.empty(c, dtype=torch.float64)
+    _kernels().channel_sums(
+        n * h * w, c, x.data_ptr(), _pointer(y), _pointer(mean), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def channel_combine(x: Tensor, x_scale: Tensor, y: Tensor, y_scale: Tensor, shift: Tensor) -> Tensor:
+    """``x x_scale + y y_scale + shift`` of each channel: images as in :func:`channel_sums`, the others float32 [C]."""
+    n, c, h, w = x.shape
+    out = _image_like(x.shape, x.dtype)
+    _kernels().channel_combine(
+        n * h * w, c, x.data_ptr(), y.data_ptr(), x_scale.data_ptr(), y_scale.data_ptr(), shift.data_ptr(),
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 # --- adjoint ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
-// Layer normalisation and its adjoint, a row at a time while it is in the first cache. Compiled once for each
-// instruction set.
+// Layer normalisation and its adjoint, a row at a time while it is in the first cache, and sums over the pixels of each
+// channel. Compiled once for each instruction set.
 #include "norms.h"
+
+#include <memory>
 
 #include "parallel.h"
 #include "vector.h"
@@ -123,6 +125,94 @@ void layer_norm(const LayerNorm& a) {
 void layer_norm_adjoint(const LayerNormAdjoint& a) {
     if (a.storage == Storage::bfloat16) return adjoint_rows<uint16_t>(a);
     adjoint_rows<float>(a);
+}
+
+// Values that are summed in float before double takes over: they fit the first cache, and lose few digits.
+static constexpr int64_t BLOCK_VALUES = 8192;
+
+template <typename Term>
+static void sum_channels(const ChannelSums& a, const Term& term) {
+    const int64_t channels = a.channels;
+    if (!channels) return;
+    const int64_t length = channels < BLOCK_VALUES ? BLOCK_VALUES / channels : 1;
+    const int64_t blocks = (a.rows + length - 1) / length;
+    // Blocks of one size whatever the number of threads, and added in their order: so the sums are the same.
+    const std::unique_ptr<float[]> sums(new float[blocks * channels]);
+    in_parts(blocks, a.rows * channels, a.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t first = block * length, last = first + length < a.rows ? first + length : a.rows;
+            float* to = sums.get() + block * channels;
+            int64_t c = 0;
+            for (; c + LANES <= channels; c += LANES) {
+                vfloat sum = {};
+                for (int64_t row = first; row < last; ++row) sum += term.template of<false>(row * channels + c, c, LANES);
+                store(to + c, sum);
+            }
+            if (c < channels) {
+                const int n = (int)(channels - c);
+                vfloat sum = {};
+                for (int64_t row = first; row < last; ++row) sum += term.template of<true>(row * channels + c, c, n);
+                store_part(to + c, sum, n);
+            }
+        }
+    });
+    for (int64_t c = 0; c < channels; ++c) a.out[c] = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t c = 0; c < channels; ++c) a.out[c] += sums[block * channels + c];
+    }
+}
+
+struct Value {
+    const float* x;
+    template <bool PART>
+    inline vfloat of(int64_t place, int64_t, int n) const {
+        return get<PART>(x + place, n);
+    }
+};
+
+struct SquaredDeviation {
+    const float *x, *mean;
+    template <bool PART>
+    inline vfloat of(int64_t place, int64_t c, int n) const {
+        const vfloat d = get<PART>(x + place, n) - get<PART>(mean + c, n);
+        return d * d;
+    }
+};
+
+struct Products {
+    const float *x, *y;
+    template <bool PART>
+    inline vfloat of(int64_t place, int64_t, int n) const {
+        return get<PART>(x + place, n) * get<PART>(y + place, n);
+    }
+};
+
+void channel_sums(const ChannelSums& a) {
+    if (a.mean) return sum_channels(a, SquaredDeviation{a.x, a.mean});
+    if (a.y) return sum_channels(a, Products{a.x, a.y});
+    sum_channels(a, Value{a.x});
+}
+
+struct CombinedRow {
+    const ChannelCombine a;  // a copy, as above
+    int64_t place;
+
+    template <bool PART>
+    inline void write(int64_t c, int n) {
+        const vfloat v = get<PART>(a.x + place + c, n) * get<PART>(a.x_scale + c, n) + get<PART>(a.shift + c, n);
+        put<PART>(a.out + place + c, v + get<PART>(a.y + place + c, n) * get<PART>(a.y_scale + c, n), n);
+    }
+    void run() { BCOS_VECTORS(a.channels, write) }
+};
+
+void channel_combine(const ChannelCombine& a) {
+    in_parts(a.rows, a.rows * a.channels, a.threads, [&](int64_t begin, int64_t end) {
+        CombinedRow row{a, 0};
+        for (int64_t r = begin; r < end; ++r) {
+            row.place = r * a.channels;
+            row.run();
+        }
+    });
 }
 
 }  // namespace BCOS_ISA

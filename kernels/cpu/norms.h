@@ -1,4 +1,5 @@
-// Layer normalisation over rows, and its adjoint with the variance constant: arguments of the kernels of norms.cpp.
+// Layer normalisation over rows, and its adjoint with the variance constant; sums over all pixels of each channel, for
+// batch norms in training: arguments of the kernels of norms.cpp.
 #pragma once
 
 #include "images.h"
@@ -26,6 +27,24 @@ struct LayerNormAdjoint {
     const void *grad = nullptr, *identity = nullptr;  // contiguous; identity may be null
     const float *rstd = nullptr, *weight = nullptr;   // rstd [images * length]; weight [channels] or null
     void* out = nullptr;
+    int threads = 1;
+};
+
+// out[c] = sum of x, of (x - mean[c])^2, or of x y over the rows.
+struct ChannelSums {
+    int64_t rows = 0, channels = 0;
+    const float *x = nullptr, *y = nullptr;  // contiguous [rows, channels]; y may be null
+    const float* mean = nullptr;             // [channels] or null
+    double* out = nullptr;                   // [channels]
+    int threads = 1;
+};
+
+// out = x x_scale[c] + y y_scale[c] + shift[c].
+struct ChannelCombine {
+    int64_t rows = 0, channels = 0;
+    const float *x = nullptr, *y = nullptr;  // contiguous [rows, channels], as out
+    const float *x_scale = nullptr, *y_scale = nullptr, *shift = nullptr;
+    float* out = nullptr;
     int threads = 1;
 };
 

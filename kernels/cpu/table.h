@@ -26,6 +26,8 @@ struct Table {
     void (*winograd)(const Winograd&);
     void (*layer_norm)(const LayerNorm&);
     void (*layer_norm_adjoint)(const LayerNormAdjoint&);
+    void (*channel_sums)(const ChannelSums&);
+    void (*channel_combine)(const ChannelCombine&);
 };
 
 #define BCOS_DECLARE(isa)                                   \
@@ -46,12 +48,14 @@ struct Table {
     void winograd(const Winograd&);                         \
     void layer_norm(const LayerNorm&);                      \
     void layer_norm_adjoint(const LayerNormAdjoint&);       \
+    void channel_sums(const ChannelSums&);                  \
+    void channel_combine(const ChannelCombine&);            \
     static inline Table table() {                           \
         return {epilogue,          adjoint_end,       response_grad,  scale_act,     \
                 square_sum,        encode,            contributions,  depthwise,     \
                 depthwise_adjoint, pointwise_pack,    pointwise_forward,             \
                 pointwise_adjoint, winograd_pack,     winograd,       layer_norm,    \
-                layer_norm_adjoint};                                         \
+                layer_norm_adjoint, channel_sums,     channel_combine};      \
     }                                                       \
     }
 

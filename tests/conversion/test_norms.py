@@ -37,6 +37,38 @@ def test_values_gradients_and_statistics(shape, layout, options):
     torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * var, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("several", [False, True])
+def test_float32_gradients(layout, affine, several):
+    """In channels-last memory those of the C++ kernels; several at a time are not."""
+    torch.manual_seed(0)
+    norm = BatchNormUncentered2d(21, bias=False, affine=affine)
+    if affine:
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x = (torch.randn(3, 21, 9, 8) + 10).contiguous(memory_format=layout).requires_grad_()
+    direction = torch.randn(2, 3, 21, 9, 8) if several else torch.randn(3, 21, 9, 8)
+    wide = [v.detach().double().requires_grad_() for v in (x, *norm.parameters())]
+    expected, _, _ = defined(wide[0], wide[1] if affine else None, None, norm.eps)
+    close = {"rtol": 1e-4, "atol": 1e-3}
+    y = norm(x)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-5)
+    ours = torch.autograd.grad(y, [x, *norm.parameters()], direction, is_grads_batched=several)
+    theirs = torch.autograd.grad(expected, wide, direction.double(), is_grads_batched=several)
+    for found, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found.double(), wanted, **close)
+
+
+def test_no_images_and_no_channels():
+    norm = BatchNormUncentered2d(4, track_running_stats=False)
+    x = torch.zeros(0, 4, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = norm(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
 def test_float32_statistics_are_as_exact_as_torch_var_mean():
     torch.manual_seed(0)
     x = (torch.randn(4, 8, 64, 64) + 3).contiguous(memory_format=torch.channels_last)

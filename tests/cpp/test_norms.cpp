@@ -1,4 +1,4 @@
-// Layer normalisation and its adjoint.
+// Layer normalisation and its adjoint; sums over the pixels of each channel.
 #include "harness.h"
 
 namespace test {
@@ -81,6 +81,62 @@ void adjoint(const bcos::Table& kernels, const Case& c, bcos::Storage storage) {
     }
 }
 
+struct ChannelCase {
+    int64_t rows, channels;
+    int threads;
+};
+
+void channels(const bcos::Table& kernels, const ChannelCase& c) {
+    const auto storage = bcos::Storage::float32;
+    const int64_t values = c.rows * c.channels;
+    Values x(storage, values), y(storage, values), out(storage, values);
+    x.fill();
+    y.fill();
+    // A mean that is large beside the deviation.
+    for (int64_t i = 0; i < values; ++i) x.set(i, x.get(i) + 20);
+    Values mean = random_floats(c.channels), scale = random_floats(c.channels), shift = random_floats(c.channels);
+    for (int64_t i = 0; i < c.channels; ++i) mean.set(i, mean.get(i) + 20);
+    std::vector<double> sums(c.channels, -1);
+    for (int of = 0; of < 3; ++of) {
+        bcos::ChannelSums a;
+        a.rows = c.rows;
+        a.channels = c.channels;
+        a.x = float_data(x);
+        a.y = of == 1 ? float_data(y) : nullptr;
+        a.mean = of == 2 ? float_data(mean) : nullptr;
+        a.out = sums.data();
+        a.threads = c.threads;
+        kernels.channel_sums(a);
+        for (int64_t i = 0; i < c.channels; ++i) {
+            double expected = 0, size = 0;
+            for (int64_t r = 0; r < c.rows; ++r) {
+                const double v = x.get(r * c.channels + i);
+                const double term = of == 0 ? v : of == 1 ? v * y.get(r * c.channels + i) : std::pow(v - mean.get(i), 2);
+                expected += term;
+                size += std::fabs(term);
+            }
+            Values found = floats(1);
+            found.set(0, sums[i]);
+            close("sum", found, 0, expected, size);
+        }
+    }
+    bcos::ChannelCombine a;
+    a.rows = c.rows;
+    a.channels = c.channels;
+    a.x = float_data(x);
+    a.y = float_data(y);
+    a.x_scale = float_data(mean);
+    a.y_scale = float_data(scale);
+    a.shift = float_data(shift);
+    a.out = float_data(out);
+    a.threads = c.threads;
+    kernels.channel_combine(a);
+    for (int64_t i = 0; i < values; ++i) {
+        const int64_t k = i % c.channels;
+        close("combined", out, i, x.get(i) * mean.get(k) + y.get(i) * scale.get(k) + shift.get(k), 400);
+    }
+}
+
 }  // namespace
 
 void test_norms(const bcos::Table& kernels) {
@@ -95,6 +151,12 @@ void test_norms(const bcos::Table& kernels) {
             forward(kernels, c, storage);
             adjoint(kernels, c, storage);
         }
+    }
+    // 9000 channels are more than a block of rows holds; 1000 rows of 16 are two blocks.
+    for (const ChannelCase& c : std::vector<ChannelCase>{
+             {1, 1, 1}, {7, 5, 1}, {1000, 16, 2}, {600, 33, 3}, {0, 8, 2}, {9, 9000, 3}, {5, 0, 1}, {70000, 3, 3}}) {
+        where() = "sums of channels, " + std::to_string(c.channels);
+        channels(kernels, c);
     }
 }
 

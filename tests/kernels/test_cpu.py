@@ -198,6 +198,20 @@ def test_linear_epilogue(dtype, b):
         close(actual, wanted, dtype)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 64, 1, 1), (3, 33, 20, 21), (0, 8, 4, 4), (2, 9000, 2, 2)])
+def test_sums_of_channels(shape):
+    torch.manual_seed(0)
+    x, y = image(*shape) + 20, image(*shape)
+    mean, scale, shift = torch.rand(shape[1]) + 20, torch.randn(shape[1]), torch.randn(shape[1])
+    wide, deviation = x.double(), x.double() - mean.double()[:, None, None]
+    sums = (cpu.channel_sums(x), cpu.channel_sums(x, y), cpu.channel_sums(x, mean=mean))
+    for found, terms in zip(sums, (wide, wide * y.double(), deviation.square()), strict=True):
+        assert found.dtype == torch.float64
+        close(found / max(1, terms[:, 0].numel()), terms.sum((0, 2, 3)) / max(1, terms[:, 0].numel()), torch.float32)
+    expected = wide * mean[:, None, None] + y.double() * scale[:, None, None] + shift[:, None, None]
+    close(cpu.channel_combine(x, mean, y, scale, shift), expected, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5, 33), (2, 7), (2, 3, 4, 48), (0, 5, 8), (1, 197, 192)])
@@ -343,7 +357,8 @@ def _fingerprint() -> list[Tensor]:
     rows = torch.randn(2, 700, 72)
     norm = cpu.layer_norm(rows, torch.randn(72), None, 1e-6, True)
     back = cpu.layer_norm_transposed(rows, norm[1], torch.randn(72), rows)
-    return [y, m, gate, squares, *depthwise[:2], cpu.transposed_epilogue(x.clone(), m, y)[0], *norm, back]
+    sums = [cpu.channel_sums(x), cpu.channel_sums(x, y), cpu.channel_sums(x, mean=x[0, :, 0, 0].contiguous())]
+    return [y, m, gate, squares, *sums, *depthwise[:2], cpu.transposed_epilogue(x.clone(), m, y)[0], *norm, back]
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
