@@ -254,6 +254,9 @@ def localise(
             check_methods(methods)
             networks = compared_networks(models, checkpoints, weights, num_classes, convert, place)
             side = common_side(networks, size)
+            if variant == "rescaled" and grid > side:
+                expected = f"at most {side}, the pixels of an image's side, for --variant rescaled"
+                raise InvalidArgumentError("--grid", grid, expected)
             seen = {"full": grid * side, "rescaled": side // grid * grid}.get(variant, side)
             chosen, left_out = methods_for(networks, methods, ("bcos",), seen)
         warn_left_out(left_out)

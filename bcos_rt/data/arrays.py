@@ -48,6 +48,8 @@ class ArrayData(ImageData):
         expected = "uint8 or floats in [0, 1], [N, 3, H, W], [N, H, W, 3] or [N, H, W]"
         if not isinstance(images, Tensor | np.ndarray):
             raise InvalidTypeError("data", f"images of type {type(images).__name__}", expected)
+        if isinstance(images, np.ndarray) and min(images.strides, default=0) < 0:  # RGB that was BGR
+            images = np.ascontiguousarray(images)
         # Read on the CPU, whose random numbers augmentation takes.
         held = torch.as_tensor(images).detach().cpu()
         if held.dtype != torch.uint8 and not held.is_floating_point():
@@ -106,11 +108,8 @@ class UsersData(ImageData):
             return
         with torch.random.fork_rng(devices=[]):
             image, _ = self.read(0)
-        low, high = (float(v) for v in torch.aminmax(image)) if image.numel() else (0.0, 0.0)
-        if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
-            raise InvalidArgumentError(
-                "data", f"images from {low:.3g} to {high:.3g}", _EXPECTED_ITEMS, " (networks normalise them themselves)"
-            )
+        if not bool(image.isfinite().all()):
+            raise InvalidArgumentError("data", "NaN or infinite values (item 0)", _EXPECTED_ITEMS)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -126,6 +125,13 @@ class UsersData(ImageData):
             raise InvalidArgumentError(
                 "data", f"images of shape {tuple(image.shape)}, {image.dtype} (item {index})", _EXPECTED_ITEMS
             )
+        low, high = (float(v) for v in torch.aminmax(image)) if image.numel() else (0.0, 0.0)
+        # Not of NaN: training and evaluation say more of it.
+        if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+            raise InvalidArgumentError(
+                "data", f"images from {low:.3g} to {high:.3g} (item {index})", _EXPECTED_ITEMS,
+                " (networks normalise them themselves)",
+            )  # fmt: skip
         try:
             number = label.item() if hasattr(label, "item") else label
         except (RuntimeError, ValueError):  # several numbers, such as a one-hot target

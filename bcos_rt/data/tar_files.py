@@ -92,7 +92,8 @@ class TarData(ImageData):
         classes: dict[tuple[int, str], _Member] = {}
         notes: dict[tuple[int, str], _Member] = {}
         for number, shard in enumerate(self.shards):
-            for member in _members(number, shard):
+            # Of a name that is there twice (tar --append) the last one counts, as for tar.
+            for member in {member.name: member for member in _members(number, shard)}.values():
                 if any(is_hidden(part) for part in member.parts if part != ".."):
                     continue
                 extension = member.name.rpartition("/")[2].partition(".")[2].lower()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bcos_rt.data import loader, open_data, shard
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
-from bcos_rt.evaluation.checks import check_count, checked_logits, example_tensor, spread
+from bcos_rt.evaluation.checks import check_count, checked_logits, example_tensor, logits_of, spread
 from bcos_rt.evaluation.saving import save_figure
 from bcos_rt.explanation.explain import explain
 from bcos_rt.files import write_csv, write_json
@@ -223,7 +223,7 @@ def evaluate(
         for batch, (pixels, labels) in zip(batches, loader(images, batches, workers), strict=True):
             pixels = pixels.to(like.device, like.dtype)
             with torch.no_grad():
-                rows.append(checked_logits(net(pixels), batch[0]).double().cpu())
+                rows.append(logits_of(net, pixels, batch[0]).double().cpu())
             labels_seen.append(labels)
             chosen = [i for i, index in enumerate(batch) if index in explained]
             if isinstance(net, BcosNetwork) and chosen:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bcos_rt.errors import InvalidArgumentError
 
-__all__ = ["check_count", "checked_logits", "checked_maps", "example_tensor", "spread"]
+__all__ = ["check_count", "checked_logits", "checked_maps", "example_tensor", "logits_of", "spread"]
 
 
 def check_count(argument: str, value: object, least: int = 1) -> None:
@@ -53,6 +53,20 @@ def checked_logits(outputs: object, first: int = 0, network: str = "the network"
             "net", f"logits of {network} with NaN or infinite values (image {index})", "finite ones"
         )
     return outputs
+
+
+def logits_of(net: nn.Module, images: Tensor, first: int = 0) -> Tensor:
+    """A network's finite logits [N, classes], see :func:`checked_logits`; an image that is not finite is named."""
+    try:
+        outputs = net(images)
+    except InvalidArgumentError as error:
+        bad = (~torch.isfinite(images.flatten(1)).all(1)).nonzero()
+        if error.argument != "images" or not len(bad):
+            raise
+        raise InvalidArgumentError(
+            "data", f"NaN or infinite values (image {first + int(bad[0, 0])})", error.expected
+        ) from error
+    return checked_logits(outputs, first)
 
 
 def checked_maps(maps: Tensor, name: str, expected: tuple[int, ...]) -> Tensor:

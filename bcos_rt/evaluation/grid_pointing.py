@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from bcos_rt.data import ImageData, loader, open_data, shard
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.evaluation.attribution import Method, methods_of
-from bcos_rt.evaluation.checks import check_count, checked_logits, checked_maps, example_tensor
+from bcos_rt.evaluation.checks import check_count, checked_maps, example_tensor, logits_of
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.graph.capture import eval_mode
 from bcos_rt.nn.conventional import ConventionalNetwork
@@ -164,7 +164,7 @@ def confident_images(
     batches = shard(len(data), batch_size)  # type: ignore[arg-type]
     classes = 0
     for batch, (images, labels) in zip(batches, loader(data, batches, workers), strict=True):
-        logits = checked_logits(net(images.to(like.device, like.dtype)), batch[0])
+        logits = logits_of(net, images.to(like.device, like.dtype), batch[0])
         classes = logits.shape[1]
         top = logits.max(1)
         for index, label, predicted, logit in zip(
@@ -394,13 +394,15 @@ def grid_pointing_game(
     """
     for argument, value, least in (("n", n, 2), ("grids", grids, 1), ("batch_size", batch_size, 1)):
         check_count(argument, value, least)
+    if not isinstance(networks, Mapping):
+        raise InvalidTypeError("networks", type(networks).__name__, "networks by name, such as {'mine': net}")
     if not networks:
         raise InvalidArgumentError("networks", "none", "at least one network")
     for name, net in networks.items():
         if not isinstance(net, nn.Module):
             raise InvalidTypeError(f"networks[{name!r}]", type(net).__name__, "a torch.nn.Module")
-    if not 0 <= confidence < 1:
-        raise InvalidArgumentError("confidence", confidence, "a number in [0, 1)")
+    if not isinstance(confidence, int | float) or not 0 <= confidence < 1:
+        raise InvalidArgumentError("confidence", repr(confidence), "a number in [0, 1)")
     check_variant(variant)
     if same_grids is not None and same_grids is not True and same_grids not in networks:
         raise InvalidArgumentError("same_grids", repr(same_grids), f"True, None or one of {', '.join(networks)}")

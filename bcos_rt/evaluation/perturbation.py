@@ -65,15 +65,20 @@ class Perturbation:
         for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
             check_count(f"Perturbation.{name}", value)
         for name, fill in (("deletion", self.deletion), ("insertion", self.insertion)):
-            colour = isinstance(fill, tuple) and len(fill) == 3 and all(0 <= value <= 1 for value in fill)
-            if not colour and fill not in ("blur", "mean"):
+            colour = (
+                isinstance(fill, tuple)
+                and len(fill) == 3
+                and all(isinstance(value, int | float) and 0 <= value <= 1 for value in fill)
+            )
+            if not colour and not (isinstance(fill, str) and fill in ("blur", "mean")):
                 raise InvalidArgumentError(
                     f"Perturbation.{name}", repr(fill), "'blur', 'mean' or three numbers in [0, 1] (R, G, B)"
                 )
         if self.score not in ("softmax", "sigmoid", "logit"):
             raise InvalidArgumentError("Perturbation.score", repr(self.score), "'softmax', 'sigmoid' or 'logit'")
-        if self.blur_sigma is not None and not (math.isfinite(self.blur_sigma) and self.blur_sigma > 0):
-            raise InvalidArgumentError("Perturbation.blur_sigma", self.blur_sigma, "a number > 0, or None")
+        sigma = self.blur_sigma
+        if sigma is not None and not (isinstance(sigma, int | float) and math.isfinite(sigma) and sigma > 0):
+            raise InvalidArgumentError("Perturbation.blur_sigma", repr(sigma), "a number > 0, or None")
 
 
 @dataclass(frozen=True)

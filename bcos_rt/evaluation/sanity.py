@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +44,14 @@ class ParameterRandomisation:
         stages: names of what was randomised, in this order, each beside those before it.
         correlations: method -> Spearman's rank correlation with the trained network's maps, [stages, images].
         magnitudes: the same of the maps' absolute values, in which a map of opposite sign has not changed.
+        constant: method -> how many of the trained network's maps are constant: they have no ranks, count as 0 at every
+            stage, and pass no test.
     """
 
     stages: tuple[str, ...]
     correlations: dict[str, np.ndarray]
     magnitudes: dict[str, np.ndarray]
+    constant: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> list[dict[str, Any]]:
         """A row a method and stage: means over the images."""
@@ -56,6 +59,7 @@ class ParameterRandomisation:
             {
                 "method": name, "stage": stage, "images": values.shape[1], "correlation": float(values[i].mean()),
                 "correlation_of_magnitudes": float(self.magnitudes[name][i].mean()),
+                "constant": self.constant.get(name, 0),
             }
             for name, values in self.correlations.items()
             for i, stage in enumerate(self.stages)
@@ -156,6 +160,7 @@ def parameter_randomisation(
         tuple(names),
         {name: torch.stack(values).numpy() for name, values in correlations.items()},
         {name: torch.stack(values).numpy() for name, values in magnitudes.items()},
+        {name: int((maps.amax((1, 2)) == maps.amin((1, 2))).sum()) for name, maps in trained.items()},
     )
 
 

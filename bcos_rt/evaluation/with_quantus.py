@@ -32,14 +32,23 @@ def quantus_explain(model: BcosNetwork, inputs: Any, targets: Any, **_: Any) -> 
         three of the image.
 
     Raises:
-        InvalidTypeError: another network.
+        InvalidTypeError: another network, or no numbers.
         InvalidArgumentError: unusable inputs or targets (named).
     """
     if not isinstance(model, BcosNetwork):
         raise InvalidTypeError("model", type(model).__name__, "a BcosNetwork", " (bcosify makes one)")
     like = example_tensor(model)
-    # A copy in plain order: what Quantus cuts and flips may lie backwards in memory, which torch does not take.
-    images = torch.tensor(np.ascontiguousarray(inputs), device=like.device, dtype=like.dtype)
-    explanation = explain(model, images, torch.tensor(np.ascontiguousarray(targets)).reshape(-1))
+    images = torch.tensor(_plain(inputs, "inputs"), device=like.device, dtype=like.dtype)
+    explanation = explain(model, images, torch.tensor(_plain(targets, "targets")).reshape(-1))
     found: np.ndarray = explanation.contributions[:, None].float().cpu().numpy()
+    return found
+
+
+def _plain(values: Any, argument: str) -> np.ndarray:
+    """A copy in plain order: what Quantus cuts and flips may lie backwards in memory, which torch does not take."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+    found = np.ascontiguousarray(values)
+    if found.dtype.kind not in "uif":
+        raise InvalidTypeError(argument, f"{type(values).__name__} of {found.dtype}", "an array of numbers")
     return found

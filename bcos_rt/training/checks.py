@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
@@ -9,7 +10,16 @@ from bcos_rt.nn.exponent import exponents
 from bcos_rt.nn.network import BcosNetwork, EmbeddingLayer
 from bcos_rt.training.recipe import TrainingRecipe
 
-__all__ = ["check_bcos", "check_labelled", "check_metrics", "checked_pictures", "embeds", "learns_outputs"]
+__all__ = [
+    "check_bcos",
+    "check_dtypes",
+    "check_labelled",
+    "check_metrics",
+    "checked_output",
+    "checked_pictures",
+    "embeds",
+    "learns_outputs",
+]
 
 
 def embeds(net: nn.Module, recipe: TrainingRecipe) -> bool:
@@ -57,6 +67,24 @@ def check_labelled(argument: str, labels: Tensor | None, may_lack: bool) -> None
         expected = "labels, or a teacher" if argument == "validation" else "labels"
         hint = "" if argument == "validation" else " (or recipe.loss='none' with a distillation)"
         raise InvalidArgumentError(argument, "images without labels", expected, hint)
+
+
+def check_dtypes(net: nn.Module, recipe: TrainingRecipe) -> None:
+    """Refuse weights of another type than images come in; mixed precision keeps them in float32."""
+    wanted = torch.float64 if recipe.precision == "64-true" else torch.float32
+    for name, parameter in net.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != wanted:
+            hint = ", or recipe.precision='64-true'" if parameter.dtype == torch.float64 else ""
+            raise InvalidTypeError("net", f"{name} of {parameter.dtype}", f"{wanted} (net.float()){hint}")
+
+
+def checked_output(output: object) -> Tensor:
+    """What a network returned, as a tensor [N, classes] or [N, D]."""
+    if isinstance(output, Tensor) and output.ndim == 2:
+        return output
+    got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
+    hint = "" if isinstance(output, Tensor) else " (a module around it can return them alone)"
+    raise InvalidTypeError("net", f"an output of {got}", "logits [N, classes], or embeddings [N, D]", hint)
 
 
 def check_bcos(net: nn.Module, recipe: TrainingRecipe) -> None:

@@ -211,6 +211,9 @@ class TrainingRecipe:
             ema=(0, 1), warmup_factor=(0, 1), b_start=(1, math.inf), bias_decay_epochs=unbounded,
             restart_epochs=(1e-3, math.inf), restart_factor=(1, math.inf),
         )  # fmt: skip
+        for name in ("agc", "clip_norm"):
+            if getattr(self, name) == 0:
+                raise InvalidArgumentError(f"TrainingRecipe.{name}", 0, "a number > 0, or None for no clipping")
         for name, kind in _NESTED.items():
             value = getattr(self, name)
             if not isinstance(value, kind) and not (value is None and name != "augmentation"):

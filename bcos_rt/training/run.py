@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import nn
 
@@ -99,6 +101,17 @@ class RunFolder:
             got = f"{str(self.path)!r}, which holds {', '.join(found)} of a run without its {self.state.name}"
             raise InvalidArgumentError("output", got, "a new folder")
 
+    def lock(self, stack: ExitStack) -> str | None:
+        """Keep other runs out until ``stack`` is left, or the process is gone; gives what is wrong, else None."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(self.path / ".lock", blocking=False))
+        except Timeout:
+            return "which another run is writing"
+        except OSError as error:
+            return f"which cannot be written ({error})"
+        return None
+
     def tidy(self) -> None:
         """Remove what killed processes left of files they were writing."""
         for name in ("recipe.json", "metrics.csv", "steps.csv", "state.pt", *_NETWORKS):
@@ -114,8 +127,11 @@ class RunFolder:
         state = read_torch_file(self.state)
         if not isinstance(state, dict) or state.get("format") != "bcos-rt training":
             raise CheckpointError(f"{self.state}: not the state of a bcos-rt training run")
-        if state["version"] != STATE_VERSION:
-            raise CheckpointError(f"{self.state}: version {state['version']}, expected {STATE_VERSION}")
+        if state.get("version") != STATE_VERSION:
+            raise CheckpointError(f"{self.state}: version {state.get('version')}, expected {STATE_VERSION}")
+        missing = [k for k in ("recipe", "progress", "sums", "precision", "targets", "model") if k not in state]
+        if missing:
+            raise CheckpointError(f"{self.state}: without {', '.join(missing)}, so not a whole state")
         # Fields that a recipe did not have yet when the run began are at their defaults.
         then, now = _plain(TrainingRecipe.from_dict(state["recipe"]).to_dict()), _plain(recipe.to_dict())
         other = [k for k in now if k not in FREE_FIELDS and then.get(k) != now[k]]

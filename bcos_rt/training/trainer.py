@@ -25,6 +25,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
@@ -44,8 +45,10 @@ from bcos_rt.nn.norms import BatchNormUncentered2d
 from bcos_rt.training.biases import bias_names
 from bcos_rt.training.checks import (
     check_bcos,
+    check_dtypes,
     check_labelled,
     check_metrics,
+    checked_output,
     checked_pictures,
     embeds,
     learns_outputs,
@@ -131,7 +134,7 @@ def finetune(
             top class is the teacher's; of embeddings the mean cosine with the teacher's is measured.
         output: the run's folder: state, networks, logs, pictures (see :mod:`bcos_rt.training.run`). Without it nothing
             is written and nothing can be resumed.
-        teacher: for ``recipe.distillation``: takes the same images.
+        teacher: for ``recipe.distillation``: takes the same images; left in evaluation mode.
         resume: go on where the run in ``output`` stopped; begin where there is none. Without it a folder that holds a
             run is an error.
         explain_images: [M, 3, H, W] in [0, 1], explained before the first epoch and after every one (the first 8),
@@ -157,6 +160,8 @@ def finetune(
         raise InvalidTypeError("net", type(net).__name__, "a torch.nn.Module")
     if not isinstance(recipe, TrainingRecipe):
         raise InvalidTypeError("recipe", type(recipe).__name__, "a TrainingRecipe")
+    if hasattr(net, "_orig_mod"):
+        raise InvalidTypeError("net", "what torch.compile made of a network", "the network", " (net._orig_mod)")
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise InvalidTypeError("teacher", type(teacher).__name__, "a torch.nn.Module or None")
     if recipe.distillation is not None and teacher is None:
@@ -177,9 +182,7 @@ def finetune(
     if resume and folder is None:
         raise InvalidArgumentError("output", "None", "the folder of the run to resume")
     if folder is not None and folder.state.exists() and not resume:
-        raise InvalidArgumentError(
-            "output", f"{str(output)!r}, which holds a run", "a new folder", " (or resume=True to go on)"
-        )
+        raise _holds_a_run(output)
     if folder is not None and not folder.state.exists():
         folder.check_new(resume)
     fabric = make_fabric(accelerator, devices, strategy, num_nodes, recipe, folder)
@@ -189,8 +192,22 @@ def finetune(
         raise InvalidArgumentError(
             "devices, num_nodes", f"{devices!r}, {num_nodes!r} ({error})", "what the processes were started with"
         ) from error
-    training = _Training(fabric, net, data, validation, recipe, folder, teacher, explain_images, workers, on_epoch)
-    return training.run(console or Console(stderr=True))
+    with ExitStack() as stack:
+        if folder is not None:
+            # All processes end together.
+            wrong: str | None = fabric.broadcast(folder.lock(stack) if fabric.is_global_zero else None)
+            if wrong is not None:
+                raise InvalidArgumentError("output", f"{str(output)!r}, {wrong}", "a folder of its own")
+            if folder.state.exists() and not resume:
+                raise _holds_a_run(output)
+        training = _Training(fabric, net, data, validation, recipe, folder, teacher, explain_images, workers, on_epoch)
+        return training.run(console or Console(stderr=True))
+
+
+def _holds_a_run(output: object) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "output", f"{str(output)!r}, which holds a run", "a new folder", " (or resume=True to go on)"
+    )
 
 
 class _Training:
@@ -258,6 +275,7 @@ class _Training:
                 module.synchronised = recipe.sync_norms
         # As setup_module does; copies are made before it.
         fabric.strategy.precision.convert_module(net)
+        check_dtypes(net, recipe)
         # With shards a copy is trained, and those who look at the network look at the whole one, which `_gather` fills.
         self.sharded = isinstance(fabric.strategy, ModelParallelStrategy)
         self.trained = _copied(net) if self.sharded else net
@@ -450,6 +468,12 @@ class _Training:
         step = self._done
         self._set_lr(step)
         images, labels = self._prepared(images, labels, step)
+        # A B-cos network refuses such images on a CPU itself, and cannot say where it was.
+        if isinstance(self.net, BcosNetwork) and images.device.type == "cpu" and not is_finite(images):
+            raise TrainingError(
+                f"the images are not finite in epoch {self.progress.epoch + 1}, step {self.progress.step + 1} of "
+                f"{self.steps}; {self._kept()}"
+            )
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
@@ -496,10 +520,10 @@ class _Training:
         losses: dict[str, Tensor] = {}
         taught: Tensor | None = None
         if self.teaching is None:
-            logits = model(images)
+            logits = checked_output(model(images))
         else:
             with self.teaching.watching() as seen:
-                logits = model(images)
+                logits = checked_output(model(images))
                 with self.fabric.autocast():
                     taught = self.teaching.teach(images)
             # Outside autocast: products of embeddings are too coarse in half precision.
@@ -611,10 +635,9 @@ class _Training:
 
     def _classes(self, images: Tensor) -> int:
         if not hasattr(self, "_class_count"):
-            training = self.trained.training
             with torch.no_grad():
-                self._class_count = int(self._run(self.trained.eval(), images[:1]).shape[1])
-            self.trained.train(training)
+                self._class_count = checked_output(self._run(self.trained.eval(), images[:1])).shape[1]
+            self._train_mode()
         return self._class_count
 
     # --- numbers -----------------------------------------------------------------------------------------------------
@@ -669,7 +692,7 @@ class _Training:
             images = self.fabric.to_device(images)
             if self.recipe.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            yield images, labels, self._run(net, images)
+            yield images, labels, checked_output(self._run(net, images))
         net.train().to(home)
 
     @torch.no_grad()
@@ -752,11 +775,12 @@ class _Training:
         if self.folder is not None:
             # All else before the state: a kill between the two repeats the epoch, and overwrites it.
             if self.fabric.is_global_zero:
-                if better:
-                    save_network(self.net, self.folder.path / "best.safetensors")
-                save_network(self.net, self.folder.path / "last.safetensors")
-                if self.averaged is not None:
-                    save_network(self.averaged, self.folder.path / "ema.safetensors")
+                with self._writing():
+                    if better:
+                        save_network(self.net, self.folder.path / "best.safetensors")
+                    save_network(self.net, self.folder.path / "last.safetensors")
+                    if self.averaged is not None:
+                        save_network(self.averaged, self.folder.path / "ema.safetensors")
                 self._draw()
                 self.folder.write_logs(progress)
             self._save()
@@ -808,10 +832,21 @@ class _Training:
         values["trained_on"] = self._trained_on()
         values |= {name: whole_state(thing) for name, thing in self._state().items()}
         if self.fabric.is_global_zero:
-            with replacing(self.folder.state) as temporary:
+            with self._writing(), replacing(self.folder.state) as temporary:
                 torch.save(values, temporary)
         self.fabric.barrier()
         self.saved = self.progress.epoch, self.progress.step
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What writing weights raises where it fails; a full disk is torch's RuntimeError."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = str(error).partition("\n")[0]
+            raise TrainingError(
+                f"the run's folder could not be written ({reason}): a full disk? {self._kept()}"
+            ) from error
 
     def _load(self) -> None:
         if self.folder is None:

@@ -175,6 +175,12 @@ def test_saved_networks_take_no_weights_of_others(bcos, checkpoint, model, data,
     assert (result.code, "--weights: got 1 for 2 models" in result.err) == (2, True), result.err
 
 
+def test_grids_of_more_cells_than_pixels_are_refused(bcos, checkpoint, data, tmp_path):
+    options = ("--data", data, "-o", tmp_path / "out", "--grid", 300, "--variant", "rescaled")
+    result = bcos("localise", "-c", checkpoint, *options)
+    assert (result.code, "--grid: got 300, expected at most 224" in result.err) == (2, True), result.err
+
+
 def test_localise_needs_a_network(bcos, data, tmp_path):
     result = bcos("localise", "--data", data, "-o", tmp_path / "out")
     assert (result.code, "neither" in result.err) == (2, True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from bcos_rt.data import open_data
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
@@ -27,6 +28,20 @@ def test_classes_of_samples(form: str, tmp_path: Path) -> None:
     data = open_data(samples(tmp_path / "a.tar", [3, 0, 12], form))
     assert data.labels is not None
     assert data.labels.tolist() == [data[i][1] for i in range(3)] == [3, 0, 12]
+
+
+def test_of_a_name_that_is_there_twice_the_last_counts(tmp_path: Path) -> None:
+    path = tmp_path / "twice.tar"
+    for side in (2, 5):
+        image = io.BytesIO()
+        Image.new("RGB", (side, side)).save(image, format="png")
+        with tarfile.open(path, "a") as file:
+            member = tarfile.TarInfo("cat/a.png")
+            member.size = len(image.getvalue())
+            file.addfile(member, io.BytesIO(image.getvalue()))
+    data = open_data(path)
+    assert len(data) == 1
+    assert data[0][0].shape == (3, 5, 5)
 
 
 def test_several_shards(tmp_path: Path) -> None:

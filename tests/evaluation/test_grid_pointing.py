@@ -342,6 +342,8 @@ def test_windows_cover_the_whole_grid_whatever_the_stride() -> None:
     [
         ({"n": 1}, "n: got 1"),
         ({"networks": {}}, "networks"),
+        ({"networks": [Colours()]}, "networks: got list"),
+        ({"confidence": "0.5"}, r"confidence: got '0\.5'"),
         ({"variant": "half"}, "variant: got 'half'"),
         ({"smooth": 4}, "smooth: got 4"),
         ({"same_grids": "b"}, "same_grids"),

@@ -164,6 +164,10 @@ def test_bad_arguments_of_the_function_for_quantus(net: BcosNetwork) -> None:
         quantus_explain(net, IMAGES.numpy(), [0, 1])
     with pytest.raises(InvalidTypeError, match="targets"):
         quantus_explain(net, IMAGES.numpy(), np.array([0.5, 1, 2]))
+    with pytest.raises(InvalidTypeError, match="targets: got NoneType"):
+        quantus_explain(net, IMAGES.numpy(), None)
+    with_gradient = quantus_explain(net, IMAGES.clone().requires_grad_(), TARGETS)
+    np.testing.assert_array_equal(with_gradient, quantus_explain(net, IMAGES.numpy(), TARGETS))
 
 
 class AsQuantus:

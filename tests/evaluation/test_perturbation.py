@@ -150,6 +150,9 @@ def test_a_data_set(tmp_path: Path) -> None:
         ({"insertion": (0, 0, 255)}, "three numbers in"),
         ({"score": "probability"}, "Perturbation.score"),
         ({"blur_sigma": 0.0}, "Perturbation.blur_sigma"),
+        ({"blur_sigma": "3"}, "Perturbation.blur_sigma: got '3'"),
+        ({"deletion": np.zeros(3)}, "three numbers in"),
+        ({"deletion": ("a", "b", "c")}, "three numbers in"),
     ],
 )
 def test_bad_options_are_named(changes: dict[str, object], message: str) -> None:

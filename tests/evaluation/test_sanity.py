@@ -110,6 +110,17 @@ def test_randomisation_is_cumulative_and_keeps_scales_and_the_network() -> None:
     torch.testing.assert_close(states[-1]["model.bn1.running_var"], before["model.bn1.running_var"])
 
 
+def test_maps_without_ranks_are_counted() -> None:
+    def constant(_net: nn.Module, images: Tensor, _targets: Tensor) -> Tensor:
+        maps = torch.ones(len(images), *images.shape[2:])
+        maps[0, 0, 0] = 2
+        return maps
+
+    found = parameter_randomisation(resnet(), [constant, edges], IMAGES)
+    assert found.constant == {"constant": 2, "edges": 0}
+    assert {row["method"]: row["constant"] for row in found.summary()} == found.constant
+
+
 def test_a_method_that_ignores_the_network_is_found_out(tmp_path: Path) -> None:
     net = resnet()
     found = parameter_randomisation(net, [edges, "input_x_gradient"], IMAGES, targets=[0, 4, 2])

@@ -68,7 +68,8 @@ def test_it_learns_and_says_what(tmp_path: Path) -> None:
     assert {"recipe.json", "metrics.csv", "steps.csv", "state.pt", "last.safetensors", "best.safetensors"} <= files
     assert {f"explanations/epoch_{i:03d}.png" for i in range(7)} <= files
     assert any(name.startswith("tensorboard/") for name in files)
-    assert not [name for name in files if "/." in name or name.startswith(".")], "temporary files"
+    hidden = [name for name in files if "/." in name or name.startswith(".")]
+    assert hidden == [".lock"], "temporary files"
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 7
     described = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert TrainingRecipe.from_dict(described["recipe"]).epochs == 6

@@ -71,7 +71,7 @@ def test_a_gradient_that_is_not_finite_changes_and_saves_nothing(tmp_path: Path)
     ):
         finetune(net, colours(64), PLAIN, validation=colours(16), output=tmp_path / "run")
     assert all(bool(torch.isfinite(p).all()) for p in net.parameters())
-    assert {p.name for p in (tmp_path / "run").iterdir()} <= {"recipe.json", "steps.csv", "tensorboard"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} <= {".lock", "recipe.json", "steps.csv", "tensorboard"}
 
 
 @pytest.mark.usefixtures("on_device")

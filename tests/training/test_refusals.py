@@ -1,0 +1,201 @@
+"""What a run cannot do is said with its name, and what it was told to leave alone it leaves."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bcos_rt import finetune, load
+from bcos_rt.data import Mixing
+from bcos_rt.errors import (
+    CheckpointError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    TrainingError,
+    TrainingInterruptedError,
+)
+from bcos_rt.evaluation import evaluate
+from bcos_rt.nn.conventional import ConventionalNetwork
+from bcos_rt.training import TrainingRecipe
+from tests.training.test_finetune import PLAIN, _Signalling, weights
+from tests.training.worker import colours, convnet, network
+
+
+def pixels(count: int = 48) -> tuple[Tensor, Tensor]:
+    images, labels = colours(count)
+    return images.float() / 255, labels
+
+
+class Items(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Images with one replaced by another value."""
+
+    def __init__(self, index: int, value: float) -> None:
+        self.images, self.labels = pixels()
+        self.images[index] = value
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+
+@pytest.mark.parametrize("mixing", [None, Mixing(mixup=0.4), Mixing(cutmix=1.0, probability=0.5)])
+def test_frozen_norms_stay_frozen_where_images_are_mixed(mixing: Mixing | None, tmp_path: Path) -> None:
+    net = network()
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    recipe = PLAIN.replace(freeze_norms=True, mixing=mixing)
+    finetune(net, _Signalling(48, None, 0), recipe)
+    for name, value in net.named_buffers():
+        assert torch.equal(value, before[name]), name
+    # So a run that is stopped in a later epoch goes on as if it had not been.
+    stopped = network()
+    with pytest.raises(TrainingInterruptedError):
+        finetune(stopped, _Signalling(48, 70, signal.SIGTERM), recipe, output=tmp_path / "run")
+    finetune(stopped, _Signalling(48, None, 0), recipe, output=tmp_path / "run", resume=True)
+    for name, value in weights(net).items():
+        assert torch.equal(weights(stopped)[name], value), name
+
+
+RUN = """
+import sys, time
+from bcos_rt import finetune
+from tests.training.test_finetune import PLAIN
+from tests.training.worker import colours, network
+
+def told(_):
+    print("trains", flush=True)
+    time.sleep(60)
+
+finetune(network(), colours(16), PLAIN, output=sys.argv[1], on_epoch=told)
+"""
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    """The second is refused while the first trains, also to resume; a killed one leaves no lock behind."""
+    folder = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", RUN, str(folder)], stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout is not None
+            assert first.stdout.readline() == "trains\n"
+            # Of a file that the first run is writing.
+            (folder / ".state-now.pt").touch()
+            with pytest.raises(InvalidArgumentError, match=r"output.*which another run is writing"):
+                finetune(network(), colours(16), PLAIN, output=folder, resume=True)
+            assert (folder / ".state-now.pt").exists()
+        finally:
+            first.kill()
+    assert len(finetune(network(), colours(16), PLAIN, output=folder, resume=True).history) == PLAIN.epochs
+    assert not (folder / ".state-now.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["agc", "clip_norm"])
+def test_clipping_to_nothing_is_not_no_clipping(name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"TrainingRecipe\.{name}: got 0, expected a number > 0, or None"):
+        TrainingRecipe(**{name: 0.0})  # type: ignore[arg-type]
+
+
+def test_a_full_disk_is_named_and_the_last_state_kept(tmp_path: Path) -> None:
+    """A limit on the size of files stands for it: torch's error is the same."""
+    net, (soft, hard) = network(), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(row: dict[str, Any]) -> None:
+        if row["epoch"] == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "state.pt").stat().st_size // 2, hard))
+
+    try:
+        with pytest.raises(TrainingError, match=r"could not be written .*a full disk\?.*is that of the end of epoch 1"):
+            finetune(net, colours(48), PLAIN, output=tmp_path, on_epoch=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["progress"]["epoch"] == 1
+    load(tmp_path / "last.safetensors", model=convnet())
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".") and p.name != ".lock"]
+    assert len(finetune(net, colours(48), PLAIN, output=tmp_path, resume=True).history) == PLAIN.epochs
+
+
+class Answers(nn.Module):
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.body, self.answer = convnet(), answer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(self.body(x))
+
+
+@pytest.mark.parametrize("mixing", [None, Mixing(mixup=0.4)])
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda y: {"logits": y}, "type dict.*a module around it"),
+        (lambda y: (y, y), "type tuple"),
+        (lambda y: y[:, 0], r"shape \(\d+,\)"),
+        (lambda y: y[:, :, None, None], r"shape \(\d+, 3, 1, 1\)"),
+    ],
+)
+def test_outputs_that_are_no_logits_are_named(answer: Any, message: str, mixing: Mixing | None) -> None:
+    with pytest.raises(InvalidTypeError, match=f"net: got an output of {message}"):
+        finetune(Answers(answer), colours(16), PLAIN.replace(mixing=mixing))
+
+
+def test_weights_of_another_type_are_named() -> None:
+    with pytest.raises(InvalidTypeError, match=r"net: got .*float64, expected torch\.float32.*64-true"):
+        finetune(network().double(), colours(16), PLAIN)
+    with pytest.raises(InvalidTypeError, match=r"net: got .*bfloat16, expected torch\.float32 \(net\.float\(\)\)$"):
+        finetune(ConventionalNetwork(convnet()).bfloat16(), colours(16), PLAIN)
+
+
+def test_a_compiled_network_is_named() -> None:
+    with pytest.raises(InvalidTypeError, match=r"net: got what torch\.compile made"):
+        finetune(torch.compile(network(), backend="eager"), colours(16), PLAIN)  # type: ignore[arg-type]
+
+
+def test_images_that_are_not_finite_are_named_with_the_step() -> None:
+    with pytest.raises(TrainingError, match=r"the images are not finite in epoch 1, step [1-3] of 3"):
+        finetune(network(), Items(17, torch.nan), PLAIN)
+    for net in (network(), ConventionalNetwork(convnet())):
+        with pytest.raises(InvalidArgumentError, match="image 17"):
+            evaluate(net, Items(17, torch.nan))
+    with pytest.raises(InvalidArgumentError, match=r"NaN or infinite values \(item 0\)"):
+        finetune(network(), Items(0, torch.nan), PLAIN)
+
+
+def test_images_of_bytes_as_floats_are_named_wherever_they_are() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"images from 200 to 200 \(item 17\)"):
+        finetune(network(), Items(17, 200.0), PLAIN)
+    with pytest.raises(InvalidArgumentError, match=r"\(item 17\)"):
+        evaluate(network(), Items(17, 200.0))
+
+
+def test_arrays_that_lie_backwards_are_data_like_others() -> None:
+    images, labels = colours(32)
+    ours = images.permute(0, 2, 3, 1).numpy()
+    plain = finetune(network(), (np.ascontiguousarray(ours[..., ::-1]), labels), PLAIN)
+    assert (
+        finetune(network(), (ours[..., ::-1], labels), PLAIN).history[-1]["train_loss"]
+        == (plain.history[-1]["train_loss"])
+    )
+
+
+def test_states_with_parts_missing_are_named(tmp_path: Path) -> None:
+    finetune(network(), colours(16), PLAIN, output=tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    del state["targets"], state["model"]
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match="without targets, model"):
+        finetune(network(), colours(16), PLAIN, output=tmp_path, resume=True)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidArgumentError, match=r"output.*file/run.*cannot be written"):
+        finetune(network(), colours(16), PLAIN, output=tmp_path / "file" / "run")
