@@ -9,6 +9,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from bcos_rt.evaluation import grid_pointing_game, unsupported_methods
+from bcos_rt.evaluation.grid_pointing import Variant
 from bench.cifar10.plan import Run
 
 __all__ = ["COSTLY", "is_localised", "localise_run", "methods_for"]
@@ -24,13 +25,18 @@ METHODS = {
 COSTLY = ("integrated_gradients", "occlusion")
 
 
+def _is_vit(run: Run) -> bool:
+    return run.network.startswith("vit")
+
+
 def methods_for(run: Run, net: nn.Module, side: int) -> list[str]:
     """The methods to play with, without those that refuse the network (Grad-CAM of transformers)."""
     if run.variant:
         return ["bcos"]
     # DeepLIFT's rules do not cover attention: its contributions do not add up there.
-    wanted = [m for m in METHODS[run.kind] if not (m == "deep_lift" and run.network.startswith("vit"))]
-    refused = unsupported_methods(net, wanted, torch.zeros(1, 3, SIDE * side, SIDE * side))
+    wanted = [m for m in METHODS[run.kind] if not (m == "deep_lift" and _is_vit(run))]
+    seen = side if _is_vit(run) else SIDE * side
+    refused = unsupported_methods(net, wanted, torch.zeros(1, 3, seen, seen))
     return [method for method in wanted if method not in refused]
 
 
@@ -38,23 +44,38 @@ def _costly(target: Path) -> Path:
     return target.with_stem(f"{target.stem}_costly")
 
 
+def _whole(target: Path) -> Path:
+    return target.with_stem(f"{target.stem}_whole")
+
+
 def is_localised(run: Run, target: Path) -> bool:
     """Whether there is nothing left to play."""
-    return target.exists() and (run.kind != "standard" or _costly(target).exists())
+    others = [_costly(target)] if run.kind == "standard" else [_whole(target)] if _is_vit(run) else []
+    return all(path.exists() for path in (target, *others))
 
 
 def localise_run(run: Run, net: nn.Module, images: tuple[Tensor, Tensor], target: Path, grids: int) -> None:
-    """Play 3 x 3 grids with the test images and write ``target`` and its picture."""
-    games = [(methods_for(run, net, images[0].shape[-1]), grids, target)]
+    """Play 3 x 3 grids with the test images and write ``target`` and its picture.
+
+    A transformer sees the grid as in B-cosification's code, in windows of an image's size: on the whole grid it has
+    nine times the tokens that its attention was trained with. How its own explanation does there lies beside it
+    (``_whole``).
+    """
+    side = images[0].shape[-1]
+    # Methods, grids, file, variant.
+    usual: Variant = "strided_padded" if _is_vit(run) else "full"
+    games: list[tuple[list[str], int, Path, Variant]] = [(methods_for(run, net, side), grids, target, usual)]
     if run.kind == "standard":
-        games.append((list(COSTLY), -(-grids // 5), _costly(target)))
+        games.append((list(COSTLY), -(-grids // 5), _costly(target), usual))
+    elif _is_vit(run):
+        games.append((["bcos"], -(-grids // 5), _whole(target), "full"))
     with Progress(transient=True) as bar:
         task = bar.add_task(run.name)
-        for methods, count, path in games:
+        for methods, count, path, variant in games:
             if path.exists():
                 continue
             result = grid_pointing_game(
-                {run.name: net}, methods, images, n=SIDE, grids=count,
+                {run.name: net}, methods, images, n=SIDE, grids=count, variant=variant,
                 tell=lambda what, done, of: bar.update(task, description=what, completed=done, total=of),
             )  # fmt: skip
             # The example shows images of the data set, which are not this project's to publish.

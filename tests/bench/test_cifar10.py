@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from bcos_rt.files import read_rows, write_csv
 from bcos_rt.training.run import save_network
 from bench.cifar10 import __main__ as program
-from bench.cifar10.localise import localise_run, methods_for
+from bench.cifar10.localise import is_localised, localise_run, methods_for
 from bench.cifar10.networks import COMMITTED_WEIGHTS, build, weights_of
 from bench.cifar10.picture import draw
 from bench.cifar10.plan import POOL_STUDY, STUDY, Run, runs
@@ -172,9 +172,11 @@ def test_methods_that_refuse_a_network_are_left_out(tmp_path: Path) -> None:
         assert "random" in methods
 
 
-def test_conventional_networks_play_costly_methods_on_fewer_grids(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("network", "variant"), [("resnet20", "full"), ("vit6", "strided_padded")])
+def test_conventional_networks_play_costly_methods_on_fewer_grids(network: str, variant: str, tmp_path: Path) -> None:
     """A network that knows ten hues."""
-    run = next(run for run in runs() if run.network == "resnet20" and run.kind == "standard")
+    run = next(run for run in runs() if run.network == network and run.kind == "standard")
+    assert not is_localised(run, tmp_path / "localisation.csv")
 
     class Hues(torch.nn.Module):
         def __init__(self) -> None:
@@ -195,5 +197,7 @@ def test_conventional_networks_play_costly_methods_on_fewer_grids(tmp_path: Path
     localise_run(run, Hues().eval(), (images, labels), tmp_path / "localisation.csv", grids=5)
     rows = read_rows(tmp_path / "localisation.csv")
     assert {row["method"] for row in rows} >= {"gradient", "input_x_gradient", "grad_cam", "random"}
+    assert {row["variant"] for row in rows} == {variant}
+    assert is_localised(run, tmp_path / "localisation.csv")
     costly = read_rows(tmp_path / "localisation_costly.csv")
     assert {(row["method"], row["grids"]) for row in costly} == {("integrated_gradients", "1"), ("occlusion", "1")}
