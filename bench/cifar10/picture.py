@@ -50,7 +50,9 @@ def _boxes(axes: Axes, folders: dict[str, Path]) -> None:
     labels: list[str] = []
     colours: list[str] = []
     for kind in ("bcosified", "bcos", "standard"):
-        for path in sorted(folders[kind].glob("localisation*.npz")):
+        for path in (folders[kind] / name for name in ("localisation.npz", "localisation_costly.npz")):
+            if not path.exists():
+                continue
             with np.load(path) as arrays:
                 for key, values in arrays.items():
                     shares.append(values)

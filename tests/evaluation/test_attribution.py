@@ -239,6 +239,17 @@ def test_several_classes_of_occlusion_are_as_many_images_as_one() -> None:
     assert seen[1] == seen[2] > len(IMAGES)
 
 
+def test_integrated_gradients_take_50_steps() -> None:
+    net = ConventionalNetwork(Counting(resnet().model), MEAN, STD).eval()
+    seen = []
+    # The first call also looks at how the network is made.
+    for options in ({}, {}, {"n_steps": 7}):
+        method("integrated_gradients", **options)(net, IMAGES, TARGETS)
+        seen.append(sum(Counting.seen))
+        Counting.seen.clear()
+    assert seen[1:] == [50 * len(IMAGES), 7 * len(IMAGES)]
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 4, 64])
 def test_integrated_gradients_see_no_more_images_at_once_than_told(at_once: int) -> None:
     net = ConventionalNetwork(Counting(resnet().model), MEAN, STD).eval()
