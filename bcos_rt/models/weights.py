@@ -48,7 +48,10 @@ def read_torch_file(path: Path) -> Any:
                 "torch.save(torch.load(file, weights_only=False)['state_dict'], 'weights.pth') "
                 f"(torch said: {_first_line(error)})"
             ) from error
-        raise CheckpointError(f"{path}: not a file of PyTorch weights ({_first_line(error)})") from error
+        # Not torch's whole message, which advises to run what is in the file.
+        _, _, reason = str(error).partition("WeightsUnpickler error: ")
+        said = f" ({reason.strip().splitlines()[0]})" if reason.strip() else ""
+        raise CheckpointError(f"{path}: not a file of PyTorch weights{said}") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise CheckpointError(
             f"{path}: unreadable, truncated or not a file of weights ({_first_line(error)})"

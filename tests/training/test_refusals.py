@@ -195,6 +195,13 @@ def test_states_with_parts_missing_are_named(tmp_path: Path) -> None:
         finetune(network(), colours(16), PLAIN, output=tmp_path, resume=True)
 
 
+def test_a_state_of_other_bytes_is_named_without_the_advice_to_run_it(tmp_path: Path) -> None:
+    (tmp_path / "state.pt").write_bytes(b"garbage" * 100)
+    with pytest.raises(CheckpointError) as caught:
+        finetune(network(), colours(16), PLAIN, output=tmp_path, resume=True)
+    assert str(caught.value) == f"{tmp_path / 'state.pt'}: not a file of PyTorch weights (Unsupported operand 103)"
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InvalidArgumentError, match=r"output.*file/run.*cannot be written"):
