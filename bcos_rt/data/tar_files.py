@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tarfile
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,7 +94,12 @@ class TarData(ImageData):
         notes: dict[tuple[int, str], _Member] = {}
         for number, shard in enumerate(self.shards):
             # Of a name that is there twice (tar --append) the last one counts, as for tar.
-            for member in {member.name: member for member in _members(number, shard)}.values():
+            found = list(_members(number, shard))
+            last = {member.name: member for member in found}
+            if len(last) < len(found):
+                twice = len(found) - len(last)
+                warnings.warn(f"{shard}: {twice} members have names that come again later, which count", stacklevel=3)
+            for member in last.values():
                 if any(is_hidden(part) for part in member.parts if part != ".."):
                     continue
                 extension = member.name.rpartition("/")[2].partition(".")[2].lower()

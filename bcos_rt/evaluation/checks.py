@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from itertools import chain
 
 import torch
@@ -9,13 +10,20 @@ from torch import Tensor, nn
 
 from bcos_rt.errors import InvalidArgumentError
 
-__all__ = ["check_count", "checked_logits", "checked_maps", "example_tensor", "logits_of", "spread"]
+__all__ = ["check_count", "checked_logits", "checked_maps", "example_tensor", "is_number", "logits_of", "spread"]
 
 
 def check_count(argument: str, value: object, least: int = 1) -> None:
     """Raise InvalidArgumentError unless ``value`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InvalidArgumentError(argument, repr(value), f"an integer of at least {least}")
+
+
+def is_number(value: object) -> bool:
+    """Whether this is one real number: Python's, NumPy's or a tensor without dimensions."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def spread(count: int, among: int) -> set[int]:

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from bcos_rt.data import ImageData, loader, open_data, shard
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.evaluation.attribution import Method, methods_of
-from bcos_rt.evaluation.checks import check_count, checked_maps, example_tensor, logits_of
+from bcos_rt.evaluation.checks import check_count, checked_maps, example_tensor, is_number, logits_of
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.graph.capture import eval_mode
 from bcos_rt.nn.conventional import ConventionalNetwork
@@ -401,7 +401,7 @@ def grid_pointing_game(
     for name, net in networks.items():
         if not isinstance(net, nn.Module):
             raise InvalidTypeError(f"networks[{name!r}]", type(net).__name__, "a torch.nn.Module")
-    if not isinstance(confidence, int | float) or not 0 <= confidence < 1:
+    if not is_number(confidence) or not 0 <= confidence < 1:
         raise InvalidArgumentError("confidence", repr(confidence), "a number in [0, 1)")
     check_variant(variant)
     if same_grids is not None and same_grids is not True and same_grids not in networks:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bcos_rt.data import open_data
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation.attribution import Method, methods_of
-from bcos_rt.evaluation.checks import check_count, checked_logits, checked_maps, example_tensor, spread
+from bcos_rt.evaluation.checks import check_count, checked_logits, checked_maps, example_tensor, is_number, spread
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.explanation.explain import class_ids_of
 from bcos_rt.graph.capture import eval_mode
@@ -68,7 +68,7 @@ class Perturbation:
             colour = (
                 isinstance(fill, tuple)
                 and len(fill) == 3
-                and all(isinstance(value, int | float) and 0 <= value <= 1 for value in fill)
+                and all(is_number(value) and 0 <= value <= 1 for value in fill)
             )
             if not colour and not (isinstance(fill, str) and fill in ("blur", "mean")):
                 raise InvalidArgumentError(
@@ -77,7 +77,7 @@ class Perturbation:
         if self.score not in ("softmax", "sigmoid", "logit"):
             raise InvalidArgumentError("Perturbation.score", repr(self.score), "'softmax', 'sigmoid' or 'logit'")
         sigma = self.blur_sigma
-        if sigma is not None and not (isinstance(sigma, int | float) and math.isfinite(sigma) and sigma > 0):
+        if sigma is not None and not (is_number(sigma) and math.isfinite(sigma) and sigma > 0):
             raise InvalidArgumentError("Perturbation.blur_sigma", repr(sigma), "a number > 0, or None")
 
 

@@ -16,15 +16,16 @@ __all__ = ["BatchNormUncentered2d"]
 
 def _in_one_pass(x: Tensor) -> bool:
     """Whether the C++ kernels go over this image: without a copy or a product that is kept for its sum."""
-    return x.dtype == torch.float32 and cpu.in_channels_last(x) and cpu.available()
+    # Modes that watch operations (make_fx, FlopCounterMode) would not see them.
+    watched = torch._C._len_torch_dispatch_stack() > 0
+    return x.dtype == torch.float32 and cpu.in_channels_last(x) and x.numel() > 0 and not watched and cpu.available()
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, [N, C, H, W] -> two [C]."""
-    count = x.numel() // x.shape[1]
     if _in_one_pass(x):
-        mean = (cpu.channel_sums(x) / count).float()
-        return mean, (cpu.channel_sums(x, mean=mean) / count).float()
+        return cpu.channel_moments(x)
+    count = x.numel() // x.shape[1]
     mean = _channel_sums(x) / count
     centred = x - mean[:, None, None]
     return mean, _channel_sums(centred.mul_(centred)) / count
@@ -71,14 +72,13 @@ class _Uncentered(torch.autograd.Function):
         # Not of several gradients at a time (torch.func.vmap, is_grads_batched), nor where one is to be differentiated.
         fast = not torch.is_grad_enabled() and has_memory(grad) and _in_one_pass(x)
         if fast:
-            grad = cpu.channels_last(grad)
-        total = cpu.channel_sums(x, grad).to(x.dtype) if fast else _channel_sums(grad * x)
+            grad = cpu.channels_last(grad.resolve_neg())
+        total = cpu.channel_products(x, grad).to(x.dtype) if fast else _channel_sums(grad * x)
         slope = -total * scale * root**2 / count
-        shift = -slope * mean
         if fast:
-            grad_x = cpu.channel_combine(x, slope, grad, scale, shift)
+            grad_x = cpu.channel_combine(x, mean, slope, grad, scale)
         else:
-            grad_x = torch.addcmul(shift[:, None, None], x, slope[:, None, None])
+            grad_x = torch.addcmul((-slope * mean)[:, None, None], x, slope[:, None, None])
             grad_x = torch.addcmul(grad_x, grad, scale[:, None, None])
         return grad_x, None if weight is None else total * root, None
 

@@ -70,10 +70,13 @@ def check_labelled(argument: str, labels: Tensor | None, may_lack: bool) -> None
 
 
 def check_dtypes(net: nn.Module, recipe: TrainingRecipe) -> None:
-    """Refuse weights of another type than images come in; mixed precision keeps them in float32."""
+    """Refuse weights to be trained of another type than images come in; mixed precision keeps them in float32."""
     wanted = torch.float64 if recipe.precision == "64-true" else torch.float32
     for name, parameter in net.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != wanted:
+        # What is frozen may be in half precision, and a single number goes with every type.
+        if not parameter.requires_grad or parameter.ndim == 0 or not parameter.is_floating_point():
+            continue
+        if parameter.dtype != wanted:
             hint = ", or recipe.precision='64-true'" if parameter.dtype == torch.float64 else ""
             raise InvalidTypeError("net", f"{name} of {parameter.dtype}", f"{wanted} (net.float()){hint}")
 

@@ -18,13 +18,13 @@ file                   what it holds
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import nn
 
@@ -35,6 +35,11 @@ from bcos_rt.models.weights import read_torch_file
 from bcos_rt.nn.conventional import inner_network
 from bcos_rt.nn.network import BcosNetwork
 from bcos_rt.training.recipe import TrainingRecipe
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Progress", "RunFolder", "save_network"]
 
@@ -105,11 +110,18 @@ class RunFolder:
         """Keep other runs out until ``stack`` is left, or the process is gone; gives what is wrong, else None."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(self.path / ".lock", blocking=False))
-        except Timeout:
-            return "which another run is writing"
+            file = stack.enter_context((self.path / ".lock").open("a", encoding="utf-8"))
         except OSError as error:
             return f"which cannot be written ({error})"
+        if fcntl is None:
+            return None
+        try:
+            # A lock of the process, which its readers do not inherit and which ends with it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return f"which another run is writing (it holds {file.name})"
+        except OSError as error:  # a network's file system
+            warnings.warn(f"{self.path} cannot be locked ({error}): nothing keeps another run out of it", stacklevel=2)
         return None
 
     def tidy(self) -> None:

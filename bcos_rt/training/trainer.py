@@ -781,8 +781,8 @@ class _Training:
                     save_network(self.net, self.folder.path / "last.safetensors")
                     if self.averaged is not None:
                         save_network(self.averaged, self.folder.path / "ema.safetensors")
-                self._draw()
-                self.folder.write_logs(progress)
+                    self._draw()
+                    self.folder.write_logs(progress)
             self._save()
             if self.fabric.is_global_zero:
                 self._log("epoch", row, progress.epoch * self.steps)
@@ -839,11 +839,13 @@ class _Training:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """What writing weights raises where it fails; a full disk is torch's RuntimeError."""
+        """What writing raises where it fails; a full disk is an error of torch's writer."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).partition("\n")[0]
+            if isinstance(error, RuntimeError) and "inline_container" not in reason:
+                raise
             raise TrainingError(
                 f"the run's folder could not be written ({reason}): a full disk? {self._kept()}"
             ) from error

@@ -29,7 +29,8 @@ from bcos_rt.kernels.reference import ACTIVATIONS
 __all__ = [
     "available",
     "channel_combine",
-    "channel_sums",
+    "channel_moments",
+    "channel_products",
     "channels_last",
     "conv_epilogue",
     "depthwise_fused",
@@ -154,7 +155,7 @@ def _pixel_stride(x: Tensor) -> int:
 def _image_like(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     n, c, h, w = shape
     # Cheaper to make than by a memory format.
-    return torch.empty_strided((n, c, h, w), (c * h * w, 1, w * c, c), dtype=dtype)
+    return torch.empty_strided((n, c, h, w), (c * h * w, 1, w * c, c), dtype=dtype, device="cpu")
 
 
 def _window(
@@ -164,7 +165,7 @@ def _window(
 
 
 # What was not asked for; nothing writes to it.
-_NOTHING = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+_NOTHING = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.bfloat16)}
 _WINDOW_OF_ONE = (1, 1, 1, 1, 0, 0, 1, 1)
 
 
@@ -174,7 +175,7 @@ def _gate_like(y: Tensor, activation: str, want: bool, image: bool) -> Tensor | 
     if activation != "relu":
         return _image_like(y.shape, y.dtype) if image else torch.empty_like(y)
     if not image:
-        return torch.empty((*y.shape[:-1], -(-y.shape[-1] // 8)), dtype=torch.uint8)
+        return torch.empty((*y.shape[:-1], -(-y.shape[-1] // 8)), dtype=torch.uint8, device="cpu")
     return _image_like((y.shape[0], -(-y.shape[1] // 8), *y.shape[2:]), torch.uint8)
 
 
@@ -257,7 +258,7 @@ def linear_epilogue(
     rows = z.numel() // o if o else 0
     multiplier = torch.empty_like(z) if want_multiplier else None
     gate = _gate_like(z, activation, want_gate, False)
-    out_squares = torch.empty((*z.shape[:-1], 1), dtype=torch.float32) if want_squares else None
+    out_squares = torch.empty((*z.shape[:-1], 1), dtype=torch.float32, device="cpu") if want_squares else None
     residual = None if residual is None else residual.contiguous()
     flat = None if residual is None else (residual.data_ptr(), 0, 0, o)
     wants = b != 1 and squares is not None
@@ -323,7 +324,7 @@ def row_square_sum(x: Tensor) -> Tensor:
     x = x.contiguous()
     c = x.shape[-1]
     rows = x.numel() // c if c else 0
-    out = torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+    out = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device="cpu")
     _kernels().square_sum(
         (1, c, 1, rows, 1, rows), _storage(x), (x.data_ptr(), 0, 0, c), 1, out.data_ptr(), torch.get_num_threads()
     )
@@ -372,27 +373,40 @@ def scale_act(
     return out, _or_empty(squares, x)
 
 
-def channel_sums(x: Tensor, y: Tensor | None = None, mean: Tensor | None = None) -> Tensor:
-    """Sums over all pixels of each channel, float64 [C]: of ``x``, of ``x y``, or of ``(x - mean)^2``.
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel over all pixels, float32 [C].
 
     Args:
-        x, y: float32 [N, C, H, W] in channels-last memory.
-        mean: float32 [C].
+        x: float32 [N, C, H, W] in channels-last memory, of at least one pixel.
     """
+    count = x.numel() // x.shape[1]
+    # Relative to a pixel first: numbers far from 0 that differ little keep their digits.
+    first = x.detach()[0, :, 0, 0].contiguous()
+    mean = (first.double() + _channel_sums(x, None, first, False) / count).float()
+    return mean, (_channel_sums(x, None, mean, True) / count).float()
+
+
+def channel_products(x: Tensor, y: Tensor) -> Tensor:
+    """The sum of ``x y`` over all pixels of each channel, float64 [C]; images as in :func:`channel_moments`."""
+    return _channel_sums(x, y, None, False)
+
+
+def _channel_sums(x: Tensor, y: Tensor | None, mean: Tensor | None, squared: bool) -> Tensor:
     n, c, h, w = x.shape
-    out = torch.empty(c, dtype=torch.float64)
+    out = torch.empty(c, dtype=torch.float64, device="cpu")
     _kernels().channel_sums(
-        n * h * w, c, x.data_ptr(), _pointer(y), _pointer(mean), out.data_ptr(), torch.get_num_threads()
+        n * h * w, c, x.data_ptr(), _pointer(y), _pointer(mean), squared, out.data_ptr(), torch.get_num_threads()
     )
     return out
 
 
-def channel_combine(x: Tensor, x_scale: Tensor, y: Tensor, y_scale: Tensor, shift: Tensor) -> Tensor:
-    """``x x_scale + y y_scale + shift`` of each channel: images as in :func:`channel_sums`, the others float32 [C]."""
+def channel_combine(x: Tensor, mean: Tensor, x_scale: Tensor, y: Tensor, y_scale: Tensor) -> Tensor:
+    """``(x - mean) x_scale + y y_scale`` by channel: images as in :func:`channel_moments`, the others float32 [C]."""
     n, c, h, w = x.shape
     out = _image_like(x.shape, x.dtype)
+    mean, x_scale, y_scale = (v.contiguous() for v in (mean, x_scale, y_scale))
     _kernels().channel_combine(
-        n * h * w, c, x.data_ptr(), y.data_ptr(), x_scale.data_ptr(), y_scale.data_ptr(), shift.data_ptr(),
+        n * h * w, c, x.data_ptr(), y.data_ptr(), mean.data_ptr(), x_scale.data_ptr(), y_scale.data_ptr(),
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -408,8 +422,8 @@ def layer_norm(
     x = x.contiguous()
     c = x.shape[-1]
     rows = x.numel() // c if c else 0
-    y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
-    squares = torch.empty((*x.shape[:-1], 1), dtype=torch.float32) if want_squares else None
+    y, rstd = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32, device="cpu")
+    squares = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device="cpu") if want_squares else None
     _kernels().layer_norm(
         rows, c, _storage(x), x.data_ptr(), _pointer(weight), _pointer(bias), eps, y.data_ptr(), rstd.data_ptr(),
         _pointer(squares), torch.get_num_threads(),
@@ -525,9 +539,9 @@ def image_contributions(
     m, (_, _, h, w) = grad.shape[0], image.shape
     grad = readable(grad)
     image, planes = _planes(image)
-    weights = torch.empty((m, channels, h, w), dtype=torch.float32)
-    contributions = torch.empty((m, h, w), dtype=torch.float32)
-    colour = torch.empty((m, 4, h, w), dtype=torch.float32) if want_colour and channels == 6 else None
+    weights = torch.empty((m, channels, h, w), dtype=torch.float32, device="cpu")
+    contributions = torch.empty((m, h, w), dtype=torch.float32, device="cpu")
+    colour = torch.empty((m, 4, h, w), dtype=torch.float32, device="cpu") if want_colour and channels == 6 else None
     _kernels().contributions(
         (m, channels, h, w, h, w), _storage(grad), _operand(grad), block, grad.shape[1] // (block * block),
         max(m // max(image.shape[0], 1), 1), planes, inverse_std.data_ptr(), scale, weights.data_ptr(),

@@ -277,29 +277,30 @@ PYBIND11_MODULE(_native, m) {
         run(kernels.layer_norm_adjoint, a);
     });
 
-    m.def("channel_sums", [](int64_t rows, int64_t channels, int64_t x, int64_t y, int64_t mean, int64_t out,
-                             int threads) {
+    m.def("channel_sums", [](int64_t rows, int64_t channels, int64_t x, int64_t y, int64_t mean, bool squared,
+                             int64_t out, int threads) {
         ChannelSums a;
         a.rows = rows;
         a.channels = channels;
         a.x = address<const float>(x);
         a.y = address<const float>(y);
         a.mean = address<const float>(mean);
+        a.squared = squared;
         a.out = address<double>(out);
         a.threads = threads;
         run(kernels.channel_sums, a);
     });
 
-    m.def("channel_combine", [](int64_t rows, int64_t channels, int64_t x, int64_t y, int64_t x_scale, int64_t y_scale,
-                                int64_t shift, int64_t out, int threads) {
+    m.def("channel_combine", [](int64_t rows, int64_t channels, int64_t x, int64_t y, int64_t mean, int64_t x_scale,
+                                int64_t y_scale, int64_t out, int threads) {
         ChannelCombine a;
         a.rows = rows;
         a.channels = channels;
         a.x = address<const float>(x);
         a.y = address<const float>(y);
+        a.mean = address<const float>(mean);
         a.x_scale = address<const float>(x_scale);
         a.y_scale = address<const float>(y_scale);
-        a.shift = address<const float>(shift);
         a.out = address<float>(out);
         a.threads = threads;
         run(kernels.channel_combine, a);

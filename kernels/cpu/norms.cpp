@@ -127,14 +127,15 @@ void layer_norm_adjoint(const LayerNormAdjoint& a) {
     adjoint_rows<float>(a);
 }
 
-// Values that are summed in float before double takes over: they fit the first cache, and lose few digits.
-static constexpr int64_t BLOCK_VALUES = 8192;
+// What is summed in float before double takes over: it fits the first cache, and loses few digits.
+static constexpr int64_t BLOCK_VALUES = 8192, BLOCK_ROWS = 128;
 
 template <typename Term>
 static void sum_channels(const ChannelSums& a, const Term& term) {
     const int64_t channels = a.channels;
     if (!channels) return;
-    const int64_t length = channels < BLOCK_VALUES ? BLOCK_VALUES / channels : 1;
+    const int64_t fitting = channels < BLOCK_VALUES ? BLOCK_VALUES / channels : 1;
+    const int64_t length = fitting < BLOCK_ROWS ? fitting : BLOCK_ROWS;
     const int64_t blocks = (a.rows + length - 1) / length;
     // Blocks of one size whatever the number of threads, and added in their order: so the sums are the same.
     const std::unique_ptr<float[]> sums(new float[blocks * channels]);
@@ -162,20 +163,13 @@ static void sum_channels(const ChannelSums& a, const Term& term) {
     }
 }
 
-struct Value {
-    const float* x;
-    template <bool PART>
-    inline vfloat of(int64_t place, int64_t, int n) const {
-        return get<PART>(x + place, n);
-    }
-};
-
-struct SquaredDeviation {
+template <bool SQUARED>
+struct Deviation {
     const float *x, *mean;
     template <bool PART>
     inline vfloat of(int64_t place, int64_t c, int n) const {
         const vfloat d = get<PART>(x + place, n) - get<PART>(mean + c, n);
-        return d * d;
+        return SQUARED ? d * d : d;
     }
 };
 
@@ -188,9 +182,9 @@ struct Products {
 };
 
 void channel_sums(const ChannelSums& a) {
-    if (a.mean) return sum_channels(a, SquaredDeviation{a.x, a.mean});
     if (a.y) return sum_channels(a, Products{a.x, a.y});
-    sum_channels(a, Value{a.x});
+    if (a.squared) return sum_channels(a, Deviation<true>{a.x, a.mean});
+    sum_channels(a, Deviation<false>{a.x, a.mean});
 }
 
 struct CombinedRow {
@@ -199,7 +193,7 @@ struct CombinedRow {
 
     template <bool PART>
     inline void write(int64_t c, int n) {
-        const vfloat v = get<PART>(a.x + place + c, n) * get<PART>(a.x_scale + c, n) + get<PART>(a.shift + c, n);
+        const vfloat v = (get<PART>(a.x + place + c, n) - get<PART>(a.mean + c, n)) * get<PART>(a.x_scale + c, n);
         put<PART>(a.out + place + c, v + get<PART>(a.y + place + c, n) * get<PART>(a.y_scale + c, n), n);
     }
     void run() { BCOS_VECTORS(a.channels, write) }

@@ -30,20 +30,21 @@ struct LayerNormAdjoint {
     int threads = 1;
 };
 
-// out[c] = sum of x, of (x - mean[c])^2, or of x y over the rows.
+// out[c] = sum of x - mean[c], of its square, or of x y over the rows.
 struct ChannelSums {
     int64_t rows = 0, channels = 0;
-    const float *x = nullptr, *y = nullptr;  // contiguous [rows, channels]; y may be null
-    const float* mean = nullptr;             // [channels] or null
-    double* out = nullptr;                   // [channels]
+    const float *x = nullptr, *y = nullptr;  // contiguous [rows, channels]; y or mean is null
+    const float* mean = nullptr;             // [channels]
+    bool squared = false;
+    double* out = nullptr;  // [channels]
     int threads = 1;
 };
 
-// out = x x_scale[c] + y y_scale[c] + shift[c].
+// out = (x - mean[c]) x_scale[c] + y y_scale[c].
 struct ChannelCombine {
     int64_t rows = 0, channels = 0;
     const float *x = nullptr, *y = nullptr;  // contiguous [rows, channels], as out
-    const float *x_scale = nullptr, *y_scale = nullptr, *shift = nullptr;
+    const float *mean = nullptr, *x_scale = nullptr, *y_scale = nullptr;
     float* out = nullptr;
     int threads = 1;
 };

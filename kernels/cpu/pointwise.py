@@ -31,7 +31,7 @@ class Pointwise:
         self.stride = tuple(stride)
         weight, kernels = weight.contiguous(), cpu._kernels()
         pad = kernels.POINTWISE_PAD
-        self.packed = torch.empty(self.channels * -(-self.outputs // pad) * pad)
+        self.packed = torch.empty(self.channels * -(-self.outputs // pad) * pad, dtype=torch.float32, device="cpu")
         kernels.pointwise_pack(self.outputs, self.channels, weight.data_ptr(), self.packed.data_ptr())
 
     def empty(self, x: Tensor) -> Tensor:

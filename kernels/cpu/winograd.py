@@ -69,7 +69,7 @@ class Winograd:
         self.outputs, self.channels = (int(n) for n in weight.shape[:2])
         self.padding = (int(padding[0]), int(padding[1]))
         weight = weight.contiguous()
-        self.packed = torch.empty(PLACES * self.outputs * self.channels)
+        self.packed = torch.empty(PLACES * self.outputs * self.channels, dtype=torch.float32, device="cpu")
         cpu._kernels().winograd_pack(self.outputs, self.channels, weight.data_ptr(), self.packed.data_ptr())
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Winograd:
         height, width = _out_size(x, self.padding)
         out = cpu._image_like((n, self.outputs, height, width), torch.float32)
         floats = kernels.winograd_scratch(_tiles(x, self.padding), self.channels, self.outputs)
-        scratch = torch.empty(floats)
+        scratch = torch.empty(floats, dtype=torch.float32, device="cpu")
         x = cpu.readable(x)
         kernels.winograd(
             (n, self.channels, h, w, height, width), cpu._operand(x), self.packed.data_ptr(), self.outputs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bcos_rt.nn import BatchNormUncentered2d
 
@@ -57,6 +58,36 @@ def test_float32_gradients(layout, affine, several):
     theirs = torch.autograd.grad(expected, wide, direction.double(), is_grads_batched=several)
     for found, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found.double(), wanted, **close)
+
+
+def test_channels_of_one_value_have_the_gradient_of_the_definition():
+    """An error in the mean would be divided by eps."""
+    x = torch.full((8, 3, 32, 32), 2.3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    norm = BatchNormUncentered2d(3, bias=False)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    (found,) = torch.autograd.grad((norm(x) * direction).sum(), x)
+    wide = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad((defined(wide, None, None, norm.eps)[0] * direction).sum(), wide)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_other_devices_by_default_and_modes_that_watch():
+    norm = BatchNormUncentered2d(8, track_running_stats=False)
+    x, other = (torch.randn(4, 8, 5, 5).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    expected = norm(x)
+    with torch.device("meta"):
+        torch.testing.assert_close(norm(x), expected)
+    traced = make_fx(norm, tracing_mode="real")(x)
+    torch.testing.assert_close(traced(other), norm(other))
+
+
+def test_gradients_that_are_views_of_their_negatives():
+    norm = BatchNormUncentered2d(4)
+    x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    grad = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    (ours,) = torch.autograd.grad(norm(x), x, torch._neg_view(grad))
+    (theirs,) = torch.autograd.grad(norm(x), x, -grad)
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_no_images_and_no_channels():

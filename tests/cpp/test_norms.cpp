@@ -94,7 +94,7 @@ void channels(const bcos::Table& kernels, const ChannelCase& c) {
     y.fill();
     // A mean that is large beside the deviation.
     for (int64_t i = 0; i < values; ++i) x.set(i, x.get(i) + 20);
-    Values mean = random_floats(c.channels), scale = random_floats(c.channels), shift = random_floats(c.channels);
+    Values mean = random_floats(c.channels), scale = random_floats(c.channels), slope = random_floats(c.channels);
     for (int64_t i = 0; i < c.channels; ++i) mean.set(i, mean.get(i) + 20);
     std::vector<double> sums(c.channels, -1);
     for (int of = 0; of < 3; ++of) {
@@ -103,15 +103,16 @@ void channels(const bcos::Table& kernels, const ChannelCase& c) {
         a.channels = c.channels;
         a.x = float_data(x);
         a.y = of == 1 ? float_data(y) : nullptr;
-        a.mean = of == 2 ? float_data(mean) : nullptr;
+        a.mean = of == 1 ? nullptr : float_data(mean);
+        a.squared = of == 2;
         a.out = sums.data();
         a.threads = c.threads;
         kernels.channel_sums(a);
         for (int64_t i = 0; i < c.channels; ++i) {
             double expected = 0, size = 0;
             for (int64_t r = 0; r < c.rows; ++r) {
-                const double v = x.get(r * c.channels + i);
-                const double term = of == 0 ? v : of == 1 ? v * y.get(r * c.channels + i) : std::pow(v - mean.get(i), 2);
+                const double v = x.get(r * c.channels + i), d = v - mean.get(i);
+                const double term = of == 0 ? d : of == 1 ? v * y.get(r * c.channels + i) : d * d;
                 expected += term;
                 size += std::fabs(term);
             }
@@ -125,15 +126,15 @@ void channels(const bcos::Table& kernels, const ChannelCase& c) {
     a.channels = c.channels;
     a.x = float_data(x);
     a.y = float_data(y);
-    a.x_scale = float_data(mean);
+    a.mean = float_data(mean);
+    a.x_scale = float_data(slope);
     a.y_scale = float_data(scale);
-    a.shift = float_data(shift);
     a.out = float_data(out);
     a.threads = c.threads;
     kernels.channel_combine(a);
     for (int64_t i = 0; i < values; ++i) {
         const int64_t k = i % c.channels;
-        close("combined", out, i, x.get(i) * mean.get(k) + y.get(i) * scale.get(k) + shift.get(k), 400);
+        close("combined", out, i, (x.get(i) - mean.get(k)) * slope.get(k) + y.get(i) * scale.get(k), 20);
     }
 }
 

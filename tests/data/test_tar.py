@@ -39,7 +39,8 @@ def test_of_a_name_that_is_there_twice_the_last_counts(tmp_path: Path) -> None:
             member = tarfile.TarInfo("cat/a.png")
             member.size = len(image.getvalue())
             file.addfile(member, io.BytesIO(image.getvalue()))
-    data = open_data(path)
+    with pytest.warns(UserWarning, match="1 members have names that come again"):
+        data = open_data(path)
     assert len(data) == 1
     assert data[0][0].shape == (3, 5, 5)
 

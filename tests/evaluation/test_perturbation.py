@@ -141,6 +141,12 @@ def test_a_data_set(tmp_path: Path) -> None:
     np.testing.assert_allclose(stored["bcos/bcos/deletion"], curves.deletion, rtol=1e-6)
 
 
+def test_numbers_of_others_are_numbers() -> None:
+    colour = tuple(np.array([0.25, 0.5, 1], np.float32))
+    options = Perturbation(deletion=colour, insertion=tuple(torch.tensor(colour)), blur_sigma=np.int64(3))  # type: ignore[arg-type]
+    assert options.deletion == (0.25, 0.5, 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

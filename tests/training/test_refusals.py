@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import signal
 import subprocess
@@ -98,6 +99,16 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     assert not (folder / ".state-now.pt").exists()
 
 
+def test_a_folder_that_cannot_be_locked_is_trained_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", unsupported)
+    with pytest.warns(UserWarning, match="cannot be locked .*No locks available"):
+        finetune(network(), colours(16), PLAIN.replace(epochs=1), output=tmp_path)
+    assert (tmp_path / "state.pt").exists()
+
+
 @pytest.mark.parametrize("name", ["agc", "clip_norm"])
 def test_clipping_to_nothing_is_not_no_clipping(name: str) -> None:
     with pytest.raises(InvalidArgumentError, match=rf"TrainingRecipe\.{name}: got 0, expected a number > 0, or None"):
@@ -154,6 +165,14 @@ def test_weights_of_another_type_are_named() -> None:
         finetune(ConventionalNetwork(convnet()).bfloat16(), colours(16), PLAIN)
 
 
+def test_frozen_weights_may_be_in_half_precision() -> None:
+    net = convnet()
+    net[0].requires_grad_(False).bfloat16()
+    before = net[3].weight.detach().clone()
+    finetune(ConventionalNetwork(net), colours(16), PLAIN.replace(precision="bf16-mixed", epochs=1))
+    assert not torch.equal(net[3].weight, before)
+
+
 def test_a_compiled_network_is_named() -> None:
     with pytest.raises(InvalidTypeError, match=r"net: got what torch\.compile made"):
         finetune(torch.compile(network(), backend="eager"), colours(16), PLAIN)  # type: ignore[arg-type]
@@ -180,10 +199,9 @@ def test_arrays_that_lie_backwards_are_data_like_others() -> None:
     images, labels = colours(32)
     ours = images.permute(0, 2, 3, 1).numpy()
     plain = finetune(network(), (np.ascontiguousarray(ours[..., ::-1]), labels), PLAIN)
-    assert (
-        finetune(network(), (ours[..., ::-1], labels), PLAIN).history[-1]["train_loss"]
-        == (plain.history[-1]["train_loss"])
-    )
+    backwards = np.ascontiguousarray(labels.numpy()[::-1])[::-1]
+    found = finetune(network(), (ours[..., ::-1], backwards), PLAIN)
+    assert found.history[-1]["train_loss"] == plain.history[-1]["train_loss"]
 
 
 def test_states_with_parts_missing_are_named(tmp_path: Path) -> None:
