@@ -63,7 +63,7 @@ def checked_logits(outputs: object, first: int = 0, network: str = "the network"
     return outputs
 
 
-def logits_of(net: nn.Module, images: Tensor, first: int = 0) -> Tensor:
+def logits_of(net: nn.Module, images: Tensor, first: int = 0, network: str = "the network") -> Tensor:
     """A network's finite logits [N, classes], see :func:`checked_logits`; an image that is not finite is named."""
     try:
         outputs = net(images)
@@ -74,7 +74,7 @@ def logits_of(net: nn.Module, images: Tensor, first: int = 0) -> Tensor:
         raise InvalidArgumentError(
             "data", f"NaN or infinite values (image {first + int(bad[0, 0])})", error.expected
         ) from error
-    return checked_logits(outputs, first)
+    return checked_logits(outputs, first, network)
 
 
 def checked_maps(maps: Tensor, name: str, expected: tuple[int, ...]) -> Tensor:

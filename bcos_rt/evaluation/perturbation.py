@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from bcos_rt.data import open_data
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation.attribution import Method, methods_of
-from bcos_rt.evaluation.checks import check_count, checked_logits, checked_maps, example_tensor, is_number, spread
+from bcos_rt.evaluation.checks import (
+    check_count,
+    checked_logits,
+    checked_maps,
+    example_tensor,
+    is_number,
+    logits_of,
+    spread,
+)
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.explanation.explain import class_ids_of
 from bcos_rt.graph.capture import eval_mode
@@ -295,7 +303,7 @@ def insertion_deletion(
                         raise InvalidArgumentError("data", "images of several sizes", "one size", " (give a size)")
                     batch = torch.stack(read).to(like.device, like.dtype)
                     with torch.no_grad():
-                        top = checked_logits(net(batch), start, network).argmax(1)
+                        top = logits_of(net, batch, start, network).argmax(1)
                     maps = checked_maps(apply(net, batch, top), name, (len(batch), *batch.shape[2:]))
                     parts.append(perturbation_curves(net, batch, top, maps, options))
                     if tell is not None:

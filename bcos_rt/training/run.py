@@ -95,11 +95,17 @@ class RunFolder:
         """Write ``recipe.json``."""
         write_json(self.path / "recipe.json", {"recipe": recipe.to_dict(), **about})
 
-    def check_new(self, resume: bool) -> None:
-        """Refuse a folder whose networks would be overwritten although no state says how far they are.
+    def check(self, resume: bool) -> None:
+        """Refuse a folder that holds a run that is not to be resumed.
 
-        A process killed in its first epoch, between writing its networks and its state, leaves one epoch.
+        Or its networks, which would be overwritten although no state says how far they are. A process killed in its
+        first epoch, between writing its networks and its state, leaves one epoch.
         """
+        if self.state.exists():
+            if resume:
+                return
+            got = f"{str(self.path)!r}, which holds a run"
+            raise InvalidArgumentError("output", got, "a new folder", " (or resume=True to go on)")
         found = [name for name in (*_NETWORKS, "metrics.csv") if (self.path / name).exists()]
         epochs = len(read_rows(self.path / "metrics.csv")) if "metrics.csv" in found else 0
         if found and not (resume and epochs <= 1):

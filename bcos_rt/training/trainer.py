@@ -181,10 +181,8 @@ def finetune(
     folder = None if output is None else RunFolder(output)
     if resume and folder is None:
         raise InvalidArgumentError("output", "None", "the folder of the run to resume")
-    if folder is not None and folder.state.exists() and not resume:
-        raise _holds_a_run(output)
-    if folder is not None and not folder.state.exists():
-        folder.check_new(resume)
+    if folder is not None:
+        folder.check(resume)
     fabric = make_fabric(accelerator, devices, strategy, num_nodes, recipe, folder)
     try:
         fabric.launch()
@@ -198,16 +196,10 @@ def finetune(
             wrong: str | None = fabric.broadcast(folder.lock(stack) if fabric.is_global_zero else None)
             if wrong is not None:
                 raise InvalidArgumentError("output", f"{str(output)!r}, {wrong}", "a folder of its own")
-            if folder.state.exists() and not resume:
-                raise _holds_a_run(output)
+            # Another run may have ended since the first look.
+            folder.check(resume)
         training = _Training(fabric, net, data, validation, recipe, folder, teacher, explain_images, workers, on_epoch)
         return training.run(console or Console(stderr=True))
-
-
-def _holds_a_run(output: object) -> InvalidArgumentError:
-    return InvalidArgumentError(
-        "output", f"{str(output)!r}, which holds a run", "a new folder", " (or resume=True to go on)"
-    )
 
 
 class _Training:
@@ -468,12 +460,6 @@ class _Training:
         step = self._done
         self._set_lr(step)
         images, labels = self._prepared(images, labels, step)
-        # A B-cos network refuses such images on a CPU itself, and cannot say where it was.
-        if isinstance(self.net, BcosNetwork) and images.device.type == "cpu" and not is_finite(images):
-            raise TrainingError(
-                f"the images are not finite in epoch {self.progress.epoch + 1}, step {self.progress.step + 1} of "
-                f"{self.steps}; {self._kept()}"
-            )
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
@@ -481,7 +467,14 @@ class _Training:
         for i, (some, theirs) in enumerate(parts):
             share = len(some) / len(images)
             with self.fabric.no_backward_sync(self.model, enabled=i + 1 < len(parts)):
-                losses, right = self._losses(self.model, some, theirs)
+                try:
+                    losses, right = self._losses(self.model, some, theirs)
+                except InvalidArgumentError as error:
+                    # A B-cos network on a CPU refuses such images itself, and cannot say where it was.
+                    if error.argument != "images" or is_finite(some):
+                        raise
+                    where = f"epoch {self.progress.epoch + 1}, step {self.progress.step + 1} of {self.steps}"
+                    raise TrainingError(f"the images are not finite in {where}; {self._kept()}") from error
                 loss = torch.stack(list(losses.values())).sum()
                 self.first_bad.see(torch.isfinite(loss.detach()), step, loss=True)
                 self.fabric.backward(loss * share * self.first_bad.factor())

@@ -40,18 +40,16 @@ def methods_for(run: Run, net: nn.Module, side: int) -> list[str]:
     return [method for method in wanted if method not in refused]
 
 
-def _costly(target: Path) -> Path:
-    return target.with_stem(f"{target.stem}_costly")
-
-
-def _whole(target: Path) -> Path:
-    return target.with_stem(f"{target.stem}_whole")
+def _second(run: Run, target: Path) -> Path | None:
+    """Where a run's other game lies: costly methods on a conventional network, a transformer's own on whole grids."""
+    name = "costly" if run.kind == "standard" else "whole" if _is_vit(run) else None
+    return None if name is None else target.with_stem(f"{target.stem}_{name}")
 
 
 def is_localised(run: Run, target: Path) -> bool:
     """Whether there is nothing left to play."""
-    others = [_costly(target)] if run.kind == "standard" else [_whole(target)] if _is_vit(run) else []
-    return all(path.exists() for path in (target, *others))
+    other = _second(run, target)
+    return target.exists() and (other is None or other.exists())
 
 
 def localise_run(run: Run, net: nn.Module, images: tuple[Tensor, Tensor], target: Path, grids: int) -> None:
@@ -65,10 +63,10 @@ def localise_run(run: Run, net: nn.Module, images: tuple[Tensor, Tensor], target
     # Methods, grids, file, variant.
     usual: Variant = "strided_padded" if _is_vit(run) else "full"
     games: list[tuple[list[str], int, Path, Variant]] = [(methods_for(run, net, side), grids, target, usual)]
-    if run.kind == "standard":
-        games.append((list(COSTLY), -(-grids // 5), _costly(target), usual))
-    elif _is_vit(run):
-        games.append((["bcos"], -(-grids // 5), _whole(target), "full"))
+    if (other := _second(run, target)) is not None:
+        fewer = -(-grids // 5)
+        costly = run.kind == "standard"
+        games.append((list(COSTLY), fewer, other, usual) if costly else (["bcos"], fewer, other, "full"))
     with Progress(transient=True) as bar:
         task = bar.add_task(run.name)
         for methods, count, path, variant in games:

@@ -131,6 +131,21 @@ void layer_norm_adjoint(const LayerNormAdjoint& a) {
 static constexpr int64_t BLOCK_VALUES = 8192, BLOCK_ROWS = 128;
 
 template <typename Term>
+struct SumBlock {
+    const Term term;  // a copy, as above
+    const int64_t channels, first, last;
+    float* to;
+
+    template <bool PART>
+    inline void add(int64_t c, int n) {
+        vfloat sum = {};
+        for (int64_t row = first; row < last; ++row) sum += term.template of<PART>(row * channels + c, c, n);
+        put<PART>(to + c, sum, n);
+    }
+    void run() { BCOS_VECTORS(channels, add) }
+};
+
+template <typename Term>
 static void sum_channels(const ChannelSums& a, const Term& term) {
     const int64_t channels = a.channels;
     if (!channels) return;
@@ -142,19 +157,7 @@ static void sum_channels(const ChannelSums& a, const Term& term) {
     in_parts(blocks, a.rows * channels, a.threads, [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
             const int64_t first = block * length, last = first + length < a.rows ? first + length : a.rows;
-            float* to = sums.get() + block * channels;
-            int64_t c = 0;
-            for (; c + LANES <= channels; c += LANES) {
-                vfloat sum = {};
-                for (int64_t row = first; row < last; ++row) sum += term.template of<false>(row * channels + c, c, LANES);
-                store(to + c, sum);
-            }
-            if (c < channels) {
-                const int n = (int)(channels - c);
-                vfloat sum = {};
-                for (int64_t row = first; row < last; ++row) sum += term.template of<true>(row * channels + c, c, n);
-                store_part(to + c, sum, n);
-            }
+            SumBlock<Term>{term, channels, first, last, sums.get() + block * channels}.run();
         }
     });
     for (int64_t c = 0; c < channels; ++c) a.out[c] = 0;
