@@ -56,8 +56,9 @@ def save(net: BcosNetwork, path: str | os.PathLike[str]) -> Path:
         ``path``.
 
     Raises:
-        InvalidTypeError: ``net`` is no :class:`BcosNetwork`.
-        InvalidArgumentError: the path cannot be written, or is a directory that holds something else.
+        InvalidTypeError: ``net`` is no :class:`BcosNetwork`, its class names are no strings.
+        InvalidArgumentError: the path cannot be written, or is a directory that holds something else; a number of class
+            names that is not the number of logits.
     """
     if not isinstance(net, BcosNetwork):
         raise InvalidTypeError("net", type(net).__name__, "a BcosNetwork", " (the first result of bcosify)")
@@ -140,6 +141,11 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 def _config_of(net: BcosNetwork) -> dict[str, Any]:
     from bcos_rt import __version__
 
+    names = net.class_names
+    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
+        raise InvalidTypeError("net.class_names", repr(names), "a sequence of strings or None")
+    if names is not None and net.classes is not None and len(names) != net.classes:
+        raise InvalidArgumentError("net.class_names", f"{len(names)} names", f"one per logit, {net.classes}, or None")
     config: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

@@ -137,6 +137,23 @@ def test_the_side_of_the_images(net, tiny, tmp_path):
         assert load(save(tiny, tmp_path / name), Tiny()).image_size == 48
 
 
+@pytest.mark.parametrize("names", [["a"], ["a"] * 1000])
+def test_a_wrong_number_of_class_names_is_not_written(tiny, tmp_path, names):
+    save(tiny, tmp_path / "net")
+    tiny.class_names = names
+    with pytest.raises(InvalidArgumentError, match=rf"net\.class_names: got {len(names)} names, .*{len(NAMES)}, or"):
+        save(tiny, tmp_path / "net")
+    assert load(tmp_path / "net", Tiny()).class_names == list(NAMES)
+
+
+@pytest.mark.parametrize("names", ["abcdef", [1, 2, 3, 4, 5, 6], {"a": 1}])
+def test_class_names_are_strings(tiny, tmp_path, names):
+    tiny.class_names = names
+    with pytest.raises(InvalidTypeError, match=r"net\.class_names"):
+        save(tiny, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
 def test_network_without_class_names(tiny, tmp_path):
     tiny.class_names = None
     assert load(save(tiny, tmp_path / "net"), Tiny()).class_names is None

@@ -110,7 +110,7 @@ def bcosify(
         raise InvalidArgumentError("class_names", f"{len(class_names)} names", f"one per logit, {classes}")
     if names is not None and classes is not None and len(names) != classes:
         names = None
-    net = BcosNetwork(backbone, encoding, last, recipe, source.origin, names, source.input_size)
+    net = BcosNetwork(backbone, encoding, last, recipe, source.origin, names, source.input_size, classes)
     for module in (net, net.encoding, net.logit_layer):
         module.training = source.module.training
     reference = next(backbone.parameters(), None)

@@ -149,6 +149,7 @@ class BcosNetwork(nn.Module):
         recipe: the :class:`bcos_rt.Recipe` it was made with.
         source: where the model came from, JSON-ready: ``{"kind": "timm", "name": ...}``.
         class_names: one name per logit, or None.
+        classes: number of logits, where the source says it.
         image_size: side of the square images it was trained with, else of those its source was made for, in pixels;
             None where that is not known. It is what commands take by default; the network may take other sizes.
     """
@@ -162,6 +163,7 @@ class BcosNetwork(nn.Module):
         source: Mapping[str, Any],
         class_names: Sequence[str] | None = None,
         image_size: int | None = None,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
         self.encoding = encoding
@@ -171,6 +173,7 @@ class BcosNetwork(nn.Module):
         self.source = dict(source)
         self.class_names = list(class_names) if class_names is not None else None
         self.image_size = image_size
+        self.classes = classes
         self._takes_other_sizes = takes_other_sizes(backbone)
 
     def encode(self, images: Tensor) -> Tensor:

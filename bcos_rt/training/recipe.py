@@ -229,6 +229,12 @@ class TrainingRecipe:
                 got = f"{getattr(self, name)!r} with {by}={getattr(self, by)!r}, which does not use it"
                 expected = f"{_DEFAULTS[name]!r}, or {by} {' or '.join(map(repr, users))}"
                 raise InvalidArgumentError(f"TrainingRecipe.{name}", got, expected)
+        if not (self.warmup_epochs or self.warmup_steps):
+            for name in ("warmup", "warmup_factor"):
+                if getattr(self, name) != _DEFAULTS[name]:
+                    got = f"{getattr(self, name)!r} without a warm-up"
+                    expected = f"{_DEFAULTS[name]!r}, or warmup_epochs or warmup_steps above 0"
+                    raise InvalidArgumentError(f"TrainingRecipe.{name}", got, expected)
         if self.warmup_epochs and self.warmup_steps:
             raise InvalidArgumentError(
                 "TrainingRecipe.warmup_steps", self.warmup_steps, "0 beside warmup_epochs", " (give one of the two)"

@@ -57,6 +57,21 @@ class Schedule:
             return 1.0
         return 1.0 - self._progress(step, self.recipe.bias_decay_epochs)
 
+    def unfinished(self) -> list[str]:
+        """What the run is too short for, in words: it ends within its warm-up, its B's rise or its biases' fall."""
+        recipe = self.recipe
+        warm = recipe.warmup_steps / self.steps_per_epoch or recipe.warmup_epochs
+        reached = {
+            "the learning rate never reaches lr": ("warm-up", warm),
+            "B does not reach the network's own": ("b_epochs", recipe.b_epochs),
+            "biases do not reach 0": ("bias_decay_epochs", recipe.bias_decay_epochs or 0.0),
+        }
+        return [
+            f"{consequence}: {length:g} epochs of {name}, in a run of {recipe.epochs}"
+            for consequence, (name, length) in reached.items()
+            if length > recipe.epochs
+        ]
+
     def _progress(self, step: int, epochs: float) -> float:
         length = epochs * self.steps_per_epoch
         return 1.0 if step >= length else step / length

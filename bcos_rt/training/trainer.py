@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -240,6 +241,9 @@ class _Training:
         self.loader = loader(self.data, self.sampler, workers=workers)
         self.steps = len(raw) // recipe.batch_size
         self.schedule = Schedule(recipe, self.steps)
+        if fabric.is_global_zero:
+            for unfinished in self.schedule.unfinished():
+                warnings.warn(unfinished, stacklevel=3)  # the caller of `finetune`
         self.validation, seen = None, None
         if validation is not None:
             seen = open_data(validation, transform=augmentation.eval_transform(), split="val")

@@ -43,12 +43,15 @@ def test_b_reaches_its_target_at_the_end_of_the_run(tmp_path: Path) -> None:
 
 def test_the_average_has_the_networks_b_without_validation(tmp_path: Path) -> None:
     recipe = PLAIN.replace(b_start=1.0, b_epochs=12.0, epochs=1, ema=0.5)
-    result = finetune(network(b=2.0), colours(48), recipe, output=tmp_path / "run")
+    with pytest.warns(UserWarning, match="B does not reach the network's own: 12 epochs") as told:
+        result = finetune(network(b=2.0), colours(48), recipe, output=tmp_path / "run")
+    assert told[0].filename == __file__
     assert result.averaged is not None
     assert all_b(result.averaged) == all_b(result.net) == pytest.approx(1 + 3 / 36)
     assert all_b(load(tmp_path / "run" / "ema.safetensors", model=convnet())) == pytest.approx(1 + 3 / 36)
 
 
+@pytest.mark.filterwarnings("ignore:B does not reach", "ignore:biases do not reach")
 def test_a_finished_run_that_is_resumed_has_the_b_it_ended_with(tmp_path: Path) -> None:
     recipe = PLAIN.replace(b_start=1.0, b_epochs=10.0, epochs=1)
     one, two = network(), network()
@@ -133,6 +136,7 @@ def test_packed_and_loose_biases_decay_to_zero_in_the_average_too(make: Any) -> 
         assert {name for name in names if bool(one.get_parameter(name).any())} == set()
 
 
+@pytest.mark.filterwarnings("ignore:B does not reach", "ignore:biases do not reach")
 def test_the_average_of_biases_is_scaled_as_they_are() -> None:
     """Biases that are not trained: the average of equal values under one scale is that value."""
     net, _ = bcosify(convnet(), Recipe.equivalent(b=2.0, mean=(0, 0, 0), std=(1, 1, 1)))
@@ -193,7 +197,7 @@ def test_a_step_that_is_not_finite_scales_no_bias(log_every: int, monkeypatch: p
     net = bcosify(source, Recipe(biases="keep", mean=(0, 0, 0), std=(1, 1, 1)))[0]
     name = bias_names(net)[0]
     nn.init.ones_(net.get_parameter(name))
-    recipe = PLAIN.replace(lr=0.0, bias_decay_epochs=4.0, log_every=log_every)
+    recipe = PLAIN.replace(epochs=4, lr=0.0, bias_decay_epochs=4.0, log_every=log_every)
     with pytest.raises(TrainingError, match="step 3"):
         finetune(net, colours(48), recipe)
     # Two of twelve steps were done; on a GPU the next ones are too before anyone looks.

@@ -45,6 +45,8 @@ def test_replace_reaches_into_parts() -> None:
         ({"b_start": 0.5}, "TrainingRecipe.b_start"),
         ({"betas": (0.9, 1.0)}, "TrainingRecipe.betas"),
         ({"warmup_steps": 5, "warmup_epochs": 1.0}, "give one of the two"),
+        ({"warmup": "constant"}, r"TrainingRecipe\.warmup: got 'constant' without a warm-up, expected 'linear', or"),
+        ({"warmup_factor": 0.1}, r"TrainingRecipe\.warmup_factor: got 0\.1 without a warm-up"),
         ({"loss": "none"}, "a loss, or a distillation"),
         ({"accumulate": 9, "batch_size": 8}, "TrainingRecipe.accumulate"),
         ({"learn_b": True, "b_start": 1.0, "b_epochs": 1.0}, "None beside learn_b"),
