@@ -80,13 +80,13 @@ def convert(
     b: Annotated[float | None, typer.Option("-b", "--b", help="Exponent B >= 1.", rich_help_panel=_FIELDS)] = None,
     input_encoding: Annotated[
         str | None,
-        typer.Option(metavar="six_channel|three_channel", help="Feed [x, 1 - x], or x.", rich_help_panel=_FIELDS),
+        typer.Option(metavar="six_channel|three_channel", help=r"Feed \[x, 1 - x], or x.", rich_help_panel=_FIELDS),
     ] = None,
     input_normalization: Annotated[
         str | None,
         typer.Option(
             metavar="source|none",
-            help="Normalise [x, 1 - x] like the source's input, or not at all.",
+            help=r"Normalise \[x, 1 - x] like the source's input, or not at all.",
             rich_help_panel=_FIELDS,
         ),
     ] = None,

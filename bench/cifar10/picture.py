@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from bcos_rt.files import read_rows, replacing
 from bench.cifar10.table import epoch_of_passing
@@ -14,6 +15,11 @@ from bench.cifar10.table import epoch_of_passing
 __all__ = ["draw"]
 
 NAMES = {"standard": "conventional", "bcos": "B-cos, from scratch", "bcosified": "B-cosified"}
+# What the results pages call the methods of `bcos-rt localise`.
+METHODS = {
+    "bcos": "its own", "grad_cam": "Grad- CAM", "deep_lift": "Deep LIFT", "guided_backprop": "guided backprop.",
+    "integrated_gradients": "int. gradients",
+}  # fmt: skip
 COLOURS = {"standard": "0.5", "bcos": "tab:orange", "bcosified": "tab:blue"}
 
 
@@ -56,13 +62,22 @@ def _boxes(axes: Axes, folders: dict[str, Path]) -> None:
             with np.load(path) as arrays:
                 for key, values in arrays.items():
                     shares.append(values)
-                    labels.append(key.rpartition("/")[2].replace("_", "\n"))
+                    method = key.rpartition("/")[2]
+                    labels.append(METHODS.get(method, method.replace("_", " ")).replace(" ", "\n"))
                     colours.append(COLOURS[kind])
     if shares:
-        drawn = axes.boxplot(shares, whis=(5, 95), showfliers=False, widths=0.6, patch_artist=True)
+        drawn = axes.boxplot(
+            shares, whis=(5, 95), showfliers=False, widths=0.6, patch_artist=True, medianprops={"color": "black"}
+        )
         for box, colour in zip(drawn["boxes"], colours, strict=True):
             box.set(facecolor=colour, alpha=0.5)
         axes.set_xticks(range(1, len(labels) + 1), labels, fontsize=8)
+        of = [
+            Patch(facecolor=c, alpha=0.5, edgecolor="black", label=NAMES[k]) for k, c in COLOURS.items() if c in colours
+        ]
+        axes.legend(
+            handles=of, title="maps of", fontsize=9, title_fontsize=9, loc="upper center", bbox_to_anchor=(0.66, 1)
+        )
     axes.axhline(1 / 9, color="grey", linestyle="--", linewidth=0.8)
     axes.set_ylim(0, 1)
     axes.set_ylabel("positive contributions in the right cell of 3 x 3")

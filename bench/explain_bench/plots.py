@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from bcos_rt.files import ordinary_mode
 
@@ -55,6 +56,10 @@ def bars(rows: Sequence[Row], path: Path, threads: int, title: str) -> None:
             axis.set_xlabel("ms")
             axis.tick_params(labelsize=7)
             axis.margins(x=0.12)
+    whose = (("ours", OURS), ("published", PUBLISHED), ("plain", PLAIN))
+    legend = [Patch(facecolor=colour, label=name) for name, colour in whose]
+    legend += [Patch(facecolor="black", alpha=alpha, label=name) for name, alpha in (("forward", 0.5), ("explain", 1))]
+    axes[0, -1].legend(handles=legend, fontsize=7, loc="upper right")
     _save(figure, path, title)
 
 
@@ -85,7 +90,7 @@ def growth(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.set_ylabel("ms")
         axis.set_ylim(bottom=0)
         if here:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, handlelength=4)
     _save(figure, path, title)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from bcos_rt.benchmark.comparison import OK, paired_ratio
 from bcos_rt.benchmark.contender import EXPLAIN, FORWARD, TRAIN
-from bench.explain_bench.networks import CLIP, TRANSFORMERS
+from bench.explain_bench.networks import CLIP, NETWORKS, TRANSFORMERS
 
 __all__ = ["Figure", "best_plain", "figures", "markdown"]
 
@@ -28,7 +28,7 @@ class Figure:
     Attributes:
         figure, network, batch: which.
         value: ours over theirs; None where a row it needs is missing or failed.
-        low, high: quartiles of the rounds' ratios; equal to value where there are no rounds (memory).
+        low, high: quartiles of the rounds' ratios; the value, or None, where there are no rounds (memory; cosines).
         target: at most this (for "cosine", at least).
         met: None where there is no value.
         note: which rows were compared.
@@ -131,7 +131,7 @@ def figures(
         name = "bf16 contribution maps, cosine"
         if row.get("forward") == "float32":
             name = "contribution maps with only the adjoint in bf16, cosine"
-        out.append(Figure(name, row["network"], 1, low, low, middle, 0.99, low >= 0.99, note))
+        out.append(Figure(name, row["network"], 1, low, None, None, 0.99, low >= 0.99, note))
     return out
 
 
@@ -156,7 +156,9 @@ def _figure(
 def markdown(found: Sequence[Figure]) -> str:
     """A table for a results page; a cell is the value and, in brackets, the quartiles of the rounds' ratios."""
     lines = ["| figure | network | batch | ours | target | met | against |", "|---|---|---|---|---|---|---|"]
-    for f in sorted(found, key=lambda f: [x.figure for x in found].index(f.figure)):
+    order = list(dict.fromkeys(f.figure for f in found))
+    rank = {name: i for i, name in enumerate((*NETWORKS, *TRANSFORMERS, CLIP))}
+    for f in sorted(found, key=lambda f: (order.index(f.figure), rank.get(f.network, len(rank)), f.network, f.batch)):
         value = "not measured" if f.value is None else f"{f.value:.3f}"
         if f.value is not None and f.low is not None and f.low != f.high:
             value += f" ({f.low:.3f} to {f.high:.3f})"

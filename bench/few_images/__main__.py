@@ -5,6 +5,7 @@
     python -m bench.few_images measure --photos photos.tar      accuracy, agreement, localisation of what is trained
     python -m bench.few_images table                            docs/results/few_images.csv
     python -m bench.few_images picture --photos photos.tar      docs/images/few_images.png
+    python -m bench.few_images free                             docs/images/few_images_free.png
 
 The photographs are a tar file of ``NNNN_WNID_NAME.jpg``, NNNN an ImageNet class. Weights and states lie in --work; logs
 and numbers are copied to bench/results/few_images. A stopped run goes on at its last epoch.
@@ -29,12 +30,12 @@ from torchvision.transforms import functional as transforms
 from bcos_rt import BcosNetwork, Recipe, bcosify, load, recalibrate, save
 from bcos_rt.data import Augmentation
 from bcos_rt.files import write_csv, write_json
-from bcos_rt.images import resized
+from bcos_rt.images import load_image, resized
 from bcos_rt.models import load_model
 from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.training import Distillation, TrainingRecipe, finetune
 from bench.few_images.blocks import fit_blocks
-from bench.few_images.picture import draw
+from bench.few_images.picture import draw, draw_explained
 from bench.logs import ROOT, all_epochs, copy_logs, describe_machine
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -42,6 +43,8 @@ console = Console(stderr=True)
 LAST = "last.safetensors"
 # In the picture.
 SHOWN = ("blocks", "features_224")
+# Of scikit-image: CC0 and NASA's.
+FREE = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")
 BLOCK_COLUMNS = ("block", "error_before", "error_after")
 RESULTS = ROOT / "bench" / "results" / "few_images"
 WORK = ROOT / "build" / "few_images"
@@ -188,6 +191,17 @@ def picture(photos: Photos, work: Work = WORK) -> None:
     names = source.class_names
     called = [names[int(k)] if names else str(int(k)) for k in labels[chosen]]
     draw(columns, images[chosen], labels[chosen], called, ROOT / "docs" / "images" / "few_images.png")
+
+
+@app.command()
+def free(work: Work = WORK) -> None:
+    """Write docs/images/few_images_free.png: explanations of scikit-image's photographs that are free to be shown."""
+    import skimage.data
+
+    folder = Path(skimage.data.__file__).parent
+    images = torch.stack([load_image(folder / name, size=MEASURED) for name in FREE])
+    net = load(work / SHOWN[-1] / LAST)
+    draw_explained(net, images, ROOT / "docs" / "images" / "few_images_free.png")
 
 
 @app.command()

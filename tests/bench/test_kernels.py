@@ -180,3 +180,10 @@ def test_comparison_with_other_conditions_is_said(column, word):
     assert word in warning
     assert "7" in warning
     assert str(ROWS[0][column]) in warning
+
+
+def test_the_guides_table_is_of_the_committed_rows():
+    from bench import kernels
+
+    page = (kernels.ROOT / "docs" / "microbenchmarks.md").read_text(encoding="utf-8")
+    assert kernels.table() in page
