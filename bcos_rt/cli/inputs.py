@@ -150,6 +150,14 @@ def load_source(name: str, weights: str | None, num_classes: int | None) -> Load
     return load_model(name, weights=weights, num_classes=num_classes)
 
 
+def check_trained(source: LoadedModel, num_classes: int | None) -> None:
+    """Refuse a model whose classifier is new, where its answers are asked for."""
+    if source.new_classifier:
+        got = f"{num_classes}, and weights of another number of classes"
+        expected = "the weights' own number, or none: a new classifier is to be trained first"
+        raise InvalidArgumentError("--num-classes", got, expected, " (bcos-rt finetune)")
+
+
 def _check_weights(weights: str | None) -> None:
     if weights is not None and weights not in ("random", "default") and not Path(weights).is_file():
         raise InvalidArgumentError(
@@ -205,6 +213,7 @@ def load_network(
     from bcos_rt.conversion import Recipe
 
     source = load_source(model, weights, num_classes)
+    check_trained(source, num_classes)
     net, _ = convert_source(source, Recipe.equivalent())
     return Network(net.eval(), True, source.input_size, {"model": model, "weights": weights, "source": source.source})
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bcos_rt.cli.inputs import as_checkpoint, check_classifier, is_saved, load_network, load_source
+from bcos_rt.cli.inputs import as_checkpoint, check_classifier, check_trained, is_saved, load_network, load_source
 from bcos_rt.errors import BcosError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ def one_network(
         return network.net, network.input_size, network.described
     check_classifier(model)
     source = load_source(model, weights, num_classes)
+    check_trained(source, num_classes)
     described = {"model": model, "weights": weights, "source": source.source}
     return source.conventional().eval(), source.input_size, described
 

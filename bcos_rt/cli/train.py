@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from bcos_rt.nn.conventional import ConventionalNetwork
+    from bcos_rt.nn.network import BcosNetwork
     from bcos_rt.training import TrainingRecipe
 
 __all__ = ["finetune", "train"]
@@ -211,6 +213,10 @@ def finetune(
                 raise InvalidArgumentError("--teacher", "with --checkpoint", "--model, whose weights teach")
             return load(checkpoint), None, {"checkpoint": str(checkpoint)}
         source = load_source(str(model), weights, _class_count(num_classes, classes))
+        taught = chosen.distillation
+        if teacher and source.new_classifier and taught is not None and taught.logits > 0:
+            got = f"{taught.logits:g} with a teacher whose classifier is new, its weights are of other classes"
+            raise InvalidArgumentError("--set distillation.logits", got, "0 (distillation.features=1 and .modules)")
         net, _ = convert_source(source, named_recipe(conversion))
         if names is not None and net.class_names is None:
             net.class_names = list(names)
@@ -232,7 +238,12 @@ def train(
         bool, typer.Option("--bcos/--standard", help="The B-cos network of this architecture, or the conventional one.")
     ] = True,
     conversion: Annotated[
-        str, typer.Option(metavar="default|equivalent|FILE.json", help="Which B-cos network, as in `bcos-rt convert`.")
+        str,
+        typer.Option(
+            metavar="default|bcos_v2|equivalent|FILE.json",
+            help="Which B-cos network, as in `bcos-rt convert`; 'bcos_v2' as B-cos v2's code trains from scratch: "
+            "filters of norm 1, no activations, no normalisation.",
+        ),
     ] = _DEFAULT,
     val: Validation = None,
     recipe: RecipeOption = None,
@@ -258,9 +269,15 @@ def train(
     def build(classes: int | None, names: Sequence[str] | None) -> tuple[nn.Module, None, dict[str, Any]]:
         import torch
 
+        from bcos_rt.models import published_recipe
+
         torch.manual_seed(chosen.seed)
         source = load_source(model, "random", _class_count(num_classes, classes))
-        net = convert_source(source, named_recipe(conversion))[0] if bcos else source.conventional()
+        if bcos:
+            how = published_recipe("bcos_v2", model) if conversion == "bcos_v2" else named_recipe(conversion)
+            net: BcosNetwork | ConventionalNetwork = convert_source(source, how)[0]
+        else:
+            net = source.conventional()
         # The data's classes: random weights know nothing of the source's.
         net.class_names = list(names) if names is not None else None
         return net, None, {"model": model, "source": source.source}

@@ -40,8 +40,10 @@ def require_transformers() -> ModuleType:
     return require("transformers", "huggingface")
 
 
-def load_hf(name: str, weights: str | os.PathLike[str] | None, num_classes: int | None) -> nn.Module:
-    """The classifier in eval mode and float32; arguments as :func:`bcos_rt.models.load_model`'s. Runs no remote code.
+def load_hf(name: str, weights: str | os.PathLike[str] | None, num_classes: int | None) -> tuple[nn.Module, bool]:
+    """The model in eval mode and float32, and whether its classifier is new. Runs no remote code.
+
+    Arguments as :func:`bcos_rt.models.load_model`'s.
 
     Raises:
         InvalidArgumentError: no image classifier of transformers.
@@ -55,7 +57,7 @@ def load_hf(name: str, weights: str | os.PathLike[str] | None, num_classes: int 
     if weights != "random":
         state = read_state_dict(Path(weights))
         load_strict(module, strip_prefixes(state, module.state_dict()), str(weights))
-    return module.eval()
+    return module.eval(), False
 
 
 def rebuild_hf(source: Mapping[str, Any]) -> nn.Module:
@@ -141,7 +143,7 @@ def _build(config: Any, name: str) -> nn.Module:
     return module
 
 
-def _pretrained(name: str, config: Any, num_classes: int | None) -> nn.Module:
+def _pretrained(name: str, config: Any, num_classes: int | None) -> tuple[nn.Module, bool]:
     auto = require_transformers().AutoModelForImageClassification
     if type(config) not in auto._model_mapping:
         _build(config, name)  # says why not
@@ -162,7 +164,7 @@ def _pretrained(name: str, config: Any, num_classes: int | None) -> nn.Module:
         hint = "" if len(parts) > 1 else "; num_classes=N makes a new classifier for weights without one"
         raise CheckpointError(f"hf:{name}: the weights lack {', '.join(sorted(new)[:5])} ({len(new)} in all){hint}")
     result: nn.Module = module.eval()
-    return result
+    return result, bool(new)
 
 
 def _processor(name: str, download: bool) -> Any:

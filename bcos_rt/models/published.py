@@ -183,7 +183,8 @@ def _full_name(name: str) -> str:
 
 
 def _is_simple_vit(full_name: str) -> bool:
-    return full_name.partition(":")[0] == SIMPLE_VIT
+    # Small ones for CIFAR are SimpleViTs too.
+    return full_name.partition(":")[0] == SIMPLE_VIT or full_name.startswith("small:vit")
 
 
 def _check_flavor(flavor: str) -> None:

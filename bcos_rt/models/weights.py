@@ -6,25 +6,37 @@ Files are never unpickled freely: ``.safetensors`` holds only tensors, and every
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bcos_rt.errors import CheckpointError, InvalidTypeError
 
-__all__ = ["describe_difference", "load_strict", "read_state_dict", "read_torch_file", "strip_prefixes"]
+__all__ = [
+    "about_classifier",
+    "classifier_metadata",
+    "describe_difference",
+    "load_strict",
+    "read_state_dict",
+    "read_torch_file",
+    "strip_prefixes",
+]
 
 # Where training scripts put the weights inside the file they save, most specific first.
 _NESTED_UNDER = ("state_dict", "model_state_dict", "model_state", "model", "net", "weights")
 # What wrappers put in front of every key: Lightning modules, DataParallel, torch.compile.
 _WRAPPER_PREFIXES = ("module.", "model.", "net.", "network.", "_orig_mod.")
 _SHOWN = 5
+# In the header of a .safetensors file of conventional weights, JSON: class names and the side of the images.
+_CLASSIFIER = "bcos_rt.classifier"
 
 
 def read_torch_file(path: Path) -> Any:
@@ -90,6 +102,28 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         found = ", ".join(map(repr, list(content)[:_SHOWN])) or "nothing"
         raise CheckpointError(f"{path}: holds no tensors, expected a state dict; found {found}")
     return state
+
+
+def classifier_metadata(class_names: Sequence[str] | None, image_size: int | None) -> dict[str, str]:
+    """What a ``.safetensors`` file of a classifier's weights says about it, for its header."""
+    return {"format": "pt", _CLASSIFIER: json.dumps({"class_names": class_names, "image_size": image_size})}
+
+
+def about_classifier(path: str | os.PathLike[str]) -> tuple[tuple[str, ...] | None, int | None]:
+    """Class names and the side of the images that :func:`classifier_metadata` put there; None where it did not."""
+    if Path(path).suffix != ".safetensors":
+        return None, None
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(_CLASSIFIER, "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return None, None
+    names, size = (about.get(key) if isinstance(about, dict) else None for key in ("class_names", "image_size"))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        names = None
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        size = None
+    return None if names is None else tuple(names), size
 
 
 def strip_prefixes(state: Mapping[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ class ConventionalNetwork(nn.Module):
         mean, std: its normalisation, three numbers in RGB order.
         source: where it came from, as in :class:`bcos_rt.nn.network.BcosNetwork`.
         class_names: one name per logit, or None.
+        image_size: side of the images it was trained with, else of those it was made for; None where not known.
     """
 
     mean: Tensor
@@ -35,6 +36,7 @@ class ConventionalNetwork(nn.Module):
         std: Sequence[float] = (1.0, 1.0, 1.0),
         source: Mapping[str, Any] | None = None,
         class_names: Sequence[str] | None = None,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -49,6 +51,7 @@ class ConventionalNetwork(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32)[:, None, None], persistent=False)
         self.source = dict(source) if source is not None else {"kind": "module", "name": type(model).__name__}
         self.class_names = list(class_names) if class_names is not None else None
+        self.image_size = image_size
         self._takes_other_sizes = takes_other_sizes(model)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ from torch import nn
 from bcos_rt.checkpoint import save
 from bcos_rt.errors import CheckpointError, InvalidArgumentError
 from bcos_rt.files import read_rows, remove_leftovers, replacing, write_csv, write_json
-from bcos_rt.models.weights import read_torch_file
-from bcos_rt.nn.conventional import inner_network
+from bcos_rt.models.weights import classifier_metadata, read_torch_file
+from bcos_rt.nn.conventional import ConventionalNetwork, inner_network
 from bcos_rt.nn.network import BcosNetwork
 from bcos_rt.training.recipe import TrainingRecipe
 
@@ -190,10 +190,15 @@ def _plain(value: Any) -> Any:
 
 
 def save_network(net: nn.Module, path: Path) -> None:
-    """Write a network so that it can be used: a B-cos network as :func:`bcos_rt.save` does, another as its weights."""
+    """Write a network so that it can be used: a B-cos network as :func:`bcos_rt.save` does, another as its weights,
+    a classifier's with its class names and the side of its images in the header.
+    """
     if isinstance(net, BcosNetwork):
         save(net, path)
         return
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in inner_network(net).state_dict().items()}
+    metadata = {"format": "pt"}
+    if isinstance(net, ConventionalNetwork):
+        metadata = classifier_metadata(net.class_names, net.image_size)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata=metadata)

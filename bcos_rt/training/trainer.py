@@ -40,6 +40,7 @@ from bcos_rt.errors import (
     TrainingInterruptedError,
 )
 from bcos_rt.files import replacing
+from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.nn.exponent import bcos_layers, exponents, fix_exponents, fixed_exponents, learn_exponents, set_exponents
 from bcos_rt.nn.network import BcosNetwork
 from bcos_rt.nn.norms import BatchNormUncentered2d
@@ -251,7 +252,7 @@ class _Training:
                 raise InvalidArgumentError("validation", "no image", "at least one")
             check_numbers(seen.class_names, raw.class_names, "validation", "the training data has it")
             self.validation = loader(seen, shard(len(seen), recipe.batch_size, world, rank), workers=workers)
-        if isinstance(net, BcosNetwork) and augmentation.size is not None:
+        if isinstance(net, BcosNetwork | ConventionalNetwork) and augmentation.size is not None:
             net.image_size = augmentation.size
         self.embeds = embeds(net, recipe)
         check_metrics(self.embeds, recipe, validation is not None, explain_images is not None)

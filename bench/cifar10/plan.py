@@ -89,8 +89,7 @@ def runs() -> list[Run]:
     made: list[Run] = []
     for network, seeds in (("resnet20", (0, 1)), ("densenet28", (0,)), ("vit6", (0,)), ("vitc5", (0,))):
         vit = network.startswith("vit")
-        # B-cos v2 classifies a SimpleViT's mean token.
-        scratch = published_recipe("bcos_v2", "simple_vit_ti_patch16_224" if vit else "resnet18")
+        scratch = published_recipe("bcos_v2", f"small:{network}")
         for seed in seeds:
             made += [
                 Run(network, "standard", seed, (STANDARD_VIT if vit else STANDARD).replace(seed=seed)),

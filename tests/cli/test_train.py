@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -17,7 +18,8 @@ from rich.console import Console
 from bcos_rt import load
 from bcos_rt.cli import app
 from bcos_rt.cli.train import _recipe, _teller
-from bcos_rt.models.small import SMALL_NETWORKS, small_resnet
+from bcos_rt.models import load_model
+from bcos_rt.models.small import SMALL_NETWORKS, small_resnet, small_vit
 
 CLASSES = ("black", "blue", "cyan", "green", "red", "white", "yellow")
 COLOURS = ((0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 0), (1, 0, 0), (1, 1, 1), (1, 1, 0))
@@ -114,6 +116,52 @@ def test_train_finetune_evaluate_localise(bcos, data, trained, tmp_path):
     rows = {(row["network"], row["method"]) for row in game.json["results"]}
     assert rows == {("last", "bcos"), ("last", "input_x_gradient"), ("small:resnet20", "input_x_gradient")}
     assert (tmp_path / "loc" / "localisation.png").exists()
+
+
+def test_weights_of_other_classes_teach_features_alone(bcos, data, tiny, tmp_path):
+    """Their classifier would be a new one: nobody learns from it, and nobody is told its answers."""
+    torch.manual_seed(0)
+    torch.save(SMALL_NETWORKS["tiny"](3).state_dict(), tmp_path / "w.pth")
+    model = ("--model", "small:tiny", "--weights", tmp_path / "w.pth")
+    arguments = ("finetune", *model, "--data", data, "-o", tmp_path / "out", *QUICK, "--epochs", 1, "--json")
+    teacher = ("--teacher", "--set", "distillation.logits=1")
+    refused = bcos(*arguments, *teacher)
+    assert (refused.code, "distillation.logits: got 1 with a teacher whose classifier is new" in refused.err) == (
+        2,
+        True,
+    )
+    features = ("--teacher", "--set", "distillation.logits=0", "--set", "distillation.features=1")
+    found = bcos(*arguments, *features, "--set", 'distillation.modules=["layer1"]')
+    assert found.code == 0, found.err
+    assert load(tmp_path / "out" / "last.safetensors").class_names == sorted(CLASSES)
+    for command in ("evaluate", "localise"):
+        result = bcos(command, *model, "--num-classes", 7, "--data", data, "-o", tmp_path / "x.png")
+        assert (result.code, "--num-classes: got 7, and weights of another number" in result.err) == (2, True), (
+            result.err
+        )
+
+
+def test_a_conventional_networks_file_has_names_and_side(bcos, data, tiny, tmp_path):
+    arguments = ("--model", "small:tiny", "--data", data, *QUICK, "--epochs", 1, "--size", 16)
+    assert bcos("train", "--standard", *arguments, "-o", tmp_path / "run").code == 0
+    source = load_model("small:tiny", weights=tmp_path / "run" / "last.safetensors")
+    assert (source.class_names, source.input_size) == (tuple(sorted(CLASSES)), 16)
+    model = ("--model", "small:tiny", "--weights", tmp_path / "run" / "last.safetensors")
+    found = bcos("explain", data / "val/red/0.png", *model, "--class", "red", "-o", tmp_path / "e.npz", "--json")
+    assert found.code == 0, found.err
+    with np.load(tmp_path / "e.npz") as arrays:
+        assert arrays["images"].shape[-2:] == (16, 16)
+
+
+@pytest.mark.parametrize(("name", "head"), [("tiny", "before_pool"), ("vit_tiny", "after_pool")])
+def test_from_scratch_as_bcos_v2(bcos, data, tiny, monkeypatch, tmp_path, name, head):
+    monkeypatch.setitem(SMALL_NETWORKS, "vit_tiny", small_vit(1, 32))
+    how = ("--conversion", "bcos_v2", "--epochs", 1, "--set", "warmup_epochs=0")
+    result = bcos("train", "--model", f"small:{name}", "--data", data, "-o", tmp_path / "run", *QUICK, *how)
+    assert result.code == 0, result.err
+    recipe = load(tmp_path / "run" / "last.safetensors").recipe
+    assert (recipe.weight_norm, recipe.activations, recipe.head) == ("unit", "identity", head)
+    assert (recipe.mean, recipe.std) == ((0.0,) * 6, (1.0,) * 6)
 
 
 def test_the_side_of_training_is_that_of_evaluation(bcos, data, tiny, tmp_path):

@@ -111,7 +111,8 @@ def test_weights_without_classifier(tmp_path):
     vit().vit.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"lack classifier\.bias, classifier\.weight.*num_classes"):
         load_model(f"hf:{tmp_path}")
-    assert load_model(f"hf:{tmp_path}", num_classes=4).module.classifier.out_features == 4
+    loaded = load_model(f"hf:{tmp_path}", num_classes=4)
+    assert (loaded.module.classifier.out_features, loaded.new_classifier) == (4, True)
 
 
 def test_what_cannot_be_loaded(folder, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from bcos_rt.errors import CheckpointError, InvalidArgumentError, InvalidTypeErr
 from bcos_rt.images import load_image
 from bcos_rt.models import imagenet_class_names, known_models, load_model, metadata_of, rebuild_source
 from bcos_rt.models.lite0 import packaged_weights, rename_keys
+from bcos_rt.models.weights import classifier_metadata
 from tests.conftest import shared_dir
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -194,6 +195,7 @@ def test_published_weights_with_another_number_of_classes(monkeypatch):
     assert torch.equal(loaded.module.layer3[0].conv1.weight, published.layer3[0].conv1.weight)
     assert loaded.module.fc.weight.shape == (4, 512)
     assert loaded.class_names is None
+    assert loaded.new_classifier
 
 
 def test_lite0_uses_every_published_tensor_once():
@@ -326,10 +328,37 @@ def test_weights_of_another_architecture(small, tmp_path):
         load_model("torchvision:resnet18", weights=tmp_path / "w.pth")
 
 
-def test_another_number_of_classes_than_asked_for(small, tmp_path):
+def test_a_file_of_another_number_of_classes_gets_a_new_classifier(small, tmp_path):
     torch.save(small.state_dict(), tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"classifier\.1\.weight is 6x512x1x1, expected 9x512x1x1"):
-        load_model("torchvision:squeezenet1_1", weights=tmp_path / "w.pth", num_classes=9)
+    same = load_model("torchvision:squeezenet1_1", weights=tmp_path / "w.pth", num_classes=6)
+    assert not same.new_classifier
+    found = load_model("torchvision:squeezenet1_1", weights=tmp_path / "w.pth", num_classes=9)
+    assert found.new_classifier
+    assert found.source["num_classes"] == 9
+    expected = small.state_dict()
+    for name, value in found.module.state_dict().items():
+        if name.startswith("classifier.1."):
+            assert value.shape[0] == 9
+        else:
+            assert torch.equal(value, expected[name]), name
+
+
+def test_a_file_may_say_its_classes_and_side(small, tmp_path):
+    path = tmp_path / "w.safetensors"
+    names = tuple("abcdef")
+    save_file(small.state_dict(), path, metadata=classifier_metadata(names, 96))
+    found = load_model("torchvision:squeezenet1_1", weights=path)
+    assert (found.class_names, found.input_size) == (names, 96)
+    assert (found.conventional().class_names, found.conventional().image_size) == (list(names), 96)
+    assert load_model("torchvision:squeezenet1_1", weights=path, num_classes=9).class_names is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"class_names": "abcdef", "image_size": true}', '{"image_size": -1}'])
+def test_a_file_that_says_nonsense_of_its_classes(small, tmp_path, text):
+    path = tmp_path / "w.safetensors"
+    save_file(small.state_dict(), path, metadata={"bcos_rt.classifier": text})
+    found = load_model("torchvision:squeezenet1_1", weights=path)
+    assert (found.class_names, found.input_size) == (None, 224)
 
 
 class Payload:
