@@ -7,8 +7,9 @@
     python -m bench.cifar10 table                                   docs/results/cifar10.csv and cifar10_study.csv
     python -m bench.cifar10 ship resnet20                           the best network, into the package
 
-Weights and states lie in --work (build/cifar10); logs and numbers are copied to bench/results/cifar10, and the weights
-of finished runs outside the study, so that other runs can begin with them on another machine. A run that was stopped,
+Weights and states lie in --work (build/cifar10); logs and numbers are copied to --results (bench/results/cifar10), and
+the weights of finished runs outside the study, so that other runs can begin with them on another machine. What has its
+logs there is finished: to train it again, give a folder of your own (--results again). A run that was stopped,
 or killed, goes on at its last epoch; one that was told to stop (SIGTERM) leaves its state beside its logs too, where
 another machine goes on with it. Two processes with one thread each (OMP_NUM_THREADS=1, --name) train more images a
 second here than one with two.
@@ -37,16 +38,16 @@ RESULTS = ROOT / "bench" / "results" / "cifar10"
 Data = Annotated[Path, typer.Option("--data", metavar="TAR", help="CIFAR-10 as train/CLASS/*.jpg, test/CLASS/*.jpg.")]
 Work = Annotated[Path, typer.Option(help="Weights, states, decoded images.")]
 Names = Annotated[list[str] | None, typer.Option("--name", help="Only these runs, in this order.")]
+Results = Annotated[Path, typer.Option(help="Logs and numbers; a run that has its logs here is finished.")]
 WORK = ROOT / "build" / "cifar10"
-GRIDS = 250
 
 
 @app.command()
-def plan(work: Work = WORK) -> None:
+def plan(work: Work = WORK, results: Results = RESULTS) -> None:
     """List the runs and how far each is."""
     table = Table("run", "epochs", "done", "val top-1", "images/s")
     for one in runs():
-        rows = max(read_rows(_logs(one) / "metrics.csv"), read_rows(work / one.name / "metrics.csv"), key=len)
+        rows = max(read_rows(results / one.name / "metrics.csv"), read_rows(work / one.name / "metrics.csv"), key=len)
         last = rows[-1] if rows else {}
         table.add_row(one.name, str(one.recipe.epochs), str(len(rows)), last.get("val_top1", "")[:6],
                       last.get("images_per_s", "")[:5])  # fmt: skip
@@ -54,42 +55,54 @@ def plan(work: Work = WORK) -> None:
 
 
 @app.command("run")
-def run_one(name: str, data: Data, work: Work = WORK) -> None:
+def run_one(name: str, data: Data, work: Work = WORK, results: Results = RESULTS) -> None:
     """Train one run, or the rest of it."""
-    _train(_chosen([name])[0], data, work)
+    _train(_chosen([name])[0], data, work, results)
 
 
 @app.command("all")
-def run_all(data: Data, name: Names = None, work: Work = WORK) -> None:
+def run_all(data: Data, name: Names = None, work: Work = WORK, results: Results = RESULTS) -> None:
     """Train every run that is not finished, and play its grids."""
     for one in _chosen(name):
-        _train(one, data, work)
-        _localise(one, data, work)
+        _train(one, data, work, results)
+        _localise(one, data, work, results)
 
 
 @app.command()
-def localise(data: Data, name: Names = None, work: Work = WORK, grids: int = GRIDS) -> None:
+def localise(
+    data: Data,
+    name: Names = None,
+    work: Work = WORK,
+    results: Results = RESULTS,
+    grids: Annotated[
+        int | None, typer.Option(help="Grids, and a fifth of them of what is costly. Default: the experiment's.")
+    ] = None,
+) -> None:
     """Grid pointing games (3 x 3) of every finished run that has none yet."""
     for one in _chosen(name):
-        _localise(one, data, work, grids)
+        _localise(one, data, work, results, grids)
 
 
 @app.command("table")
-def make_table() -> None:
-    """Write docs/results/cifar10.csv, cifar10_study.csv and the picture beside them from the committed logs."""
+def make_table(
+    results: Results = RESULTS, output: Annotated[Path, typer.Option(help="Folder of what is written.")] = ROOT / "docs"
+) -> None:
+    """Write results/cifar10.csv, results/cifar10_study.csv and images/cifar10.png from the logs."""
     from bench.cifar10.picture import draw
     from bench.cifar10.table import write_tables
 
-    write_tables(RESULTS, ROOT / "docs" / "results")
-    draw("resnet20", 0, RESULTS, ROOT / "docs" / "images" / "cifar10.png")
+    for folder in ("results", "images"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    write_tables(results, output / "results")
+    draw("resnet20", 0, results, output / "images" / "cifar10.png")
 
 
 @app.command()
-def ship(network: str) -> None:
+def ship(network: str, results: Results = RESULTS) -> None:
     """Put the best B-cosified network of this name into the package, with its numbers."""
     from bench.cifar10.ship import ship_best
 
-    console.print(f"{ship_best(network, RESULTS)}")
+    console.print(f"{ship_best(network, results)}")
 
 
 def _chosen(names: list[str] | None) -> list[Run]:
@@ -100,38 +113,40 @@ def _chosen(names: list[str] | None) -> list[Run]:
     return [found[name] for name in names] if names else list(found.values())
 
 
-def _logs(one: Run) -> Path:
-    return RESULTS / one.name
+def _finished(one: Run, work: Path, results: Path) -> bool:
+    return any(all_epochs(logs / one.name, one.recipe.epochs) for logs in (work, results))
 
 
-def _finished(one: Run, work: Path) -> bool:
-    return any(all_epochs(logs / one.name, one.recipe.epochs) for logs in (work, RESULTS))
-
-
-def _localise(one: Run, data: Path, work: Path, grids: int = GRIDS) -> None:
+def _localise(one: Run, data: Path, work: Path, results: Path, grids: int | None = None) -> None:
     from bench.cifar10.localise import is_localised, localise_run
 
-    target = _logs(one) / "localisation.csv"
-    if is_localised(one, target) or not _finished(one, work) or weights_of(one.name, work, RESULTS) is None:
+    target = results / one.name / "localisation.csv"
+    if is_localised(one, target):
+        console.print(f"{one.name}: has its grids, in {target.parent}")
+        return
+    if not _finished(one, work, results) or weights_of(one.name, work, results) is None:
+        console.print(f"{one.name}: not trained to the end, or its weights are not here")
         return
     console.print(f"[bold]{one.name}[/bold]: grids")
-    net = trained(one, work, RESULTS)
+    net = trained(one, work, results)
     localise_run(one, net, load_images(data, work / "cifar10.npz")["test"], target, grids)
 
 
-def _train(one: Run, data: Path, work: Path) -> None:
+def _train(one: Run, data: Path, work: Path, results: Path) -> None:
     from bcos_rt.training import finetune
 
-    folder, kept = work / one.name, _logs(one) / "state.pt"
-    if _finished(one, work):
-        _publish(one, work)
+    folder, target = work / one.name, results / one.name
+    kept = target / "state.pt"
+    if _finished(one, work, results):
+        _publish(one, work, results)
+        console.print(f"{one.name}: trained already, its logs are in {target}")
         return
     if kept.exists() and not (folder / kept.name).exists():
         folder.mkdir(parents=True, exist_ok=True)
         copy_whole(kept, folder / kept.name)
     console.print(f"[bold]{one.name}")
     images = load_images(data, work / "cifar10.npz")
-    net = build(one, work, RESULTS)
+    net = build(one, work, results)
     pictures = images["test"][0][::1250].float() / 255
 
     def told(row: dict[str, Any]) -> None:
@@ -139,7 +154,7 @@ def _train(one: Run, data: Path, work: Path) -> None:
             f"  epoch {row['epoch']:3} train {row['train_top1']:.4f} test {row['val_top1']:.4f} "
             f"{row.get('images_per_s', 0.0):.0f} images/s", highlight=False,
         )  # fmt: skip
-        copy_logs(folder, _logs(one))
+        copy_logs(folder, target)
 
     try:
         finetune(
@@ -149,15 +164,15 @@ def _train(one: Run, data: Path, work: Path) -> None:
         )  # fmt: skip
     except TrainingInterruptedError as error:
         console.print(str(error))
-        copy_logs(folder, _logs(one))
+        copy_logs(folder, target)
         copy_whole(folder / kept.name, kept)
         raise typer.Exit(143) from error
-    _publish(one, work)
+    _publish(one, work, results)
 
 
-def _publish(one: Run, work: Path) -> None:
+def _publish(one: Run, work: Path, results: Path) -> None:
     """Put what a run that is finished here leaves where it is committed; again after a kill in between."""
-    folder, target = work / one.name, _logs(one)
+    folder, target = work / one.name, results / one.name
     if not all_epochs(folder, one.recipe.epochs):
         return
     copy_logs(folder, target)

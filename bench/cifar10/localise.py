@@ -15,13 +15,17 @@ from bench.cifar10.plan import Run
 __all__ = ["COSTLY", "is_localised", "localise_run", "methods_for"]
 
 SIDE = 3
+# A transformer's grid is seen in 25 windows.
+GRIDS, GRIDS_VIT = 250, 100
+# Of the costly game, and of a transformer's on whole grids.
+FEWER, FEWER_COSTLY_VIT = 5, 10
 # The study asks only how good the network's own explanation is.
 METHODS = {
     "standard": ("gradient", "input_x_gradient", "guided_backprop", "deep_lift", "grad_cam", "random"),
     "bcos": ("bcos", "input_x_gradient", "grad_cam"),
     "bcosified": ("bcos", "input_x_gradient", "grad_cam"),
 }
-# Of the conventional network too, hundreds of passes a cell: on a fifth of the grids, in a file of their own.
+# Of the conventional network too, hundreds of passes a cell: on fewer grids, in a file of their own.
 COSTLY = ("integrated_gradients", "occlusion")
 
 
@@ -52,7 +56,9 @@ def is_localised(run: Run, target: Path) -> bool:
     return target.exists() and (other is None or other.exists())
 
 
-def localise_run(run: Run, net: nn.Module, images: tuple[Tensor, Tensor], target: Path, grids: int) -> None:
+def localise_run(
+    run: Run, net: nn.Module, images: tuple[Tensor, Tensor], target: Path, grids: int | None = None
+) -> None:
     """Play 3 x 3 grids with the test images and write ``target`` and its picture.
 
     A transformer sees the grid as in B-cosification's code, in windows of an image's size: on the whole grid it has
@@ -60,12 +66,13 @@ def localise_run(run: Run, net: nn.Module, images: tuple[Tensor, Tensor], target
     (``_whole``).
     """
     side = images[0].shape[-1]
+    vit, costly = _is_vit(run), run.kind == "standard"
+    grids = grids or (GRIDS_VIT if vit else GRIDS)
+    fewer = -(-grids // (FEWER_COSTLY_VIT if vit and costly else FEWER))
     # Methods, grids, file, variant.
     usual: Variant = "strided_padded" if _is_vit(run) else "full"
     games: list[tuple[list[str], int, Path, Variant]] = [(methods_for(run, net, side), grids, target, usual)]
     if (other := _second(run, target)) is not None:
-        fewer = -(-grids // 5)
-        costly = run.kind == "standard"
         games.append((list(COSTLY), fewer, other, usual) if costly else (["bcos"], fewer, other, "full"))
     with Progress(transient=True) as bar:
         task = bar.add_task(run.name)

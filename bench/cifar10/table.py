@@ -12,7 +12,7 @@ __all__ = ["last_epoch", "localisation", "study_rows", "table_rows", "write_tabl
 
 COLUMNS = (
     "model", "seed", "pretrained_top1", "bcos_top1", "bcosified_top1", "delta", "scratch_epochs", "t", "speedup",
-    "loc_bcos", "loc_bcosified", "loc_best_posthoc", "best_posthoc",
+    "loc_bcos", "loc_bcosified", "loc_best_posthoc", "best_posthoc", "loc_grids", "best_posthoc_grids",
 )  # fmt: skip
 STUDY_COLUMNS = ("model", "variant", "epochs", "top1", "localisation", "grids", "images_per_s")
 
@@ -25,9 +25,13 @@ def last_epoch(logs: Path, run: Run) -> dict[str, str] | None:
 
 def localisation(logs: Path, run: Run) -> dict[str, float]:
     """Mean share inside the right cell by method."""
+    return {method: float(row["mean"]) for method, row in _localised(logs, run).items()}
+
+
+def _localised(logs: Path, run: Run) -> dict[str, dict[str, str]]:
+    """By method, its row of numbers."""
     files = ("localisation.csv", "localisation_costly.csv")
-    rows = [row for name in files for row in read_rows(logs / run.name / name)]
-    return {row["method"]: float(row["mean"]) for row in rows}
+    return {row["method"]: row for name in files for row in read_rows(logs / run.name / name)}
 
 
 def table_rows(logs: Path) -> list[dict[str, Any]]:
@@ -63,6 +67,8 @@ def table_rows(logs: Path) -> list[dict[str, Any]]:
             "loc_bcosified": _percent(found["bcosified"].get("bcos")),
             "loc_best_posthoc": None if best is None else _percent(others[best]),
             "best_posthoc": best,
+            "loc_grids": _grids(logs, group["bcosified"], "bcos"),
+            "best_posthoc_grids": _grids(logs, group["standard"], best),
         })  # fmt: skip
     return rows
 
@@ -84,10 +90,16 @@ def study_rows(logs: Path) -> list[dict[str, Any]]:
                 "epochs": run.recipe.epochs,
                 "top1": _percent(float(last["val_top1"])),
                 "localisation": _percent(localisation(logs, run).get("bcos")),
-                "grids": next((r["grids"] for r in read_rows(logs / run.name / "localisation.csv")), None),
+                "grids": _grids(logs, run, "bcos"),
                 "images_per_s": f"{float(last['images_per_s'] or 0):.0f}",
             })  # fmt: skip
     return rows
+
+
+def _grids(logs: Path, run: Run, method: str | None) -> str | None:
+    """How many a method played."""
+    row = _localised(logs, run).get(method) if method is not None else None
+    return None if row is None else row["grids"]
 
 
 def _percent(share: float | None) -> str | None:

@@ -32,8 +32,8 @@ def logs(folder: Path, name: str, accuracies: list[float], methods: dict[str, fl
 def test_table_from_logs(tmp_path: Path) -> None:
     rising = [0.5 + 0.03 * i for i in range(12)]  # 0.83 at the end
     logs(tmp_path, "resnet20-standard-seed0", [0.9] * 12, {"grad_cam": 0.4, "occlusion": 0.3, "random": 0.9})
-    costly = [{"method": "integrated_gradients", "mean": 0.45}]
-    write_csv(tmp_path / "resnet20-standard-seed0" / "localisation_costly.csv", costly, ("method", "mean"))
+    costly = [{"method": "integrated_gradients", "mean": 0.45, "grids": 12}]
+    write_csv(tmp_path / "resnet20-standard-seed0" / "localisation_costly.csv", costly, ("method", "mean", "grids"))
     logs(tmp_path, "resnet20-bcos-seed0", rising, {"bcos": 0.8, "grad_cam": 0.2})
     logs(tmp_path, "resnet20-bcosified-seed0", [0.7, 0.8, 0.84, *[0.85] * 9], {"bcos": 0.75})
     logs(tmp_path, "resnet20-standard-seed1", [0.9] * 12, {})
@@ -47,6 +47,7 @@ def test_table_from_logs(tmp_path: Path) -> None:
         "model": "resnet20", "seed": "0", "pretrained_top1": "90.00", "bcos_top1": "83.00", "bcosified_top1": "85.00",
         "delta": "+2.00", "scratch_epochs": "12", "t": "3", "speedup": "4.0", "loc_bcos": "80.00",
         "loc_bcosified": "75.00", "loc_best_posthoc": "45.00", "best_posthoc": "integrated_gradients",
+        "loc_grids": "63", "best_posthoc_grids": "12",
     }  # fmt: skip
     (study,) = read_rows(tmp_path / "out" / "cifar10_study.csv")
     assert (study["model"], study["variant"], study["top1"]) == ("resnet20", "b1", "75.00")
@@ -118,16 +119,35 @@ def test_weights_of_this_machine_come_before_the_committed_ones(tmp_path: Path) 
     assert weights_of(name, work, results) == mine
 
 
-def test_a_finished_run_is_published_again_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_says_so(tmp_path: Path) -> None:
+    """Not silently: whoever wants to train it again is to know where its logs are, and to give another folder."""
+    name = "resnet20-standard-seed0"
+    logs(tmp_path / "results", name, [0.1] * 12, {"bcos": 0.5})
+    write_csv(tmp_path / "results" / name / "localisation_costly.csv", [], ("method", "mean"))
+    for command in ("run", "all", "localise"):
+        named = [name] if command == "run" else ["--name", name]
+        arguments = ["--data", "none.tar.gz", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+        result = CliRunner().invoke(program.app, [command, *named, *arguments])
+        assert result.exit_code == 0, result.output
+        said = "".join(result.stderr.split())
+        assert str(tmp_path / "results" / name) in said, said
+        assert ("trainedalready" in said) == (command != "localise")
+        assert ("hasitsgrids" in said) == (command != "run")
+    elsewhere = ["--data", "none.tar.gz", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "again")]
+    result = CliRunner().invoke(program.app, ["run", name, *elsewhere])
+    assert result.exit_code != 0
+    assert "none.tar.gz" in str(result.exception) + result.output
+
+
+def test_a_finished_run_is_published_again_after_a_kill(tmp_path: Path) -> None:
     name, results = "resnet20-standard-seed0", tmp_path / "results"
-    monkeypatch.setattr(program, "RESULTS", results)
     work = tmp_path / "work"
     logs(work, name, [0.1] * 12, {})
     for file in ("steps.csv", "recipe.json", "last.safetensors"):
         (work / name / file).write_text("x")
     logs(results, name, [0.1] * 11, {})
     (results / name / "state.pt").write_text("x")
-    program._train(next(r for r in runs() if r.name == name), tmp_path / "none.tar.gz", work)
+    program._train(next(r for r in runs() if r.name == name), tmp_path / "none.tar.gz", work, results)
     assert len(read_rows(results / name / "metrics.csv")) == 12
     assert (results / name / COMMITTED_WEIGHTS).read_text() == "x"
     assert not (results / name / "state.pt").exists()
