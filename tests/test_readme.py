@@ -26,17 +26,26 @@ def test_the_example_runs_as_printed(tmp_path, monkeypatch, capsys):
     assert "bcos_rt" in sys.modules
 
 
-def test_pictures_and_guides_of_the_readme_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
-    assert len(links) >= 4
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+)
+def test_links_and_pictures_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+    assert len(links) >= 4 or page != "README.md"
     for link in links:
-        assert (ROOT / link).is_file(), link
+        file, _, heading = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, link
 
 
-def test_every_measured_number_is_committed():
-    """Each row of the README's table names the file its number comes from, and that file is there."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Measured", 1)[1].split("\n## ", 1)[0]
+@pytest.mark.parametrize("page", ["README.md", "docs/results/README.md"])
+def test_every_measured_number_is_committed(page):
+    """Each row of the tables names the file its number comes from, and that file is there."""
+    text = (ROOT / page).read_text(encoding="utf-8").split("## Measured", 1)[-1].split("\n## ", 1)[0]
     rows = [line for line in text.splitlines() if line.startswith("|")][2:]
     assert len(rows) >= 5
     for row in rows:

@@ -212,6 +212,7 @@ def choose_images(
 
     As published: while more than ``cells`` classes (more, not as many) have an unused image whose logit's sigmoid is
     over ``confidence``, draw ``cells`` of them with NumPy's legacy generator, seed 42, and take the next image of each.
+    Where there are just as many from the start, which the published rule has no grid for, all of them are taken.
     """
     classes = np.array(list(by_class))
     used = dict.fromkeys(by_class, 0)
@@ -224,7 +225,8 @@ def choose_images(
     position = {k: i for i, k in enumerate(by_class)}
     generator = np.random.RandomState(42)
     chosen: list[int] = []
-    while mask.sum() > cells:
+    least = cells if mask.sum() == cells else cells + 1
+    while mask.sum() >= least:
         for k in generator.choice(classes[mask], size=cells, replace=False).tolist():
             chosen.append(by_class[k][used[k]][0])
             used[k] += 1
@@ -444,7 +446,7 @@ def grid_pointing_game(
         if not made:
             sure = sum(1 for entries in by_class.values() if entries and is_sure(entries[0][1], confidence))
             right = f"that {' and '.join(map(repr, names))} classify right with a confidence > {confidence}"
-            raise InvalidArgumentError("data", f"{sure} classes with an image {right}", f"more than {n * n}")
+            raise InvalidArgumentError("data", f"{sure} classes with an image {right}", f"at least {n * n}")
         return made
 
     sharing = tuple(networks) if same_grids is True else (same_grids,) if same_grids is not None else None

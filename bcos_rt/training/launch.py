@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError
 from bcos_rt.training.recipe import TrainingRecipe
@@ -13,7 +13,7 @@ from bcos_rt.training.sharded import share_out
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["launched", "make_fabric"]
+__all__ = ["begin_logs_at", "launched", "make_fabric"]
 
 _STRATEGIES = "'auto', 'ddp' or 'fsdp'"
 
@@ -81,6 +81,22 @@ def make_fabric(
             "devices", f"{devices!r} in an interactive interpreter", "1 there, or a script that torchrun starts"
         )
     return fabric
+
+
+def begin_logs_at(fabric: Fabric, step: int) -> None:
+    """Have TensorBoard drop what it was told of this step and later ones, by a run that was killed.
+
+    As torch's ``SummaryWriter(purge_step=...)`` does, which has to know the step before the state is read.
+    """
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    except ModuleNotFoundError:
+        return
+    for logger in fabric.loggers:
+        writer: Any = logger.experiment
+        # The session's start is heeded in files of this version alone.
+        writer.file_writer.add_event(Event(step=step, file_version="brain.Event:2"))
+        writer.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
 
 def launched() -> tuple[int, int] | None:

@@ -56,7 +56,7 @@ from bcos_rt.training.checks import (
     learns_outputs,
 )
 from bcos_rt.training.finite import FirstBad, all_finite, first_not_finite, is_finite
-from bcos_rt.training.launch import make_fabric
+from bcos_rt.training.launch import begin_logs_at, make_fabric
 from bcos_rt.training.losses import Teaching, agreement, check_label, label_loss
 from bcos_rt.training.optim import clip_adaptively, make_optimizers, set_fused, step_all
 from bcos_rt.training.recipe import TrainingRecipe
@@ -312,6 +312,7 @@ class _Training:
             self._load()
             if self.fabric.is_global_zero:
                 self.folder.write_logs(self.progress)
+                begin_logs_at(self.fabric, self._done + 1)
         elif self.folder is not None and self.fabric.is_global_zero:
             self.folder.describe(self.recipe, self._about())
         self._look_at_first()

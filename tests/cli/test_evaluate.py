@@ -126,8 +126,8 @@ def test_bad_input_of_evaluate_is_named(bcos, data, arguments, message):
         (("--smooth", 4), "smooth: got 4"),
         (("--variant", "half"), "variant: got 'half'"),
         # Six classes cannot fill nine cells.
-        (("--method", "random"), "expected more than 9"),
-        (("--method", "bcos", "--convert"), "expected more than 9"),
+        (("--method", "random"), "expected at least 9"),
+        (("--method", "bcos", "--convert"), "expected at least 9"),
     ],
 )
 def test_bad_input_of_localise_is_named(bcos, model, data, tmp_path, arguments, message):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -543,6 +544,28 @@ def test_tensorboard_has_steps_epochs_and_explanations(tmp_path: Path) -> None:
     with Image.open(tmp_path / "run" / "explanations" / "epoch_002.png") as saved:
         seen = Image.open(io.BytesIO(pictures[2].encoded_image_string))
         np.testing.assert_array_equal(np.asarray(seen.convert("RGB")), np.asarray(saved.convert("RGB")))
+
+
+def test_tensorboard_forgets_what_a_killed_run_did_after_its_state(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def killed(row: dict[str, Any]) -> None:
+        """After the second epoch, of which the state is taken away."""
+        if row["epoch"] == 1:
+            shutil.copy(run / "state.pt", tmp_path)
+        else:
+            raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    recipe = PLAIN.replace(epochs=3)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(network(), colours(32), recipe, output=run, on_epoch=killed)
+    shutil.copy(tmp_path / "state.pt", run)
+    finetune(network(), colours(32), recipe, output=run, resume=True)
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("step/train_loss")] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in events.Scalars("epoch/train_loss")] == [2, 4, 6]
 
 
 class _Slow(_Signalling):
