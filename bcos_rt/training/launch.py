@@ -89,10 +89,13 @@ def begin_logs_at(fabric: Fabric, step: int) -> None:
     As torch's ``SummaryWriter(purge_step=...)`` does, which has to know the step before the state is read.
     """
     try:
+        from lightning_fabric.loggers.tensorboard import TensorBoardLogger
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     except ModuleNotFoundError:
         return
     for logger in fabric.loggers:
+        if not isinstance(logger, TensorBoardLogger):
+            continue
         writer: Any = logger.experiment
         # The session's start is heeded in files of this version alone.
         writer.file_writer.add_event(Event(step=step, file_version="brain.Event:2"))
