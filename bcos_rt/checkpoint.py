@@ -39,13 +39,14 @@ CONFIG_NAME = "config.json"
 # The entry of a single file's header that holds the JSON.
 HEADER_KEY = "bcos_rt"
 # Suffixes people give to files of weights: a directory of such a name would surprise them.
-_FOREIGN_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".onnx", ".pkl", ".json")
+_FOREIGN_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".onnx", ".pkl", ".json", ".npz", ".safetensor")
 
 
 def save(net: BcosNetwork, path: str | os.PathLike[str]) -> Path:
     """Write a network: weights, recipe, source, class names and the side of its images.
 
-    The write is atomic: a reader sees the old checkpoint or the new one, and an error leaves the old one in place.
+    An error, or Ctrl-C, leaves the old checkpoint in place, and a file is the old one or the new one at any time. (A
+    directory cannot be replaced in one step: for a moment, between two renames, there is none.)
 
     Args:
         net: the network, on any device and of any dtype.
@@ -67,7 +68,7 @@ def save(net: BcosNetwork, path: str | os.PathLike[str]) -> Path:
     try:
         target = path.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             if target.is_dir():
                 raise InvalidArgumentError("path", f"{str(path)!r}, a directory", "a file name")
             with replacing(target) as temporary:
@@ -220,7 +221,7 @@ def _write_directory(state: Mapping[str, Tensor], config: Mapping[str, Any], tar
             os.replace(target, old)
         try:
             os.replace(temporary, target)
-        except OSError:
+        except BaseException:
             if old.exists():
                 os.replace(old, target)
             raise

@@ -126,8 +126,17 @@ def _deep_gray(image: Image.Image) -> Tensor:
         raise ValueError("it holds NaN or infinite samples")
     scale = 65535.0
     if image.mode in ("I", "F"):
-        # No format says what the range of these is, so take the smallest usual one that fits.
-        ranges = (1.0,) * (image.mode == "F") + (255.0, 65535.0)
-        scale = next((full for full in ranges if samples.max() <= full), max(float(samples.max()), 2.0**32 - 1))
-    gray = torch.from_numpy(np.clip(samples / scale, 0, 1).astype(np.float32))
+        # No format says what the range of these is, so take the smallest usual one that fits. Filters overshoot: what
+        # is a little over 1 is not in the range to 255.
+        ranges = {1.0: 2.0} if image.mode == "F" else {}
+        ranges |= {255.0: 256.0, 65535.0: 65536.0, 2.0**31 - 1: 2.0**31}
+        scale = next((full for full, below in ranges.items() if samples.max() < below), float(samples.max()))
+    if samples.min() < (-0.5 * scale if image.mode == "F" else 0):
+        raise ValueError("it holds negative samples")
+    samples = samples / scale
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        # This one value is transparent: white, as everything transparent.
+        samples[np.asarray(image) == clear] = 1.0
+    gray = torch.from_numpy(np.clip(samples, 0, 1).astype(np.float32))
     return gray.expand(3, -1, -1).contiguous()

@@ -75,7 +75,7 @@ class Difference:
 
     Attributes:
         max_abs: largest absolute difference.
-        max_relative: the same, relative to the largest value.
+        max_relative: the same, relative to the largest value; of the residual, to the largest of residual and logits.
         l2, cosine: W and contributions: relative L2 error and cosine of the worst image.
         median_l2, median_cosine: the same of the median image.
         share: picture: share of values that differ by more than its tolerance.
@@ -278,7 +278,8 @@ class _Tally:
         self.l2: list[float] = []
         self.cosine: list[float] = []
 
-    def add(self, given: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> None:
+    def add(self, given: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], scale: float) -> None:
+        """``scale``: what a difference is relative to, at least."""
         if given.shape != expected.shape:
             raise ExportError(f"{self.name} has shape {given.shape}, PyTorch's has {expected.shape}")
         if not np.isfinite(given).all():
@@ -286,7 +287,7 @@ class _Tally:
         given, expected = given.astype(np.float64), expected.astype(np.float64)
         gap = np.abs(given - expected)
         self.max_abs = max(self.max_abs, float(gap.max()))
-        self.max_relative = max(self.max_relative, float(gap.max()) / max(float(np.abs(expected).max()), UNDERFLOW))
+        self.max_relative = max(self.max_relative, float(gap.max()) / max(float(np.abs(expected).max()), scale))
         if self.name == "picture":
             self.share.append(float((gap > self.visible).mean()))
         if self.name in ("weights", "contributions"):
@@ -316,8 +317,11 @@ def _compare(
 ) -> dict[str, Difference]:
     tallies: dict[str, _Tally] = {}
     for (_, _, given), wanted in zip(runs, expected, strict=True):
+        # A residual is part of a logit, and may be nothing but rounding.
+        logits = float(wanted["logits"].abs().max()) if "logits" in wanted else 0.0
         for name, value in given.items():
-            tallies.setdefault(name, _Tally(name, tolerances)).add(value, wanted[name].numpy())
+            scale = max(logits if name == "residual" else 0.0, UNDERFLOW)
+            tallies.setdefault(name, _Tally(name, tolerances)).add(value, wanted[name].numpy(), scale)
     return {name: tally.difference() for name, tally in tallies.items()}
 
 

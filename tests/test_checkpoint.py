@@ -224,8 +224,9 @@ def test_overwriting_a_checkpoint(tiny, name, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize(("error", "raised"), [(OSError, InvalidArgumentError), (KeyboardInterrupt, KeyboardInterrupt)])
 @pytest.mark.parametrize("name", ["net", "net.safetensors"])
-def test_a_failed_write_leaves_the_old_checkpoint(tiny, name, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_checkpoint(tiny, name, tmp_path, monkeypatch, error, raised):
     path = tmp_path / name
     save(tiny, path)
     old = logits(tiny)
@@ -236,12 +237,12 @@ def test_a_failed_write_leaves_the_old_checkpoint(tiny, name, tmp_path, monkeypa
     def fails_at_the_end(source, target):
         if str(target) == str(path) and fails_at_the_end.armed:
             fails_at_the_end.armed = False  # putting the old one back succeeds
-            raise OSError("disk full")
+            raise error("disk full")
         return real(source, target)
 
     fails_at_the_end.armed = True
     monkeypatch.setattr(os, "replace", fails_at_the_end)
-    with pytest.raises(InvalidArgumentError, match="disk full"):
+    with pytest.raises(raised, match="disk full"):
         save(tiny, path)
     monkeypatch.undo()
     assert torch.equal(logits(load(path, Tiny())), old)

@@ -106,6 +106,16 @@ def test_wide_and_floating_point_samples(tmp_path):
         samples = (pixels / 2399 * scale).astype(np.float32)
         image = load_image(written(tmp_path, Image.fromarray(samples), "float.tiff"), size=None)
         torch.testing.assert_close(image, gray(pixels / 2399), atol=1e-6, rtol=0)
+    # What a filter overshoots by is no other range; bytes in 32 bits are full at 2^31 - 1.
+    samples = (pixels / 2399).astype(np.float32)
+    samples[0, :2] = -0.02, 1.001
+    image = load_image(written(tmp_path, Image.fromarray(samples), "over.tiff"), size=None)
+    torch.testing.assert_close(image, gray(samples.clip(0, 1)), atol=1e-6, rtol=0)
+    full = np.full((4, 4), 2**31 - 1, np.int32)
+    assert float(load_image(written(tmp_path, Image.fromarray(full), "full.tiff"), size=None).min()) == 1.0
+    for negative in (-full, -full.astype(np.float32)):
+        with pytest.raises(InvalidArgumentError, match="negative samples"):
+            load_image(written(tmp_path, Image.fromarray(negative), "negative.tiff"), size=None)
     samples[3, 4] = np.nan
     with pytest.raises(InvalidArgumentError, match="NaN"):
         load_image(written(tmp_path, Image.fromarray(samples), "nan.tiff"), size=None)
@@ -123,6 +133,12 @@ def test_transparency_lies_over_white(tmp_path):
     la = load_image(written(tmp_path, rgba.convert("LA"), "la.png"), size=None)
     assert torch.equal(la[:, :, :20], torch.ones(3, 40, 20))
     assert torch.equal(la[0], la[2])
+    deep = np.full((40, 60), 20000, np.uint16)
+    deep[:, :20] = 40000
+    Image.fromarray(deep).save(tmp_path / "deep.png", transparency=40000)
+    image = load_image(tmp_path / "deep.png", size=None)
+    assert torch.equal(image[:, :, :20], torch.ones(3, 40, 20))
+    assert float(image[:, :, 20:].max()) == pytest.approx(20000 / 65535)
 
 
 def test_palette(tmp_path):

@@ -159,6 +159,8 @@ def convert(
         if given is not None:
             changes[name] = texts[name]
     photos = images or []
+    if verify is False and photos:
+        raise InvalidArgumentError("--no-verify", f"beside {str(photos[0])!r}", "no photographs: they are to verify on")
 
     def work(progress: Progress) -> Outcome:
         check_writable_place(output)

@@ -241,7 +241,7 @@ def localise(
     """
 
     def work(progress: Progress) -> Outcome:
-        check_writable_place(output)
+        check_writable_place(output, folder=True)
         if stride is not None and not variant.startswith("strided"):
             raise InvalidArgumentError("--stride", f"{stride} with --variant {variant}", "--variant strided")
         with progress.working("loading the networks"):

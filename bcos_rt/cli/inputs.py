@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -178,7 +179,9 @@ def convert_source(
 
 def is_saved(model: str) -> bool:
     """Whether what stands for a model is a saved network: a path, or one that comes with the package."""
-    return os.path.exists(model) or is_packaged(model)
+    # What a model of that name is called stays a model, whatever lies here.
+    named = model == "efficientnet-lite0" or re.match("[a-z_]{2,}:", model) is not None
+    return is_packaged(model) or (os.path.exists(model) and not named)
 
 
 def as_checkpoint(model: str | None, checkpoint: Path | None) -> tuple[str | None, Path | None]:
@@ -322,7 +325,7 @@ def find_class(wanted: str, names: Sequence[str] | None, classes: int) -> int:
         InvalidArgumentError: no such class, or several.
     """
     wanted = wanted.strip()
-    if wanted.lstrip("-").isdecimal():
+    if wanted.removeprefix("-").isdecimal() and len(wanted) < 20:
         index = int(wanted)
         if not 0 <= index < classes:
             raise InvalidArgumentError("--class", index, f"an index from 0 to {classes - 1}, or a name")
@@ -409,8 +412,10 @@ def check_output(path: Path, suffixes: Sequence[str] = (), option: str = "--outp
         ) from error
 
 
-def check_writable_place(path: Path, option: str = "--output") -> None:
-    """Like :func:`check_output` for a path whose parent folders will be made."""
+def check_writable_place(path: Path, option: str = "--output", folder: bool = False) -> None:
+    """Like :func:`check_output` for a path whose parent folders will be made; ``folder``: that will be one itself."""
+    if folder and path.exists() and not path.is_dir():
+        raise InvalidArgumentError(option, f"{str(path)!r}, a file", "a folder, new or there already")
     place = path.absolute().parent
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -76,7 +76,7 @@ def perturb(
     """
 
     def work(progress: Progress) -> Outcome:
-        check_writable_place(output)
+        check_writable_place(output, folder=True)
         with progress.working("loading the networks"):
             place = chosen_device(device)
             from bcos_rt.data import open_data
@@ -147,7 +147,7 @@ def randomise(
     """
 
     def work(progress: Progress) -> Outcome:
-        check_writable_place(output)
+        check_writable_place(output, folder=True)
         if model is not None and checkpoint is not None:
             raise InvalidArgumentError("--model, --checkpoint", "both", "one of them")
         with progress.working("loading the network"):

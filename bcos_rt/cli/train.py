@@ -323,7 +323,7 @@ def _run(
     as_json: bool,
 ) -> None:
     def work(progress: Progress) -> Outcome:
-        check_writable_place(output)
+        check_writable_place(output, folder=True)
         check_photos(photos or [])
         with progress.working("loading PyTorch"):
             import torch

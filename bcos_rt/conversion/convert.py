@@ -105,6 +105,8 @@ def bcosify(
     else:
         last = LogitLayer(_logit_bias(recipe, classes, conversion.notes), recipe.logit_temperature)
         conversion.add("", "logit", "", repr(last), "logit_bias")
+    if class_names is not None and (isinstance(class_names, str) or not all(isinstance(n, str) for n in class_names)):
+        raise InvalidTypeError("class_names", repr(class_names)[:80], "a sequence of strings or None")
     names = class_names if class_names is not None else source.class_names
     if class_names is not None and classes is not None and len(class_names) != classes:
         raise InvalidArgumentError("class_names", f"{len(class_names)} names", f"one per logit, {classes}")
@@ -772,8 +774,23 @@ class _Conversion:
                     "groups=1, as [x, 1 - x] puts a channel and its inverse into different groups",
                     " (or use Recipe(input_encoding='three_channel'))",
                 )
+            if self._sees_more_than_images(conv):
+                raise InvalidArgumentError(
+                    "model",
+                    f"the first convolution {name!r} used again, behind other layers",
+                    "one that takes the image alone, as its weights become those of six channels",
+                    " (or use Recipe(input_encoding='three_channel'))",
+                )
             found.add(id(conv))
         return found
+
+    def _sees_more_than_images(self, conv: nn.Conv2d) -> bool:
+        graph = self.roles.graph
+        if graph is None:
+            return False
+        of_images = set(nodes.image_consumers(graph, self.modules))
+        calls = [n for n in graph.nodes if n.op == "call_module" and self.modules.get(str(n.target)) is conv]
+        return any(n in of_images for n in calls) and any(n not in of_images for n in calls)
 
     def _patch_embedding(self) -> set[int] | None:
         """The linear layer that takes the image's patches, where the image goes there and nowhere else."""

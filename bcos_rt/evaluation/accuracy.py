@@ -18,6 +18,7 @@ from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation.checks import check_count, checked_logits, example_tensor, logits_of, spread
 from bcos_rt.evaluation.saving import save_figure
 from bcos_rt.explanation.explain import explain
+from bcos_rt.figures import without_math
 from bcos_rt.files import write_csv, write_json
 from bcos_rt.graph.capture import eval_mode
 from bcos_rt.nn.network import BcosNetwork
@@ -111,7 +112,7 @@ class Evaluation:
             axis.set_title(f"{name}: calibration error {found.error:.3f} ({total} images)", fontsize=10)
             axis.set_xlabel("confidence (darker: more images)")
         figure.axes[0].set_ylabel("accuracy")
-        return figure
+        return without_math(figure)
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the whole data set in a flat row, blank where there are none."""

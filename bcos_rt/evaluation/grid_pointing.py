@@ -28,6 +28,7 @@ from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.evaluation.attribution import Method, methods_of
 from bcos_rt.evaluation.checks import check_count, checked_maps, example_tensor, is_number, logits_of
 from bcos_rt.evaluation.saving import save_results
+from bcos_rt.figures import without_math
 from bcos_rt.graph.capture import eval_mode
 from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.nn.network import BcosNetwork
@@ -120,7 +121,7 @@ class GridPointing:
             axis.set_title("\n".join(textwrap.wrap(network, 10 * width)), fontsize=10)
             axis.set_ylim(0, 1.02)
         axes[0].set_ylabel(f"share inside the right cell, {self.n} x {self.n}")
-        return figure
+        return without_math(figure)
 
     def plot_example(self) -> Figure:
         """A grid of each network's, and every method's map of the class in the first cell."""
@@ -145,7 +146,7 @@ class GridPointing:
         for axis in axes:
             axis.set_xticks([])
             axis.set_yticks([])
-        return figure
+        return without_math(figure)
 
 
 def smoothing_for(cell: int) -> int:

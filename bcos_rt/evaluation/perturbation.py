@@ -31,6 +31,7 @@ from bcos_rt.evaluation.checks import (
 )
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.explanation.explain import class_ids_of
+from bcos_rt.figures import without_math
 from bcos_rt.graph.capture import eval_mode
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ class InsertionDeletion:
             axis.set_xlabel("share of pixels replaced")
             axis.legend(fontsize=7)
         axes[0].set_ylabel(f"{self.options.score} of the class")
-        return figure
+        return without_math(figure)
 
 
 def filled(images: Tensor, fill: Fill, blur_sigma: float | None = None) -> Tensor:

@@ -23,6 +23,7 @@ from bcos_rt.evaluation.attribution import Method, named_methods
 from bcos_rt.evaluation.checks import checked_logits, checked_maps
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.explanation.explain import class_ids_of
+from bcos_rt.figures import without_math
 from bcos_rt.nn.conventional import inner_network
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class ParameterRandomisation:
         axis.set_xlabel("randomised down to")
         axis.set_ylabel("rank correlation with the trained network's maps")
         axis.legend(fontsize=8)
-        return figure
+        return without_math(figure)
 
 
 @torch.no_grad()

@@ -7,14 +7,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bcos_rt.errors import InvalidArgumentError
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.explanation.picture import colour_picture
+from bcos_rt.figures import without_math
 from bcos_rt.files import ordinary_mode
 
 if TYPE_CHECKING:
@@ -93,9 +94,7 @@ class Explanation:
         """
         from matplotlib.figure import Figure
 
-        chosen = list(range(len(self))) if indices is None else list(indices)
-        if not chosen:
-            raise InvalidArgumentError("indices", "no image", "at least one image to plot")
+        chosen = self._chosen(indices)
         single = self.target.ndim == 1
         targets = (self.target[:, None] if single else self.target).cpu()
         rgba = self.picture(smooth, alpha_percentile) if self.weights.shape[-3] == 6 else None
@@ -131,15 +130,39 @@ class Explanation:
             axis.set_xticks([])
             axis.set_yticks([])
             axis.title.set_fontsize(10)
-        return figure
+        return without_math(figure)
+
+    def _chosen(self, indices: Sequence[int] | None) -> list[int]:
+        """Which of the images, by numbers from 0 or, as in Python, from -1."""
+        if indices is None:
+            chosen = list(range(len(self)))
+        else:
+            if not isinstance(indices, Sequence | np.ndarray | Tensor) or isinstance(indices, str):
+                raise InvalidTypeError("indices", repr(indices), "a sequence of integers, or None")
+            chosen = [int(i) for i in indices]
+            for i in chosen:
+                if not -len(self) <= i < len(self):
+                    raise InvalidArgumentError("indices", i, f"from 0 to {len(self) - 1}")
+        if not chosen:
+            raise InvalidArgumentError("indices", "no image", "at least one image to plot")
+        return chosen
 
     def save(self, path: str | os.PathLike[str], indices: Sequence[int] | None = None, dpi: int = 110) -> Path:
-        """Write :meth:`plot` as a picture (.png, .svg, .pdf, .jpg), or all numbers as ``.npz``; atomically.
+        """Write :meth:`plot` as a picture (.png, .svg, .pdf, .jpg), or the numbers as ``.npz``; atomically.
+
+        Args:
+            indices: which of the N images; default all.
+            dpi: pixels an inch of a picture.
+
+        Half-precision numbers are written as float32.
 
         Raises:
             InvalidArgumentError: an unknown suffix, or a folder that does not exist or cannot be written.
         """
         path = Path(path)
+        chosen = self._chosen(indices)
+        if isinstance(dpi, bool) or not isinstance(dpi, int | float) or not dpi > 0:
+            raise InvalidArgumentError("dpi", repr(dpi), "a number > 0")
         suffixes = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".npz")
         if path.suffix.lower() not in suffixes:
             raise InvalidArgumentError("path", repr(str(path)), "a file name ending in " + ", ".join(suffixes))
@@ -153,18 +176,23 @@ class Explanation:
             with os.fdopen(handle, "wb") as file:
                 if path.suffix.lower() == ".npz":
                     arrays = {
-                        name: getattr(self, name).cpu().numpy()
+                        name: _as_numpy(getattr(self, name)[chosen])
                         for name in ("logits", "target", "weights", "contributions", "residual", "images")
                     }
                     np.savez_compressed(file, **arrays)
                 else:
-                    self.plot(indices).savefig(file, dpi=dpi, format=path.suffix[1:].lower())
+                    self.plot(chosen).savefig(file, dpi=dpi, format=path.suffix[1:].lower())
             ordinary_mode(temporary)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
         return path
+
+
+def _as_numpy(values: Tensor) -> Any:
+    half = values.dtype in (torch.float16, torch.bfloat16)
+    return (values.float() if half else values).cpu().numpy()
 
 
 def _short(name: str, limit: int = 28) -> str:

@@ -42,6 +42,8 @@ def colour_picture(encoded: Tensor, weights: Tensor, smooth: int = 15, alpha_per
         raise InvalidArgumentError("smooth", smooth, "an odd number of pixels, or 0 for no smoothing")
     if not 0 < alpha_percentile <= 100:
         raise InvalidArgumentError("alpha_percentile", alpha_percentile, "a number in (0, 100]")
+    # A percentile has no half-precision form, and a picture no use for one.
+    encoded, weights = (v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for v in (encoded, weights))
     contributions = (encoded * weights).sum(1, keepdim=True)
     direction = (weights / (weights.abs().amax(1, keepdim=True) + EPS)).clamp(min=0)
     colour = direction[:, :3] / (direction[:, :3] + direction[:, 3:] + EPS)

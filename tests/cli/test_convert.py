@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bcos_rt import Recipe, bcosify, load
+from bcos_rt.cli.inputs import is_saved
 from bcos_rt.models import load_model
 from tests.cli.conftest import CLASSES
 
@@ -48,6 +49,21 @@ def test_verified_on_photos(bcos, model, photos, tmp_path):
     assert result.json["report"]["equivalence"]["images"] == len(photos)
     # At B = 2 the network is another function, and is saved all the same.
     assert result.json["report"]["equivalence"]["max_relative_error"] > 1e-2
+
+
+def test_photographs_are_to_verify_on(bcos, model, tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"")
+    result = bcos("convert", tmp_path / "photo.png", *model, "--no-verify", "-o", tmp_path / "net")
+    assert (result.code, "--no-verify: got beside" in result.err) == (2, True), result.err
+
+
+def test_a_model_is_called_what_it_is_called(bcos, tmp_path, monkeypatch):
+    """Whatever lies in the folder where the command runs."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("small:resnet20", "efficientnet-lite0"):
+        (tmp_path / name).mkdir()
+        assert not is_saved(name)
+    assert is_saved(str(tmp_path))
 
 
 def test_no_verify(bcos, model, tmp_path):

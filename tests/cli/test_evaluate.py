@@ -181,6 +181,14 @@ def test_grids_of_more_cells_than_pixels_are_refused(bcos, checkpoint, data, tmp
     assert (result.code, "--grid: got 300, expected at most 224" in result.err) == (2, True), result.err
 
 
+@pytest.mark.parametrize("command", ["localise", "perturb", "randomise"])
+def test_a_folder_that_is_a_file_is_refused_before_the_work(bcos, model, data, tmp_path, command):
+    (tmp_path / "out.png").write_bytes(b"mine")
+    result = bcos(command, *model, "--data", data, "-o", tmp_path / "out.png")
+    assert (result.code, "out.png', a file, expected a folder" in result.err) == (2, True), result.err
+    assert (tmp_path / "out.png").read_bytes() == b"mine"
+
+
 def test_localise_needs_a_network(bcos, data, tmp_path):
     result = bcos("localise", "--data", data, "-o", tmp_path / "out")
     assert (result.code, "neither" in result.err) == (2, True)

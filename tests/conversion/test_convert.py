@@ -639,6 +639,31 @@ def test_logit_layer():
     assert "not that of one linear layer" in head_note(report)
 
 
+class Twice(nn.Module):
+    """Its first convolution is its second too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 5)
+
+    def forward(self, x):
+        return self.fc(self.conv(torch.relu(self.conv(x))).mean((2, 3)))
+
+
+def test_a_first_convolution_used_again_is_refused():
+    with pytest.raises(InvalidArgumentError, match=r"first convolution 'conv' used again.*three_channel"):
+        bcosify(Twice(), Recipe())
+    converted, _ = bcosify(Twice(), Recipe(input_encoding="three_channel"))
+    assert converted.eval()(images()).shape == (len(images()), 5)
+
+
+@pytest.mark.parametrize("names", ["abcde", list(range(5))])
+def test_class_names_are_strings(names):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    with pytest.raises(InvalidTypeError, match="class_names"):
+        bcosify(model, Recipe(), class_names=names)
+
+
 def test_class_names():
     names = [f"class {i}" for i in range(5)]
     assert bcosify(net(), class_names=names)[0].class_names == names

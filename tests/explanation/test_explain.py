@@ -300,6 +300,34 @@ def test_save(net, tmp_path):
         result.save(tmp_path / "folder.png")
 
 
+def test_save_some_of_the_images(net, tmp_path):
+    result = explain(net, images(3))
+    with np.load(result.save(tmp_path / "out.npz", indices=[2, 0])) as arrays:
+        np.testing.assert_array_equal(arrays["weights"], result.weights[[2, 0]].numpy())
+        assert arrays["target"].shape == (2,)
+    for bad in ([3], 0, "0", []):
+        with pytest.raises((InvalidArgumentError, InvalidTypeError), match="indices"):
+            result.save(tmp_path / "bad.png", indices=bad)
+    with pytest.raises(InvalidArgumentError, match="dpi: got 0"):
+        result.save(tmp_path / "bad.png", dpi=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.npz"]
+
+
+def test_names_are_no_formulas(tmp_path):
+    net, _ = bcosify(small(), Recipe(), class_names=["$_$", "x $\\foo$", "a$b$", "$", "$$", "{", "}"])
+    explain(net.eval(), images(2), [1, 0]).save(tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_save_in_half_precision(dtype, tmp_path):
+    net, _ = bcosify(small().to(dtype), Recipe())
+    result = explain(net.eval(), images().to(dtype))
+    result.save(tmp_path / "out.png")
+    with np.load(result.save(tmp_path / "out.npz")) as arrays:
+        np.testing.assert_array_equal(arrays["weights"], result.weights.float().numpy())
+
+
 def test_autocast_around_the_call_changes_nothing(net):
     """Mixed precision would break the sum: what is explained is the network in its own dtype."""
     images = torch.rand(2, 3, 24, 24)

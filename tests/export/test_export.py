@@ -41,6 +41,16 @@ def exported(net, tmp_path_factory):
     return path, to_onnx(net, path, SIZE, verify_images=seeded_images(SIZE, 5, seed=9))
 
 
+def test_a_residual_of_rounding_alone(tmp_path):
+    """Of normalisation by 0.5 nothing is left of the mean in [x, 1 - x], and without biases of anything."""
+    half = Recipe(mean=(0.5,) * 3, std=(0.5,) * 3, logit_bias=None)
+    net = small_network(half, SIZE)
+    images = seeded_images(SIZE, 2)
+    assert float(explain(net, images).residual.abs().max()) < 1e-6
+    report = to_onnx(net, tmp_path / "net.onnx", SIZE, verify_images=images)
+    assert report.parity.differences["residual"].max_relative < 1e-4
+
+
 @pytest.fixture(scope="module")
 def resnet():
     torch.manual_seed(0)
