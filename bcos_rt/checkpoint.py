@@ -27,7 +27,7 @@ from bcos_rt.files import check_format, ordinary_mode, replacing
 from bcos_rt.models import rebuild_source
 from bcos_rt.models.weights import load_strict
 from bcos_rt.nn.exponent import exponents, set_exponents
-from bcos_rt.nn.network import BcosNetwork
+from bcos_rt.nn.network import BcosNetwork, check_class_names
 from bcos_rt.packaged import located
 
 __all__ = ["is_checkpoint", "load", "save"]
@@ -143,8 +143,7 @@ def _config_of(net: BcosNetwork) -> dict[str, Any]:
     from bcos_rt import __version__
 
     names = net.class_names
-    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
-        raise InvalidTypeError("net.class_names", repr(names), "a sequence of strings or None")
+    check_class_names("net.class_names", names)
     if names is not None and net.classes is not None and len(names) != net.classes:
         raise InvalidArgumentError("net.class_names", f"{len(names)} names", f"one per logit, {net.classes}, or None")
     config: dict[str, Any] = {
@@ -217,12 +216,12 @@ def _write_directory(state: Mapping[str, Tensor], config: Mapping[str, Any], tar
         ordinary_mode(temporary / WEIGHTS_NAME)
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         # A directory cannot be renamed over a full one: the old one steps aside, and back if this fails.
-        if target.exists():
-            os.replace(target, old)
         try:
+            if target.exists():
+                os.replace(target, old)
             os.replace(temporary, target)
         except BaseException:
-            if old.exists():
+            if old.exists() and not target.exists():
                 os.replace(old, target)
             raise
     finally:

@@ -22,6 +22,8 @@ __all__ = ["CROP_FRACTION", "decode_image", "load_image", "resized"]
 CROP_FRACTION = 0.875
 # Modes in which a sample is wider than a byte; Pillow's own conversion to RGB would clip them instead of scaling.
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+# Share of its range by which an image of floats may leave it: bicubic filters overshoot at edges.
+_OVERSHOOT = 0.1
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
@@ -124,14 +126,13 @@ def _deep_gray(image: Image.Image) -> Tensor:
     samples = np.asarray(image).astype(np.float64)
     if not np.isfinite(samples).all():
         raise ValueError("it holds NaN or infinite samples")
-    scale = 65535.0
+    scale, beyond = 65535.0, 0.0
     if image.mode in ("I", "F"):
-        # No format says what the range of these is, so take the smallest usual one that fits. Filters overshoot: what
-        # is a little over 1 is not in the range to 255.
-        ranges = {1.0: 2.0} if image.mode == "F" else {}
-        ranges |= {255.0: 256.0, 65535.0: 65536.0, 2.0**31 - 1: 2.0**31}
-        scale = next((full for full, below in ranges.items() if samples.max() < below), float(samples.max()))
-    if samples.min() < (-0.5 * scale if image.mode == "F" else 0):
+        # No format says what the range of these is, so take the smallest usual one that fits.
+        beyond = _OVERSHOOT if image.mode == "F" else 0.0
+        ranges = (1.0,) * (image.mode == "F") + (255.0, 65535.0, 2.0**31 - 1)
+        scale = next((full for full in ranges if samples.max() <= (1 + beyond) * full), float(samples.max()))
+    if samples.min() < -beyond * scale:
         raise ValueError("it holds negative samples")
     samples = samples / scale
     clear = image.info.get("transparency")

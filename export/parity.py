@@ -75,7 +75,7 @@ class Difference:
 
     Attributes:
         max_abs: largest absolute difference.
-        max_relative: the same, relative to the largest value; of the residual, to the largest of residual and logits.
+        max_relative: the same, relative to the largest value; of the residual what is beyond the logits' tolerance.
         l2, cosine: W and contributions: relative L2 error and cosine of the worst image.
         median_l2, median_cosine: the same of the median image.
         share: picture: share of values that differ by more than its tolerance.
@@ -278,8 +278,8 @@ class _Tally:
         self.l2: list[float] = []
         self.cosine: list[float] = []
 
-    def add(self, given: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], scale: float) -> None:
-        """``scale``: what a difference is relative to, at least."""
+    def add(self, given: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], rounding: float) -> None:
+        """``rounding``: what a difference may be in any case."""
         if given.shape != expected.shape:
             raise ExportError(f"{self.name} has shape {given.shape}, PyTorch's has {expected.shape}")
         if not np.isfinite(given).all():
@@ -287,7 +287,8 @@ class _Tally:
         given, expected = given.astype(np.float64), expected.astype(np.float64)
         gap = np.abs(given - expected)
         self.max_abs = max(self.max_abs, float(gap.max()))
-        self.max_relative = max(self.max_relative, float(gap.max()) / max(float(np.abs(expected).max()), scale))
+        beyond = max(float(gap.max()) - rounding, 0.0)
+        self.max_relative = max(self.max_relative, beyond / max(float(np.abs(expected).max()), UNDERFLOW))
         if self.name == "picture":
             self.share.append(float((gap > self.visible).mean()))
         if self.name in ("weights", "contributions"):
@@ -317,11 +318,11 @@ def _compare(
 ) -> dict[str, Difference]:
     tallies: dict[str, _Tally] = {}
     for (_, _, given), wanted in zip(runs, expected, strict=True):
-        # A residual is part of a logit, and may be nothing but rounding.
-        logits = float(wanted["logits"].abs().max()) if "logits" in wanted else 0.0
+        # A residual is part of a logit, and may be nothing but that logit's rounding.
+        rounding = tolerances.logits * float(wanted["logits"].abs().max())
         for name, value in given.items():
-            scale = max(logits if name == "residual" else 0.0, UNDERFLOW)
-            tallies.setdefault(name, _Tally(name, tolerances)).add(value, wanted[name].numpy(), scale)
+            mine = rounding if name == "residual" else 0.0
+            tallies.setdefault(name, _Tally(name, tolerances)).add(value, wanted[name].numpy(), mine)
     return {name: tally.difference() for name, tally in tallies.items()}
 
 

@@ -249,6 +249,30 @@ def test_a_failed_write_leaves_the_old_checkpoint(tiny, name, tmp_path, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize(("when", "whole"), [(1, "old"), (2, "new")])
+def test_ctrl_c_behind_a_rename_leaves_a_whole_directory(tiny, tmp_path, monkeypatch, when, whole):
+    path = tmp_path / "net"
+    save(tiny, path)
+    expected = {"old": logits(tiny)}
+    with torch.no_grad():
+        tiny.backbone.conv.weight.mul_(2)
+    expected["new"] = logits(tiny)
+    real, calls = os.replace, []
+
+    def interrupted(source, target):
+        real(source, target)
+        calls.append(target)
+        if len(calls) == when:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tiny, path)
+    monkeypatch.undo()
+    assert torch.equal(logits(load(path, Tiny())), expected[whole])
+    assert [p.name for p in tmp_path.iterdir()] == ["net"]
+
+
 def test_foreign_directories_are_not_replaced(tiny, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()

@@ -111,6 +111,10 @@ def test_wide_and_floating_point_samples(tmp_path):
     samples[0, :2] = -0.02, 1.001
     image = load_image(written(tmp_path, Image.fromarray(samples), "over.tiff"), size=None)
     torch.testing.assert_close(image, gray(samples.clip(0, 1)), atol=1e-6, rtol=0)
+    samples = (pixels / 2399 * 255).astype(np.float32)
+    samples[0, :2] = -5, 260
+    image = load_image(written(tmp_path, Image.fromarray(samples), "over.tiff"), size=None)
+    torch.testing.assert_close(image, gray(samples.clip(0, 255) / 255), atol=1e-6, rtol=0)
     full = np.full((4, 4), 2**31 - 1, np.int32)
     assert float(load_image(written(tmp_path, Image.fromarray(full), "full.tiff"), size=None).min()) == 1.0
     for negative in (-full, -full.astype(np.float32)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -179,9 +178,10 @@ def convert_source(
 
 def is_saved(model: str) -> bool:
     """Whether what stands for a model is a saved network: a path, or one that comes with the package."""
-    # What a model of that name is called stays a model, whatever lies here.
-    named = model == "efficientnet-lite0" or re.match("[a-z_]{2,}:", model) is not None
-    return is_packaged(model) or (os.path.exists(model) and not named)
+    from bcos_rt.models.sources import is_model_name
+
+    # Whatever lies here under a model's name.
+    return is_packaged(model) or (os.path.exists(model) and not is_model_name(model))
 
 
 def as_checkpoint(model: str | None, checkpoint: Path | None) -> tuple[str | None, Path | None]:
@@ -325,8 +325,11 @@ def find_class(wanted: str, names: Sequence[str] | None, classes: int) -> int:
         InvalidArgumentError: no such class, or several.
     """
     wanted = wanted.strip()
-    if wanted.removeprefix("-").isdecimal() and len(wanted) < 20:
-        index = int(wanted)
+    try:
+        index = int(wanted) if wanted.lstrip("-").isdecimal() else None
+    except ValueError:  # "--5", or more digits than Python reads
+        index = None
+    if index is not None:
         if not 0 <= index < classes:
             raise InvalidArgumentError("--class", index, f"an index from 0 to {classes - 1}, or a name")
         return index

@@ -213,10 +213,18 @@ def finetune(
                 raise InvalidArgumentError("--teacher", "with --checkpoint", "--model, whose weights teach")
             return load(checkpoint), None, {"checkpoint": str(checkpoint)}
         source = load_source(str(model), weights, _class_count(num_classes, classes))
+        own = weights is not None and weights not in ("default", "random")
+        if own and names is not None and source.class_names is not None and set(names) != set(source.class_names):
+            # As many, and others: neither that classifier nor its names are the data's.
+            source = source.for_other_classes()
         taught = chosen.distillation
-        if teacher and source.new_classifier and taught is not None and taught.logits > 0:
-            got = f"{taught.logits:g} with a teacher whose classifier is new, its weights are of other classes"
-            raise InvalidArgumentError("--set distillation.logits", got, "0 (distillation.features=1 and .modules)")
+        if teacher and source.new_classifier and taught is not None:
+            got = "with weights of other classes, whose classifier is new"
+            if names is None:
+                raise InvalidArgumentError("--teacher", f"{got}, and --data without labels", "labelled --data")
+            if taught.logits + taught.siglip + taught.embedding > 0:
+                expected = "distillation of features alone (logits=0, features=1, modules=[...])"
+                raise InvalidArgumentError("--teacher", got, expected)
         net, _ = convert_source(source, named_recipe(conversion))
         if names is not None and net.class_names is None:
             net.class_names = list(names)

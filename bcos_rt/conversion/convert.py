@@ -31,7 +31,7 @@ from bcos_rt.conversion.trace import Trace, is_torch_layer, trace_model
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.nn import BatchNormUncentered2d, BcosConv2d, BcosLinear, BcosNetwork, InputEncoding
 from bcos_rt.nn.attention import PROJECTIONS, AttentionPool, MultiheadAttention, call_projections
-from bcos_rt.nn.network import EmbeddingLayer, LogitLayer
+from bcos_rt.nn.network import EmbeddingLayer, LogitLayer, check_class_names
 
 __all__ = ["bcosify"]
 
@@ -69,13 +69,14 @@ def bcosify(
         replaced, what was kept and why.
 
     Raises:
-        InvalidTypeError: ``model`` is no eager module, or is a B-cos network already.
+        InvalidTypeError: ``model`` is no eager module, or is a B-cos network already; class names that are no strings.
         InvalidArgumentError: the model has no convolution that takes an RGB image, its input cannot be widened to six
             channels, a ``recipe.keep`` pattern matches no module, or ``class_names`` has a wrong length.
     """
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise InvalidTypeError("recipe", type(recipe).__name__, "a bcos_rt.Recipe")
+    check_class_names("class_names", class_names)
     source = _resolve(model)
     try:
         work = copy.deepcopy(source.module)
@@ -105,14 +106,14 @@ def bcosify(
     else:
         last = LogitLayer(_logit_bias(recipe, classes, conversion.notes), recipe.logit_temperature)
         conversion.add("", "logit", "", repr(last), "logit_bias")
-    if class_names is not None and (isinstance(class_names, str) or not all(isinstance(n, str) for n in class_names)):
-        raise InvalidTypeError("class_names", repr(class_names)[:80], "a sequence of strings or None")
     names = class_names if class_names is not None else source.class_names
     if class_names is not None and classes is not None and len(class_names) != classes:
         raise InvalidArgumentError("class_names", f"{len(class_names)} names", f"one per logit, {classes}")
     if names is not None and classes is not None and len(names) != classes:
         names = None
-    net = BcosNetwork(backbone, encoding, last, recipe, source.origin, names, source.input_size, classes)
+    # Without a graph the number is a guess.
+    known_classes = classes if conversion.graph is not None else None
+    net = BcosNetwork(backbone, encoding, last, recipe, source.origin, names, source.input_size, known_classes)
     for module in (net, net.encoding, net.logit_layer):
         module.training = source.module.training
     reference = next(backbone.parameters(), None)

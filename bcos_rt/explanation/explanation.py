@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import tempfile
 from collections.abc import Sequence
@@ -91,6 +92,9 @@ class Explanation:
             smooth, alpha_percentile: as for :meth:`picture`.
 
         Contribution maps share one symmetric scale per row: red speaks for the class, blue against it.
+
+        Raises:
+            InvalidArgumentError, InvalidTypeError: ``indices`` of no image, or that are no integers.
         """
         from matplotlib.figure import Figure
 
@@ -139,10 +143,15 @@ class Explanation:
         else:
             if not isinstance(indices, Sequence | np.ndarray | Tensor) or isinstance(indices, str):
                 raise InvalidTypeError("indices", repr(indices), "a sequence of integers, or None")
-            chosen = [int(i) for i in indices]
+            try:
+                chosen = [operator.index(i) for i in indices if not isinstance(i, bool | np.bool_)]
+            except TypeError as error:
+                raise InvalidTypeError("indices", repr(indices), "a sequence of integers, or None") from error
+            if len(chosen) != len(indices):
+                raise InvalidTypeError("indices", repr(indices), "a sequence of integers, not of truth values")
             for i in chosen:
                 if not -len(self) <= i < len(self):
-                    raise InvalidArgumentError("indices", i, f"from 0 to {len(self) - 1}")
+                    raise InvalidArgumentError("indices", i, f"from {-len(self)} to {len(self) - 1}")
         if not chosen:
             raise InvalidArgumentError("indices", "no image", "at least one image to plot")
         return chosen
@@ -151,13 +160,16 @@ class Explanation:
         """Write :meth:`plot` as a picture (.png, .svg, .pdf, .jpg), or the numbers as ``.npz``; atomically.
 
         Args:
+            path: the file; its folder is there.
             indices: which of the N images; default all.
             dpi: pixels an inch of a picture.
 
         Half-precision numbers are written as float32.
 
         Raises:
-            InvalidArgumentError: an unknown suffix, or a folder that does not exist or cannot be written.
+            InvalidArgumentError: an unknown suffix, a folder that does not exist or cannot be written, no such image, a
+                ``dpi`` of 0 or less.
+            InvalidTypeError: ``indices`` that are no integers.
         """
         path = Path(path)
         chosen = self._chosen(indices)

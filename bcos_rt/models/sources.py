@@ -59,7 +59,7 @@ class LoadedModel:
         source: JSON-ready, enough for :func:`rebuild_source`: ``{"kind": ..., "name": ..., "num_classes": ...}``, of
             Hugging Face models their configuration too.
         input_size: the side of the square images it was trained for, in pixels.
-        new_classifier: whether its weights are of another number of classes, and its classifier alone is untrained.
+        new_classifier: whether its weights are of other classes, and its classifier alone is untrained.
     """
 
     module: nn.Module
@@ -69,6 +69,12 @@ class LoadedModel:
     source: dict[str, Any]
     input_size: int
     new_classifier: bool = False
+
+    def for_other_classes(self) -> LoadedModel:
+        """The same with an untrained classifier and without class names; the module's own is drawn anew."""
+        layer: Any = self.module.get_submodule(classifier_name(self.module) or "")
+        layer.reset_parameters()
+        return replace(self, class_names=None, new_classifier=True)
 
     def conventional(self, class_names: Sequence[str] | None = None) -> ConventionalNetwork:
         """The model with its normalisation, for images in [0, 1]; where none is known it takes them as they are.
@@ -118,7 +124,7 @@ def load_model(
         huggingface.require_transformers()  # sets its logger's level when it is imported
         with _quiet("transformers"), _quiet("huggingface_hub"):
             module, new = huggingface.load_hf(architecture, weights, num_classes)
-            return _describe(module, kind, architecture, new)
+            return _as_the_file_says(_describe(module, kind, architecture, new), weights)
     if kind == OPEN_CLIP:
         from bcos_rt.models.clip import load_clip  # which needs LoadedModel
 
@@ -135,12 +141,13 @@ def load_model(
     if new:
         module = _with_new_classifier(module, kind, architecture, num_classes)
     found = _describe(module.eval(), kind, architecture, new)
-    if weights is None or weights == "default":
-        return found
-    names, side = about_classifier(weights)
-    if names is None or len(names) != found.source["num_classes"]:
-        names = found.class_names
-    return replace(found, class_names=names, input_size=side or found.input_size)
+    return _as_the_file_says(found, weights)
+
+
+def is_model_name(text: str) -> bool:
+    """Whether this begins like a name that :func:`load_model` takes, known or not."""
+    kind, colon, _ = text.partition(":")
+    return text == LITE0 or (bool(colon) and kind in _KINDS and kind != LITE0)
 
 
 def rebuild_source(source: Mapping[str, Any]) -> nn.Module:
@@ -457,6 +464,16 @@ def _describe(module: nn.Module, kind: str, architecture: str, new_classifier: b
         names = None
     source = {"kind": kind, "name": architecture, "num_classes": num_classes}
     return LoadedModel(module, mean, std, names, source, size, new_classifier)
+
+
+def _as_the_file_says(model: LoadedModel, weights: str | os.PathLike[str] | None) -> LoadedModel:
+    """With the class names and the side that a file of weights gives in its header."""
+    if weights is None or weights in ("default", "random"):
+        return model
+    names, side = about_classifier(weights)
+    if names is None or len(names) != model.source["num_classes"]:
+        names = model.class_names
+    return replace(model, class_names=names, input_size=side or model.input_size)
 
 
 def _triple(values: Any) -> Triple | None:

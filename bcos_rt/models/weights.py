@@ -80,7 +80,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: see :func:`read_torch_file`; also when the file holds no tensors.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file")
         try:
@@ -111,7 +111,7 @@ def classifier_metadata(class_names: Sequence[str] | None, image_size: int | Non
 
 def about_classifier(path: str | os.PathLike[str]) -> tuple[tuple[str, ...] | None, int | None]:
     """Class names and the side of the images that :func:`classifier_metadata` put there; None where it did not."""
-    if Path(path).suffix != ".safetensors":
+    if Path(path).suffix.lower() != ".safetensors":
         return None, None
     try:
         with safe_open(path, "pt") as file:

@@ -139,6 +139,14 @@ class EmbeddingLayer(nn.Module):
         return self.tokens(outputs).mean(1)
 
 
+def check_class_names(argument: str, names: object) -> None:
+    """Refuse what is no sequence of strings, nor None."""
+    if isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(name, str) for name in names):
+        return
+    if names is not None:
+        raise InvalidTypeError(argument, repr(names)[:80], "a sequence of strings, or None")
+
+
 class BcosNetwork(nn.Module):
     """A converted network: a 3-channel image in [0, 1] in, logits (or an image tower's embedding) out.
 

@@ -312,9 +312,10 @@ class _Training:
             self._load()
             if self.fabric.is_global_zero:
                 self.folder.write_logs(self.progress)
-                begin_logs_at(self.fabric, self._done + 1)
         elif self.folder is not None and self.fabric.is_global_zero:
             self.folder.describe(self.recipe, self._about())
+        if self.folder is not None and self.fabric.is_global_zero:
+            begin_logs_at(self.fabric, self._done + 1)
         self._look_at_first()
         self._set_b(self._done)
         # The network as it came; what cannot be explained is found out before an epoch is spent on it.

@@ -7,12 +7,12 @@
     python -m bench.cifar10 table                                   docs/results/cifar10.csv and cifar10_study.csv
     python -m bench.cifar10 ship resnet20                           the best network, into the package
 
-Weights and states lie in --work (build/cifar10); logs and numbers are copied to --results (bench/results/cifar10), and
-the weights of finished runs outside the study, so that other runs can begin with them on another machine. What has its
-logs there is finished: to train it again, give a folder of your own (--results again). A run that was stopped,
-or killed, goes on at its last epoch; one that was told to stop (SIGTERM) leaves its state beside its logs too, where
-another machine goes on with it. Two processes with one thread each (OMP_NUM_THREADS=1, --name) train more images a
-second here than one with two.
+Weights and states lie in --work (build/cifar10); logs and numbers are copied to --results (bench/results/cifar10),
+and the weights of finished runs outside the study, so that other runs can begin with them on another machine. What
+has its logs there, or in --work, is finished: to train it again, give folders of your own (--work again --results
+again). A run that was stopped, or killed, goes on at its last epoch; one that was told to stop (SIGTERM) leaves its
+state beside its logs too, where another machine goes on with it. Two processes with one thread each
+(OMP_NUM_THREADS=1, --name) train more images a second here than one with two.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def localise(
     work: Work = WORK,
     results: Results = RESULTS,
     grids: Annotated[
-        int | None, typer.Option(help="Grids, and a fifth of them of what is costly. Default: the experiment's.")
+        int | None, typer.Option(help="Grids; a fifth or a tenth of them of what is costly. Default: the experiment's.")
     ] = None,
 ) -> None:
     """Grid pointing games (3 x 3) of every finished run that has none yet."""

@@ -67,7 +67,8 @@ def localise_run(
     """
     side = images[0].shape[-1]
     vit, costly = _is_vit(run), run.kind == "standard"
-    grids = grids or (GRIDS_VIT if vit else GRIDS)
+    if grids is None:
+        grids = GRIDS_VIT if vit else GRIDS
     fewer = -(-grids // (FEWER_COSTLY_VIT if vit and costly else FEWER))
     # Methods, grids, file, variant.
     usual: Variant = "strided_padded" if _is_vit(run) else "full"

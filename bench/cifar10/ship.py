@@ -43,7 +43,8 @@ def ship_best(network: str, logs: Path, folder: Path = FOLDER) -> Path:
 
 def _about(run: Run, top1: float, seeds: int, logs: Path) -> dict[str, Any]:
     source = next(other for other in runs() if other.name == run.source)
-    commands = [f"python -m bench.cifar10 run {one.name} --data cifar10.tar.gz" for one in (source, run)]
+    folders = "--data cifar10.tar.gz --work again --results again"
+    commands = [f"python -m bench.cifar10 run {one.name} {folders}" for one in (source, run)]
     return {
         "network": f"small:{run.network}, B-cosified and fine-tuned on CIFAR-10's 50,000 training images",
         "chosen": f"by its test accuracy, of {seeds} seed{'s' if seeds > 1 else ''}",

@@ -63,6 +63,8 @@ def test_a_model_is_called_what_it_is_called(bcos, tmp_path, monkeypatch):
     for name in ("small:resnet20", "efficientnet-lite0"):
         (tmp_path / name).mkdir()
         assert not is_saved(name)
+    (tmp_path / "runs:old").mkdir()
+    assert is_saved("runs:old")
     assert is_saved(str(tmp_path))
 
 

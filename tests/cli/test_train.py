@@ -14,12 +14,14 @@ import torch
 import typer
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 
 from bcos_rt import load
 from bcos_rt.cli import app
 from bcos_rt.cli.train import _recipe, _teller
 from bcos_rt.models import load_model
 from bcos_rt.models.small import SMALL_NETWORKS, small_resnet, small_vit
+from bcos_rt.models.weights import classifier_metadata
 
 CLASSES = ("black", "blue", "cyan", "green", "red", "white", "yellow")
 COLOURS = ((0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 1, 0), (1, 0, 0), (1, 1, 1), (1, 1, 0))
@@ -126,7 +128,7 @@ def test_weights_of_other_classes_teach_features_alone(bcos, data, tiny, tmp_pat
     arguments = ("finetune", *model, "--data", data, "-o", tmp_path / "out", *QUICK, "--epochs", 1, "--json")
     teacher = ("--teacher", "--set", "distillation.logits=1")
     refused = bcos(*arguments, *teacher)
-    assert (refused.code, "distillation.logits: got 1 with a teacher whose classifier is new" in refused.err) == (
+    assert (refused.code, "--teacher: got with weights of other classes, whose classifier is new" in refused.err) == (
         2,
         True,
     )
@@ -139,6 +141,23 @@ def test_weights_of_other_classes_teach_features_alone(bcos, data, tiny, tmp_pat
         assert (result.code, "--num-classes: got 7, and weights of another number" in result.err) == (2, True), (
             result.err
         )
+
+
+def test_as_many_other_classes_have_names_and_a_classifier_of_their_own(bcos, data, tiny, tmp_path):
+    torch.manual_seed(1)
+    old = SMALL_NETWORKS["tiny"](len(CLASSES)).state_dict()
+    names = ["red", *(f"other {i}" for i in range(len(CLASSES) - 1))]
+    save_file(old, tmp_path / "w.safetensors", metadata=classifier_metadata(names, 32))
+    arguments = ("finetune", "--model", "small:tiny", "--weights", tmp_path / "w.safetensors", "--data", data, *QUICK,
+                 "--epochs", 1, "--set", "lr=0.0", "--conversion", "equivalent")  # fmt: skip
+    assert bcos(*arguments, "-o", tmp_path / "run").code == 0
+    net = load(tmp_path / "run" / "last.safetensors")
+    assert net.class_names == sorted(CLASSES)
+    new = net.backbone.state_dict()
+    assert torch.equal(new["layer1.0.conv1.weight"], old["layer1.0.conv1.weight"])
+    assert not torch.equal(new["fc.weight"].flatten(), old["fc.weight"].flatten())
+    refused = bcos(*arguments, "--teacher", "--set", "distillation.logits=1", "-o", tmp_path / "other")
+    assert (refused.code, "--teacher: got with weights of other classes" in refused.err) == (2, True), refused.err
 
 
 def test_a_conventional_networks_file_has_names_and_side(bcos, data, tiny, tmp_path):

@@ -305,7 +305,7 @@ def test_save_some_of_the_images(net, tmp_path):
     with np.load(result.save(tmp_path / "out.npz", indices=[2, 0])) as arrays:
         np.testing.assert_array_equal(arrays["weights"], result.weights[[2, 0]].numpy())
         assert arrays["target"].shape == (2,)
-    for bad in ([3], 0, "0", []):
+    for bad in ([3], 0, "0", [], [1.5], [True, False, True], [None]):
         with pytest.raises((InvalidArgumentError, InvalidTypeError), match="indices"):
             result.save(tmp_path / "bad.png", indices=bad)
     with pytest.raises(InvalidArgumentError, match="dpi: got 0"):
