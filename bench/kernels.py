@@ -7,12 +7,12 @@ Medians over the rows of an op, of the speedup over PyTorch also the least and t
 
 from __future__ import annotations
 
-import csv
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bcos_rt.files import read_rows
 from bench.logs import ROOT
 
 __all__ = ["FILE", "table"]
@@ -24,11 +24,6 @@ _HEAD = "| op | rows |" + "".join(
 )
 
 
-def _significant(value: float) -> str:
-    """Three digits."""
-    return f"{value:.3g}"
-
-
 def _cells(rows: Sequence[dict[str, str]]) -> list[str]:
     numbers = {
         name: [float(row[name]) for row in rows] for name in ("gb_s", "share_copy", "gflop_s", "share_gemm", "speedup")
@@ -38,16 +33,15 @@ def _cells(rows: Sequence[dict[str, str]]) -> list[str]:
     if len(rows) > 1:
         speedup += f" ({min(numbers['speedup']):.1f} to {max(numbers['speedup']):.1f})"
     return [
-        f"{_significant(middle['gb_s'])}, {100 * middle['share_copy']:.0f} %",
-        f"{_significant(middle['gflop_s'])}, {100 * middle['share_gemm']:.0f} %",
+        f"{middle['gb_s']:.3g}, {100 * middle['share_copy']:.0f} %",
+        f"{middle['gflop_s']:.3g}, {100 * middle['share_gemm']:.0f} %",
         speedup,
     ]
 
 
 def table(file: Path = FILE) -> str:
     """A Markdown table, the ops in the file's order."""
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
+    rows = read_rows(file)
     out = [_HEAD, "|---" * (_HEAD.count("|") - 1) + "|"]
     for op in dict.fromkeys(row["op"] for row in rows):
         cells: list[str] = []

@@ -159,9 +159,11 @@ def check_trained(source: LoadedModel, num_classes: int | None) -> None:
 
 
 def _check_weights(weights: str | None) -> None:
-    if weights is not None and weights not in ("random", "default") and not Path(weights).is_file():
+    from bcos_rt.models.weights import is_file_of_weights
+
+    if is_file_of_weights(weights) and not Path(weights).is_file():
         raise InvalidArgumentError(
-            "--weights", repr(weights), "an existing file, or 'random'", did_you_mean(weights, ["random"])
+            "--weights", repr(weights), "an existing file, or 'random'", did_you_mean(str(weights), ["random"])
         )
 
 

@@ -198,6 +198,7 @@ def finetune(
 
     def build(classes: int | None, names: Sequence[str] | None) -> tuple[nn.Module, nn.Module | None, dict[str, Any]]:
         from bcos_rt.checkpoint import load
+        from bcos_rt.models.weights import is_file_of_weights
 
         if clip is not None:
             for option, given in (("--model", model), ("--num-classes", num_classes)):
@@ -213,8 +214,9 @@ def finetune(
                 raise InvalidArgumentError("--teacher", "with --checkpoint", "--model, whose weights teach")
             return load(checkpoint), None, {"checkpoint": str(checkpoint)}
         source = load_source(str(model), weights, _class_count(num_classes, classes))
-        own = weights is not None and weights not in ("default", "random")
-        if own and names is not None and source.class_names is not None and set(names) != set(source.class_names):
+        # Published names are not asked: the data may call the same classes otherwise.
+        stated = source.class_names if is_file_of_weights(weights) else None
+        if names is not None and stated is not None and set(names) != set(stated):
             # As many, and others: neither that classifier nor its names are the data's.
             source = source.for_other_classes()
         taught = chosen.distillation

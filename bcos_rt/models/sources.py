@@ -30,7 +30,7 @@ from bcos_rt.models.huggingface import HF
 from bcos_rt.models.openclip import OPEN_CLIP
 from bcos_rt.models.simple_vit import SIMPLE_VIT_MEAN, SIMPLE_VIT_STD, SIMPLE_VIT_WEIGHTS, SIMPLE_VITS
 from bcos_rt.models.small import SMALL_MEAN, SMALL_NETWORKS, SMALL_STD
-from bcos_rt.models.weights import about_classifier, load_strict, read_state_dict, strip_prefixes
+from bcos_rt.models.weights import about_classifier, is_file_of_weights, load_strict, read_state_dict, strip_prefixes
 from bcos_rt.nn.conventional import ConventionalNetwork
 
 __all__ = ["LoadedModel", "imagenet_class_names", "known_models", "load_model", "metadata_of", "rebuild_source"]
@@ -468,7 +468,7 @@ def _describe(module: nn.Module, kind: str, architecture: str, new_classifier: b
 
 def _as_the_file_says(model: LoadedModel, weights: str | os.PathLike[str] | None) -> LoadedModel:
     """With the class names and the side that a file of weights gives in its header."""
-    if weights is None or weights in ("default", "random"):
+    if not is_file_of_weights(weights):
         return model
     names, side = about_classifier(weights)
     if names is None or len(names) != model.source["num_classes"]:

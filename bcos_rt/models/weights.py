@@ -11,7 +11,7 @@ import os
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ __all__ = [
     "about_classifier",
     "classifier_metadata",
     "describe_difference",
+    "is_file_of_weights",
     "load_strict",
     "read_state_dict",
     "read_torch_file",
@@ -102,6 +103,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         found = ", ".join(map(repr, list(content)[:_SHOWN])) or "nothing"
         raise CheckpointError(f"{path}: holds no tensors, expected a state dict; found {found}")
     return state
+
+
+def is_file_of_weights(weights: str | os.PathLike[str] | None) -> TypeGuard[str | os.PathLike[str]]:
+    """Whether this stands for a file, not for published (None, ``"default"``) or ``"random"`` weights."""
+    return weights is not None and weights not in ("default", "random")
 
 
 def classifier_metadata(class_names: Sequence[str] | None, image_size: int | None) -> dict[str, str]:

@@ -314,7 +314,7 @@ class _Training:
                 self.folder.write_logs(self.progress)
         elif self.folder is not None and self.fabric.is_global_zero:
             self.folder.describe(self.recipe, self._about())
-        if self.folder is not None and self.fabric.is_global_zero:
+        if self.fabric.is_global_zero:
             begin_logs_at(self.fabric, self._done + 1)
         self._look_at_first()
         self._set_b(self._done)

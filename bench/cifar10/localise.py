@@ -71,7 +71,7 @@ def localise_run(
         grids = GRIDS_VIT if vit else GRIDS
     fewer = -(-grids // (FEWER_COSTLY_VIT if vit and costly else FEWER))
     # Methods, grids, file, variant.
-    usual: Variant = "strided_padded" if _is_vit(run) else "full"
+    usual: Variant = "strided_padded" if vit else "full"
     games: list[tuple[list[str], int, Path, Variant]] = [(methods_for(run, net, side), grids, target, usual)]
     if (other := _second(run, target)) is not None:
         games.append((list(COSTLY), fewer, other, usual) if costly else (["bcos"], fewer, other, "full"))

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from bcos_rt.files import read_rows, replacing
+from bcos_rt.evaluation.saving import save_figure
+from bcos_rt.files import read_rows
 from bench.cifar10.table import epoch_of_passing
 
 __all__ = ["draw"]
@@ -31,8 +32,7 @@ def draw(network: str, seed: int, logs: Path, target: Path) -> None:
     _curves(curves, folders)
     _boxes(boxes, folders)
     figure.suptitle(f"{network}, CIFAR-10, seed {seed}", fontsize=11)
-    with replacing(target) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    save_figure(figure, target)
 
 
 def _curves(axes: Axes, folders: dict[str, Path]) -> None:

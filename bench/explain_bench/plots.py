@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from bcos_rt.files import ordinary_mode
+from bcos_rt.evaluation.saving import save_figure
 
 __all__ = ["bars", "growth"]
 
@@ -97,9 +96,5 @@ def growth(rows: Sequence[Row], path: Path, title: str) -> None:
 def _save(figure: Figure, path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / figure.get_figheight()))
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
-        temporary = Path(file.name)
-    figure.savefig(temporary, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
-    ordinary_mode(temporary)
-    temporary.replace(path)

@@ -13,12 +13,17 @@ from torch.nn import functional as F
 
 from bcos_rt import BcosNetwork, explain
 from bcos_rt.evaluation import method
-from bcos_rt.files import replacing
+from bcos_rt.evaluation.saving import save_figure
 
 __all__ = ["draw", "draw_explained"]
 
 # Of the maps, as the grid pointing game smooths them at 224 pixels.
 _SMOOTHED = 15
+
+
+def _smoothed(maps: Tensor) -> np.ndarray:
+    pooled: np.ndarray = F.avg_pool2d(maps[:, None].float(), _SMOOTHED, 1, _SMOOTHED // 2)[:, 0].numpy()
+    return pooled
 
 
 def draw(
@@ -34,11 +39,10 @@ def draw(
     figure = Figure(figsize=(2.1 * len(columns) + 1, 2.1 * len(images)), layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     for column, (title, (net, name)) in enumerate(columns.items()):
-        maps = method(name)(net, images, classes)
-        maps = F.avg_pool2d(maps[:, None].float(), _SMOOTHED, 1, _SMOOTHED // 2)[:, 0]
+        maps = _smoothed(method(name)(net, images, classes))
         with torch.no_grad():
             found = net(images).softmax(1)
-        for row, (values, probabilities) in enumerate(zip(maps.numpy(), found, strict=True)):
+        for row, (values, probabilities) in enumerate(zip(maps, found, strict=True)):
             place, wanted = axes[row][column], int(classes[row])
             limit = float(np.abs(values).max()) or 1.0
             place.imshow(values, cmap="seismic", vmin=-limit, vmax=limit)
@@ -51,15 +55,14 @@ def draw(
                 place.set_ylabel(names[row], fontsize=8)
             if row == 0:
                 place.set_title(title, fontsize=9)
-    with replacing(target) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    save_figure(figure, target)
 
 
 def draw_explained(net: BcosNetwork, images: Tensor, target: Path) -> None:
     """Write a column for each image [N, 3, H, W]: it, the explanation of its prediction, and the contribution map."""
     explanation = explain(net, images)
     probabilities = explanation.logits.softmax(1).amax(1)
-    maps = F.avg_pool2d(explanation.contributions[:, None].float(), _SMOOTHED, 1, _SMOOTHED // 2)[:, 0].numpy()
+    maps = _smoothed(explanation.contributions)
     figure = Figure(figsize=(2.4 * len(images), 7.4), layout="constrained")
     axes = figure.subplots(3, len(images), squeeze=False)
     for column, (image, picture, values) in enumerate(zip(images, explanation.picture(), maps, strict=True)):
@@ -75,5 +78,4 @@ def draw_explained(net: BcosNetwork, images: Tensor, target: Path) -> None:
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    with replacing(target) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    save_figure(figure, target)
