@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -775,39 +775,47 @@ class _Conversion:
                     "groups=1, as [x, 1 - x] puts a channel and its inverse into different groups",
                     " (or use Recipe(input_encoding='three_channel'))",
                 )
-            if self._sees_more_than_images(conv):
-                raise InvalidArgumentError(
-                    "model",
-                    f"the first convolution {name!r} used again, behind other layers",
-                    "one that takes the image alone, as its weights become those of six channels",
-                    " (or use Recipe(input_encoding='three_channel'))",
-                )
+            if self.roles.graph is not None:
+                of_images = nodes.image_consumers(self.roles.graph, self.modules)
+                self._check_sees_images_only("first convolution", name, conv, of_images)
             found.add(id(conv))
         return found
 
-    def _sees_more_than_images(self, conv: nn.Conv2d) -> bool:
+    def _check_sees_images_only(
+        self, what: str, name: str, layer: nn.Module, of_images: Iterable[fx.Node | None]
+    ) -> None:
+        """Refuse a layer called by the nodes ``of_images`` and by others too."""
         graph = self.roles.graph
-        if graph is None:
-            return False
-        of_images = set(nodes.image_consumers(graph, self.modules))
-        calls = [n for n in graph.nodes if n.op == "call_module" and self.modules.get(str(n.target)) is conv]
-        return any(n in of_images for n in calls) and any(n not in of_images for n in calls)
+        calls = [] if graph is None else [n for n in graph.nodes if self._calls(n, layer)]
+        takes_image = [n in set(of_images) for n in calls]
+        if any(takes_image) and not all(takes_image):
+            raise InvalidArgumentError(
+                "model",
+                f"the {what} {name!r} used again, behind other layers",
+                "one that takes the image alone, as its weights become those of six channels",
+                " (or use Recipe(input_encoding='three_channel'))",
+            )
+
+    def _calls(self, node: fx.Node, layer: nn.Module) -> bool:
+        return node.op == "call_module" and self.modules.get(str(node.target)) is layer
 
     def _patch_embedding(self) -> set[int] | None:
         """The linear layer that takes the image's patches, where the image goes there and nowhere else."""
         if self.roles.graph is None:
             return None
         consumers = nodes.image_consumers(self.roles.graph, self.modules)
-        linears = {nodes.first_linear(node, self.modules) for node in consumers}
-        name = next(iter(linears), None)
-        if name is None or len(linears) > 1:
+        calls = [nodes.first_linear(node, self.modules) for node in consumers]
+        linears = {id(self.modules[str(call.target)]) for call in calls if call is not None}
+        if len(linears) != 1 or None in calls:
             return None
+        name = str(next(call.target for call in calls if call is not None))
         linear = self.modules[name]
         if not isinstance(linear, nn.Linear) or self.recipe.input_encoding == "three_channel":
             return set()
         found = widening(self.root, linear)
         if found is None:
             return None
+        self._check_sees_images_only("linear patch embedding", name, linear, calls)
         self.widenings[id(linear)] = found
         source, channel = found
         of_column = torch.empty_like(source[: linear.in_features])

@@ -460,13 +460,13 @@ def image_consumers(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[fx.N
     return found
 
 
-def first_linear(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
-    """The linear layer to which an image goes through shape operations alone, from its consumer ``node``."""
+def first_linear(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The call of a linear layer to which an image goes through shape operations alone, from its consumer ``node``."""
     while True:
         if node.op == "call_module":
             module = modules[str(node.target)]
             if isinstance(module, nn.Linear):
-                return str(node.target)
+                return node
             if next(module.parameters(), None) is not None:
                 return None
         elif node.op not in ("call_function", "call_method") or node.target not in _PASSING:

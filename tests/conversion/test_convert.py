@@ -650,10 +650,27 @@ class Twice(nn.Module):
         return self.fc(self.conv(torch.relu(self.conv(x))).mean((2, 3)))
 
 
-def test_a_first_convolution_used_again_is_refused():
-    with pytest.raises(InvalidArgumentError, match=r"first convolution 'conv' used again.*three_channel"):
-        bcosify(Twice(), Recipe())
-    converted, _ = bcosify(Twice(), Recipe(input_encoding="three_channel"))
+class PatchesTwice(nn.Module):
+    """Its patch embedding, of 2 x 2 pixels, is a layer of its blocks too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.fc = nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        patches = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, 4 * c)
+        return self.fc(self.embedding(torch.relu(self.embedding(patches))).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [(Twice(), "first convolution 'conv'"), (PatchesTwice(), "linear patch embedding 'embedding'")],
+)
+def test_a_first_layer_used_again_is_refused(model, what):
+    with pytest.raises(InvalidArgumentError, match=rf"{what} used again.*three_channel"):
+        bcosify(model, Recipe())
+    converted, _ = bcosify(model, Recipe(input_encoding="three_channel"))
     assert converted.eval()(images()).shape == (len(images()), 5)
 
 
