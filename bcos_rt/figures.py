@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["without_math"]
+__all__ = ["folded", "without_math"]
+
+
+def folded(text: str, letters: int) -> str:
+    """A text in lines of so many letters, words that are longer in pieces: names of files fit a figure."""
+    return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, letters))
 
 
 def without_math(figure: Figure) -> Figure:

@@ -12,7 +12,7 @@ from bcos_rt.cli.doctor import doctor
 from bcos_rt.cli.evaluate import evaluate, localise
 from bcos_rt.cli.explain import explain
 from bcos_rt.cli.export import export
-from bcos_rt.cli.output import CommandGroup
+from bcos_rt.cli.output import Command, CommandGroup
 from bcos_rt.cli.perturb import perturb, randomise
 from bcos_rt.cli.train import finetune, train
 
@@ -46,16 +46,8 @@ def options(
     """Options of the command itself."""
 
 
-app.command()(convert)
-app.command()(explain)
-app.command()(finetune)
-app.command()(train)
-app.command()(evaluate)
-app.command()(localise)
-app.command()(perturb)
-app.command()(randomise)
-app.command()(export)
-app.command()(doctor)
+for _command in (convert, explain, finetune, train, evaluate, localise, perturb, randomise, export, doctor):
+    app.command(cls=Command)(_command)
 app.add_typer(bench, name="bench")
 
 

@@ -9,6 +9,7 @@ import typer.core
 
 from bcos_rt.cli.bench_kernels import kernels
 from bcos_rt.cli.bench_network import network
+from bcos_rt.cli.output import Command
 
 __all__ = ["bench"]
 
@@ -40,5 +41,5 @@ def _options() -> None:
     """Measure on this machine."""
 
 
-bench.command(DEFAULT_COMMAND)(network)
-bench.command("kernels")(kernels)
+bench.command(DEFAULT_COMMAND, cls=Command)(network)
+bench.command("kernels", cls=Command)(kernels)

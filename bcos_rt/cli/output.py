@@ -17,6 +17,7 @@ import math
 import sys
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ import typer.core
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from bcos_rt.errors import BcosError
+from bcos_rt.errors import BcosError, InvalidArgumentError
 
-__all__ = ["CommandGroup", "Outcome", "Progress", "run"]
+__all__ = ["Command", "CommandGroup", "Outcome", "Progress", "run"]
 
 # Lines of a table are not folded for a reader that is no terminal; it may be a file or another program.
 PIPE_WIDTH = 160
@@ -111,6 +112,22 @@ def print_json(data: Mapping[str, Any], stream: TextIO) -> None:
     json.dump(_finite(data), stream, indent=2, allow_nan=False)
     stream.write("\n")
     stream.flush()
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose options with one value are given once: of two networks, say, none is left out in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer does it.
+
+        Raises:
+            InvalidArgumentError: an option with one value is there twice.
+        """
+        given = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for option, often in Counter(p for p in given if isinstance(p, typer.core.TyperOption)).items():
+            if often > 1 and not (option.multiple or option.is_flag):
+                raise InvalidArgumentError(option.opts[0], f"{often} values", "one")
+        return super().parse_args(ctx, args)
 
 
 class CommandGroup(typer.core.TyperGroup):

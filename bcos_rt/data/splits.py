@@ -102,19 +102,30 @@ def numbered(classes: Sequence[str], of_training: Sequence[str], data: str) -> l
 def check_numbers(names: Sequence[str] | None, others: Sequence[str] | None, argument: str, whose: str) -> None:
     """Check that a class has the same number in two lists of class names; None is a list that is not known.
 
-    Lists without a name in common, such as WordNet's numbers and words, are taken to be in the same order.
+    Lists as long without a name in common, such as WordNet's numbers and words, are taken to be in the same order.
 
     Raises:
-        InvalidArgumentError: ``argument`` has ``names``, in which a class has another number than in ``others``.
+        InvalidArgumentError: ``argument`` has ``names``, in which a class has another number than in ``others``, or
+            which has no name in common with them and another length.
     """
     if names is None or others is None:
         return
+    if names and others and len(names) != len(others) and set(names).isdisjoint(others):
+        raise InvalidArgumentError(
+            argument, f"{len(names)} classes with other names ({_first_of(names)})",
+            f"some of the {len(others)} classes ({_first_of(others)}) by their names, as {whose}, or as many in their "
+            "order",
+        )  # fmt: skip
     numbers = {name: i for i, name in enumerate(others)}
     often = Counter(names) | Counter(others)  # ImageNet's words name two of its classes "crane"
     for i, name in enumerate(names):
         if often[name] == 1 and numbers.get(name, i) != i:
             found = f"{name!r} as class {i} of {len(names)}"
             raise InvalidArgumentError(argument, found, f"class {numbers[name]} of {len(others)}, as {whose}")
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def class_numbers(

@@ -165,8 +165,7 @@ def check_place(path: Path, argument: str) -> None:
 
 def reliability(confidences: Tensor, right: Tensor, bins: int = 15) -> Calibration:
     """Calibration of confidences [N] in [0, 1] with right [N] bool."""
-    if bins < 1:
-        raise InvalidArgumentError("bins", bins, "at least 1")
+    check_count("bins", bins)
     confidences, hits = confidences.double(), right.double()
     # Bins are (low, high]; 0 falls into the first.
     index = (torch.ceil(confidences * bins) - 1).clamp(0, bins - 1).long()

@@ -146,8 +146,8 @@ def _integrated_gradients(
 ) -> Tensor:
     """From a baseline of zeros, which is the mean image of a conventional network (Sundararajan et al. 2017)."""
     for name, value in (("n_steps", n_steps), ("internal_batch_size", internal_batch_size)):
-        if value is not None and value < 1:
-            raise InvalidArgumentError(name, value, "at least 1")
+        if value is not None:
+            check_count(name, value)
     inputs, made = seen(net, images)
     height, width = images.shape[2:]
     at_once = internal_batch_size or max(1, min(64, PIXELS // (height * width)))

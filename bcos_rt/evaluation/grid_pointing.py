@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 from bcos_rt.evaluation.attribution import Method, methods_of
 from bcos_rt.evaluation.checks import check_count, checked_maps, example_tensor, is_number, logits_of
 from bcos_rt.evaluation.saving import save_results
-from bcos_rt.figures import without_math
+from bcos_rt.figures import folded, without_math
 from bcos_rt.graph.capture import eval_mode
 from bcos_rt.nn.conventional import ConventionalNetwork
 from bcos_rt.nn.network import BcosNetwork
@@ -118,7 +117,7 @@ class GridPointing:
             axis.boxplot(list(chosen.values()), whis=(5, 95), showfliers=False, showmeans=True, widths=0.6)
             axis.set_xticks(range(1, len(chosen) + 1), [n.replace("_", "\n") for n in chosen], fontsize=8)
             axis.axhline(1 / self.n**2, color="grey", linestyle="--", linewidth=0.8)
-            axis.set_title("\n".join(textwrap.wrap(network, 10 * width)), fontsize=10)
+            axis.set_title(folded(network, 10 * width), fontsize=10)
             axis.set_ylim(0, 1.02)
         axes[0].set_ylabel(f"share inside the right cell, {self.n} x {self.n}")
         return without_math(figure)
@@ -138,11 +137,11 @@ class GridPointing:
                 shown.add(network)
                 axis = next(free)
                 axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
-                axis.set_title(f"a grid of {network}", fontsize=9)
+                axis.set_title(folded(f"a grid of {network}", 36), fontsize=9)
             axis = next(free)
             limit = float(np.percentile(values.abs().numpy(), 99.5)) or 1.0
             axis.imshow(values.numpy(), cmap="bwr", vmin=-limit, vmax=limit)
-            axis.set_title(f"{network}: {name}\nof the top left class", fontsize=9)
+            axis.set_title(folded(f"{network}: {name}\nof the top left class", 36), fontsize=9)
         for axis in axes:
             axis.set_xticks([])
             axis.set_yticks([])

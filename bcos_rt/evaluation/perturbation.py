@@ -31,7 +31,7 @@ from bcos_rt.evaluation.checks import (
 )
 from bcos_rt.evaluation.saving import save_results
 from bcos_rt.explanation.explain import class_ids_of
-from bcos_rt.figures import without_math
+from bcos_rt.figures import folded, without_math
 from bcos_rt.graph.capture import eval_mode
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class InsertionDeletion:
             for (network, name), found in self.curves.items():
                 mean = getattr(found, kind).mean(0)
                 area = float(torch.trapezoid(mean, found.fractions))
-                axis.plot(found.fractions.numpy(), mean.numpy(), label=f"{network}: {name} ({area:.3f})")
+                axis.plot(found.fractions.numpy(), mean.numpy(), label=folded(f"{network}: {name} ({area:.3f})", 50))
             axis.set_title(f"{kind} ({'small' if kind == 'deletion' else 'large'} areas are good)", fontsize=10)
             axis.set_xlabel("share of pixels replaced")
             axis.legend(fontsize=7)
@@ -283,9 +283,8 @@ def insertion_deletion(
     options = options or Perturbation()
     if not networks:
         raise InvalidArgumentError("networks", "none", "at least one network")
-    for name, value in (("images", images), ("batch_size", batch_size)):
-        if value < 1:
-            raise InvalidArgumentError(name, value, "at least 1")
+    check_count("images", images)
+    check_count("batch_size", batch_size)
     source = open_data(data)
     if len(source) == 0:
         raise InvalidArgumentError("data", "no image", "images")

@@ -11,7 +11,7 @@ import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -467,26 +467,36 @@ def _is_tokens(value: object) -> bool:
 def named_layer(net: nn.Module, name: str, inputs: Tensor) -> tuple[nn.Module, nn.Module]:
     """A copy of the network, and the module of that name in it, whose output must have four dimensions.
 
-    Not the traced form, which has no modules of modules.
+    Not the traced form, which has no modules of modules. A name is the source model's, or that in ``net``.
 
     Raises:
         InvalidArgumentError: no such module, or one that returns something else.
     """
     model = _assembled(net, _own_memory)
-    whole: dict[str, nn.Module] = dict(model.named_modules())
-    found = {key.removeprefix("1."): module for key, module in whole.items()} | whole
+    inner = inner_network(net)
+    own = model[1] if isinstance(net, BcosNetwork) and isinstance(model, nn.Sequential) else model
+    found: dict[str, nn.Module] = {key: module for key, module in own.named_modules() if key}
+    prefix = next((key for key, module in net.named_modules() if module is inner), "")
+    if prefix and not any(key.startswith(f"{prefix}.") for key in found):
+        name = name.removeprefix(f"{prefix}.")
     if name not in found:
         raise InvalidArgumentError("layer", repr(name), "a module's name", did_you_mean(name, found))
-    shapes: list[object] = []
-    handle = found[name].register_forward_hook(
-        lambda _module, _given, out: shapes.append(tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__)
-    )
-    try:
-        with torch.no_grad():
-            model(inputs)
-    finally:
-        handle.remove()
-    if not shapes or not isinstance(shapes[-1], tuple) or len(shapes[-1]) != 4:
-        got = f"{name!r}, which never ran" if not shapes else f"{name!r}, whose output is {shapes[-1]}"
-        raise InvalidArgumentError("layer", got, "a module that returns a map [N, C, H, W]")
+    shapes: dict[str, object] = {}
+
+    def note(key: str, out: object) -> None:
+        shapes[key] = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+
+    within = {key: module for key, module in found.items() if f"{key}.".startswith(f"{name}.")}
+    with ExitStack() as stack, torch.no_grad():
+        for key, module in within.items():
+            handle = module.register_forward_hook(lambda _module, _given, out, key=key: note(key, out))
+            stack.callback(handle.remove)
+        model(inputs)
+    shape = shapes.get(name)
+    if not isinstance(shape, tuple) or len(shape) != 4:
+        got = f"{name!r}, which never ran" if shape is None else f"{name!r}, whose output is {shape}"
+        hint = ""
+        if shape is None and shapes:
+            hint = f" (the forward was rewritten and calls the modules in it by themselves, {[*shapes][-1]!r} last)"
+        raise InvalidArgumentError("layer", got, "a module that returns a map [N, C, H, W]", hint)
     return model, found[name]

@@ -129,7 +129,7 @@ class Explanation:
             mesh = axis.imshow(contributions, cmap="bwr", vmin=-limit, vmax=limit)
             value = f"score {float(logits[i, j]):.3f}" if self.of == "texts" else f"logit {float(logits[i, j]):.2f}"
             axis.set_title(f"contributions to {value}\n(red: for, blue: against)")
-            figure.colorbar(mesh, ax=axis, shrink=0.8, format="%.1g")
+            figure.colorbar(mesh, ax=axis, shrink=0.8, format="%.3g")
         for axis in axes.flat:
             axis.set_xticks([])
             axis.set_yticks([])

@@ -18,8 +18,8 @@ __all__ = ["draw"]
 NAMES = {"standard": "conventional", "bcos": "B-cos, from scratch", "bcosified": "B-cosified"}
 # What the results pages call the methods of `bcos-rt localise`.
 METHODS = {
-    "bcos": "its own", "grad_cam": "Grad- CAM", "deep_lift": "Deep LIFT", "guided_backprop": "guided backprop.",
-    "integrated_gradients": "int. gradients",
+    "bcos": "its own", "grad_cam": "Grad- CAM", "deep_lift": "Deep LIFT", "guided_backprop": "guided back- prop.",
+    "integrated_gradients": "int. gradi- ents",
 }  # fmt: skip
 COLOURS = {"standard": "0.5", "bcos": "tab:orange", "bcosified": "tab:blue"}
 
@@ -27,8 +27,8 @@ COLOURS = {"standard": "0.5", "bcos": "tab:orange", "bcosified": "tab:blue"}
 def draw(network: str, seed: int, logs: Path, target: Path) -> None:
     """Write the picture of a network's three runs, those of them that have logs."""
     folders = {kind: logs / f"{network}-{kind}-seed{seed}" for kind in NAMES}
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    curves, boxes = figure.subplots(1, 2, width_ratios=(1, 1.4))
+    figure = Figure(figsize=(12.5, 4.2), layout="constrained")
+    curves, boxes = figure.subplots(1, 2, width_ratios=(1, 1.9))
     _curves(curves, folders)
     _boxes(boxes, folders)
     figure.suptitle(f"{network}, CIFAR-10, seed {seed}", fontsize=11)
@@ -51,20 +51,20 @@ def _curves(axes: Axes, folders: dict[str, Path]) -> None:
 
 
 def _boxes(axes: Axes, folders: dict[str, Path]) -> None:
-    """Quartiles, whiskers at 5 and 95 %; the dashed line is chance."""
+    """Quartiles, whiskers at 5 and 95 %, the best method of each network first; the dashed line is chance."""
     shares: list[np.ndarray] = []
     labels: list[str] = []
     colours: list[str] = []
     for kind in ("bcosified", "bcos", "standard"):
+        found: dict[str, np.ndarray] = {}
         for path in (folders[kind] / name for name in ("localisation.npz", "localisation_costly.npz")):
-            if not path.exists():
-                continue
-            with np.load(path) as arrays:
-                for key, values in arrays.items():
-                    shares.append(values)
-                    method = key.rpartition("/")[2]
-                    labels.append(METHODS.get(method, method.replace("_", " ")).replace(" ", "\n"))
-                    colours.append(COLOURS[kind])
+            if path.exists():
+                with np.load(path) as arrays:
+                    found |= {key.rpartition("/")[2]: values for key, values in arrays.items()}
+        for method, values in sorted(found.items(), key=lambda item: -item[1].mean()):
+            shares.append(values)
+            labels.append(METHODS.get(method, method.replace("_", " ")).replace(" ", "\n"))
+            colours.append(COLOURS[kind])
     if shares:
         drawn = axes.boxplot(
             shares, whis=(5, 95), showfliers=False, widths=0.6, patch_artist=True, medianprops={"color": "black"}
@@ -75,9 +75,7 @@ def _boxes(axes: Axes, folders: dict[str, Path]) -> None:
         of = [
             Patch(facecolor=c, alpha=0.5, edgecolor="black", label=NAMES[k]) for k, c in COLOURS.items() if c in colours
         ]
-        axes.legend(
-            handles=of, title="maps of", fontsize=9, title_fontsize=9, loc="upper center", bbox_to_anchor=(0.66, 1)
-        )
+        axes.legend(handles=of, title="maps of", fontsize=9, title_fontsize=9, loc="upper right")
     axes.axhline(1 / 9, color="grey", linestyle="--", linewidth=0.8)
     axes.set_ylim(0, 1)
     axes.set_ylabel("positive contributions in the right cell of 3 x 3")

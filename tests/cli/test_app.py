@@ -58,6 +58,8 @@ def test_runs_as_a_module_and_help_loads_no_torch(module):
         ("explain", "x.png", "--top", "0"),
         ("convert", "--model", "timm:resnet18"),
         ("export", "--model", "timm:resnet18"),
+        ("evaluate", "-c", "a.safetensors", "--checkpoint=b.safetensors", "--data", "photos"),
+        ("bench", "network", "resnet18", "--batch", "1", "--batch", "2"),
     ],
 )
 def test_wrong_command_lines(bcos, arguments):
@@ -68,6 +70,11 @@ def test_wrong_command_lines(bcos, arguments):
     result = bcos(*arguments, "--json")
     assert result.code == 2
     assert result.json["error"]["message"]
+
+
+def test_an_option_with_one_value_is_given_once(bcos):
+    result = bcos("evaluate", "-c", "a.safetensors", "--checkpoint=b.safetensors", "--data", "photos")
+    assert "--checkpoint: got 2 values, expected one" in result.err
 
 
 def test_json_after_a_double_dash_is_a_file_name(bcos):

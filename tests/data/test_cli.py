@@ -106,6 +106,10 @@ def test_numbers_of_classes() -> None:
         check_numbers(names, others, "data", "the network has it")
     with pytest.raises(InvalidArgumentError, match="data: got 'emu' as class 1 of 2, expected class 2 of 3, as it is"):
         check_numbers(["cat", "emu"], ["cat", "dog", "emu"], "data", "it is")
+    with pytest.raises(
+        InvalidArgumentError, match=r"data: got 2 classes with other names \(n01, n02\), expected some of the 4 classes"
+    ):
+        check_numbers(["n01", "n02"], ["cat", "dog", "emu", "frog"], "data", "it is")
 
 
 def test_labels_by_the_numbers_of_a_network() -> None:

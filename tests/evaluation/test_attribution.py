@@ -141,6 +141,22 @@ def test_grad_cam_by_hand() -> None:
         method("grad_cam", layer="layr1")(net, IMAGES, TARGETS)
 
 
+def test_grad_cam_takes_the_names_of_both_networks_and_says_where_there_is_no_map() -> None:
+    net, _ = bcosify(resnet().model.float(), Recipe(mean=MEAN, std=STD))
+    images = IMAGES.float()
+    names = [key for key, _ in net.named_modules() if key.endswith("layer2.0.conv1")]
+    assert names == ["backbone.layer2.0.conv1"]
+    found = method("grad_cam", layer="layer2.0.conv1")(net, images, TARGETS)
+    assert float(found.std()) > 0
+    assert torch.equal(method("grad_cam", layer=names[0])(net, images, TARGETS), found)
+    # The head was put before the pool: no block is called as a whole.
+    with pytest.raises(InvalidArgumentError, match=r"'layer2', which never ran.* by themselves, 'layer2.\d.\w+' last"):
+        method("grad_cam", layer="backbone.layer2")(net, images, TARGETS)
+    conventional = resnet()
+    expected = method("grad_cam", layer="layer2")(conventional, IMAGES, TARGETS)
+    assert torch.equal(method("grad_cam", layer="model.layer2")(conventional, IMAGES, TARGETS), expected)
+
+
 def test_occlusion_of_a_linear_network_is_its_contribution() -> None:
     net = ConventionalNetwork(nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 2, bias=False))).double()
     images = torch.rand(1, 3, 4, 4, dtype=torch.float64)

@@ -1,5 +1,6 @@
 """The grid pointing game against a literal reading of its rules, and on networks whose answer is known."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,18 @@ def test_the_same_grids_are_of_images_that_every_network_is_sure_of() -> None:
     assert [row["images_of"] for row in own.summary()] == ["first", "second"]
     assert not {i for grid in seen for i in grid} <= allowed
     assert len(own.plot_example().axes) == 4, "a grid and a map of each"
+
+
+def test_long_names_stay_over_their_pictures() -> None:
+    long = "a_checkpoint_of_a_sweep_lr0.001_weight_decay0.0001_seed12345_epoch000100_of_resnet20.safetensors"
+    net = ConventionalNetwork(Colours())
+    result = grid_pointing_game({long: net, "b": net}, ["input_x_gradient", "random"], images(), n=2, grids=1, smooth=0)
+    for figure in (result.plot_example(), result.plot()):
+        figure.draw_without_rendering()
+        titles = [axis.title.get_window_extent() for axis in figure.axes]
+        assert min(title.x0 for title in titles) >= 0
+        assert max(title.x1 for title in titles) <= figure.bbox.x1
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(titles))
 
 
 def test_confidence_of_several_networks_is_the_least() -> None:

@@ -141,6 +141,19 @@ def test_a_data_set(tmp_path: Path) -> None:
     np.testing.assert_allclose(stored["bcos/bcos/deletion"], curves.deletion, rtol=1e-6)
 
 
+def test_long_names_leave_the_axes_their_room() -> None:
+    long = "a_checkpoint_of_a_sweep_lr0.001_weight_decay0.0001_seed12345_epoch000100_of_resnet20.safetensors"
+    result = insertion_deletion(
+        {long: linear(), "b": linear()}, ["random"], (torch.rand(2, 3, SIDE, SIDE), [0, 1]), images=2,
+        options=Perturbation(steps=4),
+    )  # fmt: skip
+    figure = result.plot()
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        assert axis.get_position().width > 0.35
+        assert axis.get_legend().get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_numbers_of_others_are_numbers() -> None:
     colour = tuple(np.array([0.25, 0.5, 1], np.float32))
     options = Perturbation(deletion=colour, insertion=tuple(torch.tensor(colour)), blur_sigma=np.int64(3))  # type: ignore[arg-type]
@@ -193,6 +206,13 @@ def test_images_of_several_sizes_are_named() -> None:
 
     with pytest.raises(InvalidArgumentError, match="images of several sizes"):
         insertion_deletion({"a": linear()}, ["random"], Sizes())
+
+
+@pytest.mark.parametrize("name", ["images", "batch_size"])
+@pytest.mark.parametrize("value", [0, 2.5, True])
+def test_counts_that_are_none_are_named(name: str, value: object) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"{name}: got {value}, expected an integer of at least 1"):
+        insertion_deletion({"a": linear()}, ["random"], (IMAGES, [0, 1, 0]), **{name: value})  # type: ignore[arg-type]
 
 
 def test_a_network_without_methods_is_named() -> None:

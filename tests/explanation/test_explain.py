@@ -319,6 +319,16 @@ def test_names_are_no_formulas(tmp_path):
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.17, 2.6e-3])
+def test_colour_bars_say_what_their_ticks_are(net, scale):
+    explanation = explain(net, images(1))
+    explanation.contributions.mul_(scale / explanation.contributions.abs().max())
+    bar = explanation.plot().axes[-1]
+    ticks, labels = bar.get_yticks(), [label.get_text() for label in bar.get_yticklabels()]
+    assert len(ticks) > 4
+    assert [float(label.replace("\N{MINUS SIGN}", "-")) for label in labels] == pytest.approx(ticks, abs=1e-3 * scale)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_save_in_half_precision(dtype, tmp_path):
     net, _ = bcosify(small().to(dtype), Recipe())
