@@ -35,7 +35,12 @@ from bench.logs import ROOT, all_epochs, copy_logs, copy_whole
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
 RESULTS = ROOT / "bench" / "results" / "cifar10"
-Data = Annotated[Path, typer.Option("--data", metavar="TAR", help="CIFAR-10 as train/CLASS/*.jpg, test/CLASS/*.jpg.")]
+Data = Annotated[
+    Path,
+    typer.Option(
+        "--data", metavar="TAR", exists=True, dir_okay=False, help="CIFAR-10 as train/CLASS/*.jpg, test/CLASS/*.jpg."
+    ),
+]
 Work = Annotated[Path, typer.Option(help="Weights, states, decoded images.")]
 Names = Annotated[list[str] | None, typer.Option("--name", help="Only these runs, in this order.")]
 Results = Annotated[Path, typer.Option(help="Logs and numbers; a run that has its logs here is finished.")]
@@ -91,6 +96,8 @@ def make_table(
     from bench.cifar10.picture import draw
     from bench.cifar10.table import write_tables
 
+    if not any((results / one.name / "metrics.csv").exists() for one in runs()):
+        raise typer.BadParameter(f"{results} holds no run's logs", param_hint="--results")
     for folder in ("results", "images"):
         (output / folder).mkdir(parents=True, exist_ok=True)
     write_tables(results, output / "results")

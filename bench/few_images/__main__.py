@@ -8,7 +8,8 @@
     python -m bench.few_images free                             docs/images/few_images_free.png
 
 The photographs are a tar file of ``NNNN_WNID_NAME.jpg``, NNNN an ImageNet class. Weights and states lie in --work; logs
-and numbers are copied to bench/results/few_images. A stopped run goes on at its last epoch.
+and numbers go to --results (bench/results/few_images): to measure what you trained, give folders of your own (--work
+again --results again, and --output again/docs to table, picture and free). A stopped run goes on at its last epoch.
 """
 
 from __future__ import annotations
@@ -48,8 +49,13 @@ FREE = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")
 BLOCK_COLUMNS = ("block", "error_before", "error_after")
 RESULTS = ROOT / "bench" / "results" / "few_images"
 WORK = ROOT / "build" / "few_images"
-Photos = Annotated[Path, typer.Option("--photos", metavar="TAR", help="NNNN_WNID_NAME.jpg, 500 of them.")]
+Photos = Annotated[
+    Path,
+    typer.Option("--photos", metavar="TAR", exists=True, dir_okay=False, help="NNNN_WNID_NAME.jpg, 500 of them."),
+]
 Work = Annotated[Path, typer.Option(help="Weights and states.")]
+Results = Annotated[Path, typer.Option(help="Logs and numbers; what has its numbers here is measured.")]
+Output = Annotated[Path, typer.Option(help="Folder of what is written.")]
 # Every fifth photograph, in the order of their names (classes), is held out.
 HELD_OUT_EVERY = 5
 SHORT, LONG = 6, 30
@@ -145,35 +151,38 @@ VARIANTS: dict[str, Variant] = {
 
 
 @app.command()
-def run(name: str, photos: Photos, work: Work = WORK) -> None:
+def run(name: str, photos: Photos, work: Work = WORK, results: Results = RESULTS) -> None:
     """Train one variant, or the rest of it."""
     if name not in VARIANTS:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(VARIANTS)}", param_hint="NAME")
-    _train(name, photos, work)
+    _train(name, photos, work, results)
 
 
 @app.command("all")
-def run_all(photos: Photos, work: Work = WORK) -> None:
+def run_all(photos: Photos, work: Work = WORK, results: Results = RESULTS) -> None:
     """Train every variant that is not finished."""
     for name in VARIANTS:
-        _train(name, photos, work)
+        _train(name, photos, work, results)
 
 
 @app.command()
-def measure(photos: Photos, work: Work = WORK) -> None:
+def measure(photos: Photos, work: Work = WORK, results: Results = RESULTS) -> None:
     """Accuracy on the held-out photographs and localisation on 2 x 2 grids, of every finished variant."""
     train, held_out = photographs(photos)
     for name in ("teacher", "converted", "recalibrated", *VARIANTS):
-        target = RESULTS / name / "measured.json"
-        if target.exists() or (name in VARIANTS and not _finished(name, work)):
+        target = results / name / "measured.json"
+        if name in VARIANTS and not _finished(name, work):
+            continue
+        if target.exists():
+            console.print(f"{name}: is measured, in {target.parent}")
             continue
         console.print(f"[bold]{name}")
-        write_json(target, _measured(name, _network(name, work, train), held_out))
+        write_json(target, _measured(name, _network(name, work, train), held_out, target.parent))
 
 
 @app.command()
-def picture(photos: Photos, work: Work = WORK) -> None:
-    """Write docs/images/few_images.png: maps of four held-out photographs, of the source and of what is trained."""
+def picture(photos: Photos, work: Work = WORK, output: Output = ROOT / "docs") -> None:
+    """Write images/few_images.png: maps of four held-out photographs, of the source and of what is trained."""
     train, held_out = photographs(photos)
     source = teacher()
     columns: dict[str, tuple[nn.Module, str]] = {
@@ -190,31 +199,38 @@ def picture(photos: Photos, work: Work = WORK) -> None:
     chosen = right.argsort(descending=True, stable=True)[:4]
     names = source.class_names
     called = [names[int(k)] if names else str(int(k)) for k in labels[chosen]]
-    draw(columns, images[chosen], labels[chosen], called, ROOT / "docs" / "images" / "few_images.png")
+    (output / "images").mkdir(parents=True, exist_ok=True)
+    draw(columns, images[chosen], labels[chosen], called, output / "images" / "few_images.png")
 
 
 @app.command()
-def free(work: Work = WORK) -> None:
-    """Write docs/images/few_images_free.png: explanations of scikit-image's photographs that are free to be shown."""
+def free(work: Work = WORK, output: Output = ROOT / "docs") -> None:
+    """Write images/few_images_free.png: explanations of scikit-image's photographs that are free to be shown."""
     import skimage.data
 
     folder = Path(skimage.data.__file__).parent
     images = torch.stack([load_image(folder / name, size=MEASURED) for name in FREE])
+    if not _finished(SHOWN[-1], work):
+        raise typer.BadParameter(f"{work} holds no finished run {SHOWN[-1]}", param_hint="--work")
     net = load(work / SHOWN[-1] / LAST)
-    draw_explained(net, images, ROOT / "docs" / "images" / "few_images_free.png")
+    (output / "images").mkdir(parents=True, exist_ok=True)
+    draw_explained(net, images, output / "images" / "few_images_free.png")
 
 
 @app.command()
-def table() -> None:
-    """Write docs/results/few_images.csv from what was measured."""
+def table(results: Results = RESULTS, output: Output = ROOT / "docs") -> None:
+    """Write results/few_images.csv from what was measured."""
     rows = []
     for name in ("teacher", "converted", "recalibrated", *VARIANTS):
-        path = RESULTS / name / "measured.json"
+        path = results / name / "measured.json"
         if path.exists():
             epochs = VARIANTS[name].epochs if name in VARIANTS else None
             rows.append({"variant": name, "epochs": epochs, **json.loads(path.read_text())})
+    if not rows:
+        raise typer.BadParameter(f"{results} holds nothing that was measured", param_hint="--results")
     columns = ("variant", "epochs", "top1", "top5", "agreement", "localisation", "best_posthoc", "completeness")
-    write_csv(ROOT / "docs" / "results" / "few_images.csv", rows, columns)
+    (output / "results").mkdir(parents=True, exist_ok=True)
+    write_csv(output / "results" / "few_images.csv", rows, columns)
 
 
 def photographs(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -245,24 +261,25 @@ def _finished(name: str, work: Path) -> bool:
     return (work / name / LAST).exists() and all_epochs(work / name, VARIANTS[name].epochs)
 
 
-def _train(name: str, photos: Path, work: Path) -> None:
+def _train(name: str, photos: Path, work: Path, results: Path) -> None:
     variant, folder = VARIANTS[name], work / name
     if _finished(name, work):
+        console.print(f"{name}: is trained, in {folder}")
         return
     console.print(f"[bold]{name}")
     (images, _), held_out = photographs(photos)
     torch.manual_seed(0)
     if variant.start is not None:
-        _train(variant.start, photos, work)
+        _train(variant.start, photos, work, results)
         net = load(work / variant.start / LAST)
     else:
         net, _ = bcosify("efficientnet-lite0", Recipe(**variant.conversion))
     if variant.steps is not None:
         report = fit_blocks(net.eval(), teacher(), _crops(images), steps=variant.steps, console=console)
         write_csv(
-            RESULTS / name / "blocks.csv", [dict(zip(BLOCK_COLUMNS, row, strict=True)) for row in report], BLOCK_COLUMNS
+            results / name / "blocks.csv", [dict(zip(BLOCK_COLUMNS, row, strict=True)) for row in report], BLOCK_COLUMNS
         )
-        describe_machine(RESULTS / name)
+        describe_machine(results / name)
     if variant.recalibrated:
         recalibrate(net, _centre(images).split(50))
     if not variant.epochs:
@@ -272,7 +289,7 @@ def _train(name: str, photos: Path, work: Path) -> None:
     def told(row: dict[str, Any]) -> None:
         console.print(f"  epoch {row['epoch']:3} loss {row['train_loss']:.4f} held out {row['val_top1']:.3f} "
                       f"{row.get('images_per_s', 0.0):.1f} images/s", highlight=False)  # fmt: skip
-        copy_logs(folder, RESULTS / name)
+        copy_logs(folder, results / name)
 
     finetune(
         net, (images, None), variant.recipe(), validation=held_out, output=folder, resume=True, teacher=teacher(),
@@ -304,7 +321,7 @@ def _network(name: str, work: Path, train: tuple[Tensor, Tensor]) -> nn.Module:
     return net.eval()
 
 
-def _measured(name: str, net: nn.Module, held_out: tuple[Tensor, Tensor]) -> dict[str, Any]:
+def _measured(name: str, net: nn.Module, held_out: tuple[Tensor, Tensor], folder: Path) -> dict[str, Any]:
     from bcos_rt.evaluation import evaluate, grid_pointing_game
 
     data, source = (_centre(held_out[0]), held_out[1]), teacher()
@@ -326,7 +343,7 @@ def _measured(name: str, net: nn.Module, held_out: tuple[Tensor, Tensor]) -> dic
     chosen = {"teacher": ["random"], name: methods}
     game = grid_pointing_game(nets, chosen, data, n=2, grids=24, same_grids="teacher", batch_size=25)
     # The example shows photographs, which are not ours to keep.
-    game.save(RESULTS / name, example=False)
+    game.save(folder, example=False)
     means = {row["method"]: row["mean"] for row in game.summary() if row["network"] == name}
     result["localisation"] = means.get("bcos")
     if name == "teacher":

@@ -54,6 +54,25 @@ def test_table_from_logs(tmp_path: Path) -> None:
     assert (study["localisation"], study["grids"]) == ("25.00", "63")
 
 
+@pytest.mark.parametrize("module", ["bench.cifar10", "bench.few_images"])
+def test_folders_without_logs_make_no_table(module: str, tmp_path: Path) -> None:
+    main = importlib.import_module(f"{module}.__main__")
+    result = CliRunner().invoke(main.app, ["table", "--results", str(tmp_path / "again"), "--output", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "--results" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["bench.cifar10 localise --data", "bench.few_images measure --photos"])
+@pytest.mark.parametrize("what", ["missing.tar", ""])
+def test_data_that_are_no_file_are_named(command: str, what: str, tmp_path: Path) -> None:
+    module, *arguments = command.split()
+    main = importlib.import_module(f"{module}.__main__")
+    result = CliRunner().invoke(main.app, [*arguments, str(tmp_path / what)])
+    assert result.exit_code == 2
+    assert arguments[-1] in result.output
+
+
 def test_picture_of_what_there_is(tmp_path: Path) -> None:
     logs(tmp_path, "resnet20-bcosified-seed0", [0.6, 0.7], {})
     draw("resnet20", 0, tmp_path, tmp_path / "first.png")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from typer.testing import CliRunner
 
-from bcos_rt import Recipe, bcosify
+from bcos_rt import Recipe, bcosify, save
+from bcos_rt.files import read_rows
 from bcos_rt.models import load_model
 from bcos_rt.nn import BatchNormUncentered2d, BcosConv2d
+from bench.few_images import __main__ as program
 from bench.few_images.blocks import _error, _Layer, _patches, _relative, _solve, _train, fit_blocks
 
 
@@ -83,3 +90,39 @@ def test_a_block_that_training_makes_worse_is_left_as_it_was() -> None:
     weights = part[0].weight.detach().clone()
     assert _train(part, list(part.parameters()), x, wanted, _relative(wanted), steps=3, batch_size=8) == (0, 0)
     assert torch.equal(part[0].weight, weights)
+
+
+def test_folders_of_ones_own_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was trained again has its own numbers, and the committed ones stay as they are."""
+    work, results = tmp_path / "work", tmp_path / "results"
+    net, _ = bcosify("efficientnet-lite0", Recipe(logit_bias=None))
+    (work / "blocks").mkdir(parents=True)
+    save(net, work / "blocks" / "last.safetensors")
+    shutil.copytree(program.RESULTS / "teacher", results / "teacher")
+    monkeypatch.setattr(program, "MEASURED", 64)
+    generator = torch.Generator().manual_seed(0)
+
+    def photographs(_: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        images = torch.randint(0, 256, (20, 3, 256, 256), generator=generator, dtype=torch.uint8)
+        return (images[:10], torch.arange(10)), (images[10:], torch.arange(10))
+
+    monkeypatch.setattr(program, "photographs", photographs)
+    # Noise is no class with confidence: there is nothing to make grids of.
+    monkeypatch.setattr(program, "_measured", lambda name, *_: {"top1": 0.25, "top5": 0.5, "localisation": 0.75})
+    tar = tmp_path / "photos.tar"
+    tar.touch()
+    committed = (program.RESULTS / "blocks" / "measured.json").read_bytes()
+    own = ["--photos", str(tar), "--work", str(work), "--results", str(results)]
+    said = CliRunner().invoke(program.app, ["measure", *own])
+    assert said.exit_code == 0, said.output
+    assert "teacher: is measured" in said.output
+    assert json.loads((results / "blocks" / "measured.json").read_text())["top1"] == 0.25
+    assert (program.RESULTS / "blocks" / "measured.json").read_bytes() == committed
+    said = CliRunner().invoke(program.app, ["table", "--results", str(results), "--output", str(tmp_path / "docs")])
+    assert said.exit_code == 0, said.output
+    rows = {row["variant"]: row for row in read_rows(tmp_path / "docs" / "results" / "few_images.csv")}
+    assert {"teacher", "blocks"} <= set(rows)
+    assert float(rows["blocks"]["localisation"]) == 0.75
+    said = CliRunner().invoke(program.app, ["free", "--work", str(work), "--output", str(tmp_path / "docs")])
+    assert said.exit_code == 2
+    assert "features_224" in said.output
