@@ -59,10 +59,10 @@ def split_folder(
         # Somebody's own name for a part: never the default, so it must be there.
         if split in folders:
             return split
-        raise InvalidArgumentError(
-            "split", f"{split!r} of {data}", f"one of {', '.join(sorted(folders)) or 'its folders (it has none)'}",
-            did_you_mean(split, folders),
-        )  # fmt: skip
+        expected = f"one of {', '.join(sorted(folders)) or 'its folders (it has none)'}"
+        if folders and not any(holds_classes(name) for name in folders):
+            expected += ", for images without labels, or no split, for the folders as classes"
+        raise InvalidArgumentError("split", f"{split!r} of {data}", expected, did_you_mean(split, folders))
     called = [name for name in folders if name.lower() in _NAMES]
     if not called:
         return None

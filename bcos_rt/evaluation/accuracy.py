@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,7 @@ class Evaluation:
             trained with binary cross-entropy: its probabilities are sigmoids.
         per_class: share of right answers by class, None for a class without images.
         completeness: of B-cos networks' explanations.
+        class_names: the data's, or else the network's, where these are as many; else None.
     """
 
     images: int
@@ -90,6 +91,7 @@ class Evaluation:
     sigmoid: Calibration
     per_class: tuple[float | None, ...]
     completeness: Completeness | None
+    class_names: tuple[str, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
@@ -128,7 +130,8 @@ class Evaluation:
         """Write :meth:`plot` where ``path`` ends in .png, else everything into a folder.
 
         The folder, made where it is missing, gets ``evaluation.json`` (all fields), ``evaluation.csv``
-        (:meth:`summary`), ``evaluation_classes.csv`` (accuracy by class) and ``evaluation.png``.
+        (:meth:`summary`), ``evaluation_classes.csv`` (accuracy by class, with the names that are known) and
+        ``evaluation.png``.
 
         Args:
             about: what else the JSON shall hold, before the results.
@@ -144,8 +147,12 @@ class Evaluation:
         row = self.summary()
         write_json(path / "evaluation.json", {**(about or {}), "results": self.to_dict()})
         write_csv(path / "evaluation.csv", [row], list(row))
-        classes = ({"class": k, "top1": share} for k, share in enumerate(self.per_class))
-        write_csv(path / "evaluation_classes.csv", classes, ("class", "top1"))
+        names = self.class_names or ("",) * self.classes
+        classes = (
+            {"class": k, "name": name, "top1": share}
+            for k, (name, share) in enumerate(zip(names, self.per_class, strict=True))
+        )
+        write_csv(path / "evaluation_classes.csv", classes, ("class", "name", "top1"))
         save_figure(self.plot(), path / "evaluation.png")
         return path
 
@@ -232,17 +239,24 @@ def evaluate(
                 scales.append(explanation.logits.double().abs().amax(1).cpu())
             if tell is not None:
                 tell("evaluating", batch[-1] + 1, len(images))
-    return judged(torch.cat(rows), torch.cat(labels_seen), errors, scales, bins)
+    names = (images.class_names, getattr(net, "class_names", None))
+    return judged(torch.cat(rows), torch.cat(labels_seen), errors, scales, bins, names)
 
 
 def judged(
-    logits: Tensor, truth: Tensor, errors: Sequence[Tensor] = (), scales: Sequence[Tensor] = (), bins: int = 15
+    logits: Tensor,
+    truth: Tensor,
+    errors: Sequence[Tensor] = (),
+    scales: Sequence[Tensor] = (),
+    bins: int = 15,
+    names: Iterable[Sequence[str] | None] = (),
 ) -> Evaluation:
     """The results of logits [N, classes] for labels ``truth`` [N].
 
     Args:
         errors, scales: of explained images, in parts: their completeness errors, and the largest magnitudes of logits.
         bins: of the calibration.
+        names: what the classes may be called; the first list counts that has a name for each.
 
     Raises:
         InvalidArgumentError: images without labels, labels without a logit, or logits that are not finite.
@@ -277,4 +291,5 @@ def judged(
         sigmoid=reliability(torch.sigmoid(logits.amax(1)), right, bins),
         per_class=tuple(per_class),
         completeness=completeness,
+        class_names=next((tuple(known) for known in names if known is not None and len(known) == classes), None),
     )

@@ -445,7 +445,7 @@ def grid_pointing_game(
         made = grids_of(chosen, lambda index: labels[index], n * n, grids, published_offsets)
         if not made:
             sure = sum(1 for entries in by_class.values() if entries and is_sure(entries[0][1], confidence))
-            right = f"that {' and '.join(map(repr, names))} classify right with a confidence > {confidence}"
+            right = f"right for {' and '.join(map(repr, names))} with a confidence > {confidence}"
             raise InvalidArgumentError("data", f"{sure} classes with an image {right}", f"at least {n * n}")
         return made
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bcos_rt.data import open_data
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation.accuracy import Evaluation, judged
 from bcos_rt.evaluation.embeddings import Tell, embeddings_of
@@ -86,7 +87,8 @@ def linear_probe(
     selection = require("sklearn.model_selection", "evaluate")
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "tell": tell}
     x, labels = _numbers("train", *embeddings_of(net, train, what="encoding training images", **options))
-    x_seen, truth = _numbers("validation", *embeddings_of(net, validation, what="encoding images", **options))
+    seen = open_data(validation)
+    x_seen, truth = _numbers("validation", *embeddings_of(net, seen, what="encoding images", **options))
     if len(np.unique(labels)) < 2:
         raise InvalidArgumentError("train", "images of one class", "at least two classes")
 
@@ -119,7 +121,7 @@ def linear_probe(
     model = fitted(float(c), x, labels)
     logits = np.full((len(truth), int(max(labels.max(), truth.max())) + 1), NEVER)
     logits[:, model.classes_] = model.predict_log_proba(x_seen).clip(min=NEVER)
-    evaluation = judged(torch.from_numpy(logits), torch.from_numpy(truth), bins=bins)
+    evaluation = judged(torch.from_numpy(logits), torch.from_numpy(truth), bins=bins, names=[seen.class_names])
     listed = tuple((10**exponent, share) for exponent, share in sorted(tried.items()))
     return LinearProbe(float(c), listed, len(labels), evaluation)
 

@@ -239,14 +239,18 @@ def _parts(module: nn.Module, prefix: str) -> list[str]:
 
 
 def _checked(net: nn.Module, stages: Sequence[str]) -> list[str]:
-    known = dict(inner_network(net).named_modules())
+    inner = inner_network(net)
+    known = dict(inner.named_modules())
     if isinstance(stages, str) or not stages:
         raise InvalidArgumentError("stages", repr(stages), "names of modules, from head to stem")
     if len(set(stages)) < len(stages):
         raise InvalidArgumentError("stages", repr(list(stages)), "each once: nothing is randomised twice")
+    some = ", ".join(_parts(inner, "")[:4])
     for stage in stages:
         if stage != REST and (stage not in known or not stage):
-            raise InvalidArgumentError("stages", repr(stage), "a module's name", did_you_mean(stage, known))
+            raise InvalidArgumentError(
+                "stages", repr(stage), f"a module's name, such as {some}", did_you_mean(stage, known)
+            )
         # Maps that stay as they are would be said to stay through its randomisation.
         if stage != REST and next(known[stage].parameters(), None) is None:
             raise InvalidArgumentError("stages", f"{stage!r}, which has none", "modules with parameters")
@@ -254,7 +258,7 @@ def _checked(net: nn.Module, stages: Sequence[str]) -> list[str]:
     for i, stage in enumerate(stages):
         if stage == REST and i + 1 < len(stages):
             raise InvalidArgumentError("stages", f"{REST!r} before others", f"{REST!r} last: it is all that is left")
-        module = inner_network(net) if stage == REST else known[stage]
+        module = inner if stage == REST else known[stage]
         mine = {id(parameter) for parameter in module.parameters()}
         if mine <= done:
             raise InvalidArgumentError(

@@ -82,7 +82,7 @@ def zero_shot(
                 explanation = explain_text(net, pixels[place : place + 1], best, how.kind, power=power)
                 errors.append(logit_scale * explanation.completeness_error()[:, 0].cpu())
                 scales.append(logits[place].abs().amax()[None].cpu())
-    return judged(torch.cat(rows), torch.cat(labels_seen), errors, scales, bins)
+    return judged(torch.cat(rows), torch.cat(labels_seen), errors, scales, bins, [images.class_names])
 
 
 def pooled_cosines(tokens: Tensor, texts: Tensor, pooling: TokenPooling) -> Tensor:

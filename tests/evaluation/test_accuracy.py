@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bcos_rt import Recipe, bcosify
+from bcos_rt.data import open_data
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.evaluation.accuracy import evaluate, reliability
 from bcos_rt.evaluation.checks import spread
@@ -142,6 +143,16 @@ def test_a_folder_gets_every_number(tmp_path: Path) -> None:
     assert [row["class"] for row in classes] == list(map(str, range(7)))
     assert float(classes[0]["top1"]) == found.per_class[0]
     assert classes[6]["top1"] == ""
+    assert {row["name"] for row in classes} == {""}
+    named = open_data((images, labels))
+    named.class_names = tuple("abcdefg")
+    rows = read_rows(evaluate(Given(7), named).save(tmp_path / "named") / "evaluation_classes.csv")
+    assert [row["name"] for row in rows] == list("abcdefg")
+    net = Given(7)
+    net.class_names = list("hijklmn")  # type: ignore[assignment]
+    assert evaluate(net, (images, labels)).class_names == tuple("hijklmn")
+    named.class_names = tuple("abcdef")
+    assert evaluate(Given(7), named).class_names is None
     with pytest.raises(InvalidArgumentError, match="or a folder"):
         found.save(out / "evaluation.json")
 

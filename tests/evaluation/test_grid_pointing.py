@@ -377,7 +377,7 @@ def test_windows_cover_the_whole_grid_whatever_the_stride() -> None:
         ({"methods": []}, "methods: got none"),
         ({"methods": ["random", "random"]}, "'random' twice"),
         ({"methods": ["input_times_gradient"]}, "did you mean 'input_x_gradient'"),
-        ({"n": 3}, r"data: got 6 classes with an image that 'a' classify right with a confidence > 0\.5, .*at least 9"),
+        ({"n": 3}, r"data: got 6 classes with an image right for 'a' with a confidence > 0\.5, .*at least 9"),
         ({"confidence": 0.9999}, "data: got 0 classes"),
         ({"confidence": 1.0}, "confidence: got 1"),
         ({"n": 2.0}, r"n: got 2\.0, expected an integer"),
