@@ -111,6 +111,8 @@ def _fitted(**conversion: Any) -> Variant:
 
 
 AT_ONCE: dict[str, Any] = {"b_start": None, "b_epochs": 0.0, "bias_decay_epochs": None}
+TO_FEATURES: dict[str, Any] = {**AT_ONCE, "freeze_norms": True, "lr": 2e-4, "distillation.logits": 0.02}
+TO_FEATURES_224: dict[str, Any] = {**TO_FEATURES, "augmentation.size": MEASURED}
 VARIANTS: dict[str, Variant] = {
     # From end to end. B = 1 shows what the biases alone do; at_once drops them and has B = 2 from the first step.
     "b1": Variant(conversion={**SAME_AT_FIRST, "b": 1.0}, training={"b_start": None, "b_epochs": 0.0}),
@@ -128,25 +130,10 @@ VARIANTS: dict[str, Variant] = {
     # Without statistics of 16 small crops, of which the last stages' norms see 256 places each.
     "long_frozen": Variant(LONG, training={**AT_ONCE, "freeze_norms": True}, start="blocks", recalibrated=False),
     # A photograph has one vector of logits, which a network can learn by heart, and thousands of places of features.
-    "features": Variant(
-        10,
-        training={**AT_ONCE, "freeze_norms": True, "lr": 2e-4, "distillation.logits": 0.02},
-        start="blocks",
-        recalibrated=False,
-    ),
+    "features": Variant(10, training=TO_FEATURES, start="blocks", recalibrated=False),
     # At the size at which networks are measured.
-    "features_224": Variant(
-        10,
-        training={
-            **AT_ONCE,
-            "freeze_norms": True,
-            "lr": 2e-4,
-            "distillation.logits": 0.02,
-            "augmentation.size": MEASURED,
-        },
-        start="blocks",
-        recalibrated=False,
-    ),
+    "features_224": Variant(10, training=TO_FEATURES_224, start="blocks", recalibrated=False),
+    "features_224_biases_kept": Variant(10, training=TO_FEATURES_224, start="blocks_biases_kept", recalibrated=False),
 }
 
 
