@@ -248,7 +248,9 @@ def _read(path: Path) -> _Checkpoint:
         weights = path / WEIGHTS_NAME
         for needed in (path / CONFIG_NAME, weights):
             if not needed.is_file():
-                raise CheckpointError(f"{path}: not a bcos-rt checkpoint, it holds no {needed.name}")
+                found = sorted(entry.name for entry in path.glob("*.safetensors") if entry.name != WEIGHTS_NAME)
+                hint = f" (but {', '.join(found[:3])}: name one of them)" if found else ""
+                raise CheckpointError(f"{path}: not a bcos-rt checkpoint, it holds no {needed.name}{hint}")
         try:
             text = (path / CONFIG_NAME).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -197,23 +198,25 @@ def convert(
     run(work, as_json)
 
 
-def named_recipe(text: str) -> Recipe:
-    """The recipe behind ``--recipe``; of ``clip`` mean and std are the model's own."""
+def named_recipe(
+    text: str, option: str = "--recipe", names: Sequence[str] = ("default", "clip", "equivalent")
+) -> Recipe:
+    """The recipe behind an option that takes one of ``names`` or a file; of ``clip`` mean and std are the model's own.
+
+    Raises:
+        InvalidArgumentError: something else; the option is named.
+    """
     from bcos_rt.conversion import Recipe
 
+    if text not in names and not Path(text).is_file():
+        expected = f"{', '.join(map(repr, names))} or an existing JSON file"
+        raise InvalidArgumentError(option, repr(text), expected, did_you_mean(text, names))
     if text == "default":
         return Recipe()
     if text == "equivalent":
         return Recipe.equivalent()
     if text == "clip":
         return Recipe.clip(mean=None, std=None)
-    if not Path(text).is_file():
-        raise InvalidArgumentError(
-            "--recipe",
-            repr(text),
-            "'default', 'clip', 'equivalent' or an existing JSON file",
-            did_you_mean(text, ["default", "clip", "equivalent"]),
-        )
     return Recipe.from_dict(read_recipe_file(text))
 
 

@@ -114,18 +114,22 @@ def print_json(data: Mapping[str, Any], stream: TextIO) -> None:
     stream.flush()
 
 
+# What other commands take several of, so that a second one is no correction of the first.
+_ONCE = ("--checkpoint", "--model", "--weights", "--clip")
+
+
 class Command(typer.core.TyperCommand):
-    """A command whose options with one value are given once: of two networks, say, none is left out in silence."""
+    """A command that takes one network where it is for one: none is left out in silence."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As typer does it.
 
         Raises:
-            InvalidArgumentError: an option with one value is there twice.
+            InvalidArgumentError: an option that names the one network is there twice.
         """
         given = self.make_parser(ctx).parse_args(args=list(args))[2]
         for option, often in Counter(p for p in given if isinstance(p, typer.core.TyperOption)).items():
-            if often > 1 and not (option.multiple or option.is_flag):
+            if often > 1 and not option.multiple and option.opts[0] in _ONCE:
                 raise InvalidArgumentError(option.opts[0], f"{often} values", "one")
         return super().parse_args(ctx, args)
 
@@ -156,7 +160,9 @@ class CommandGroup(typer.core.TyperGroup):
         except BcosError as error:
             _report(error, as_json)
             sys.exit(2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            if str(error):
+                print(error, file=sys.stderr)
             sys.exit(130)
         except Exception as error:
             if not _is_usage_error(error):

@@ -196,6 +196,11 @@ def finetune(
             " (--set distillation.logits=0.5, or a --recipe FILE with a distillation)",
         )  # fmt: skip
 
+    if chosen.distillation is not None and not teacher and clip is None:
+        got = "without --teacher, and a recipe with a distillation"
+        expected = "--teacher, or a recipe without" if checkpoint is None else "--model and --teacher"
+        raise InvalidArgumentError("--teacher", got, expected)
+
     def build(classes: int | None, names: Sequence[str] | None) -> tuple[nn.Module, nn.Module | None, dict[str, Any]]:
         from bcos_rt.checkpoint import load
         from bcos_rt.models.weights import is_file_of_weights
@@ -212,7 +217,11 @@ def finetune(
         if checkpoint is not None:
             if teacher:
                 raise InvalidArgumentError("--teacher", "with --checkpoint", "--model, whose weights teach")
-            return load(checkpoint), None, {"checkpoint": str(checkpoint)}
+            net = load(checkpoint)
+            if has_embedding(net):
+                got = f"{str(checkpoint)!r}, an image tower"
+                raise InvalidArgumentError("--checkpoint", got, "--clip NAME beside it, whose own tower teaches it")
+            return net, None, {"checkpoint": str(checkpoint)}
         source = load_source(str(model), weights, _class_count(num_classes, classes))
         # Published names are not asked: the data may call the same classes otherwise.
         stated = source.class_names if is_file_of_weights(weights) else None
@@ -227,7 +236,7 @@ def finetune(
             if taught.logits + taught.siglip + taught.embedding > 0:
                 expected = "distillation of features alone (logits=0, features=1, modules=[...])"
                 raise InvalidArgumentError("--teacher", got, expected)
-        net, _ = convert_source(source, named_recipe(conversion))
+        net, _ = convert_source(source, named_recipe(conversion, "--conversion"))
         if names is not None and net.class_names is None:
             net.class_names = list(names)
         teaching = source.conventional() if teacher else None
@@ -251,8 +260,8 @@ def train(
         str,
         typer.Option(
             metavar="default|bcos_v2|equivalent|FILE.json",
-            help="Which B-cos network, as in `bcos-rt convert`; 'bcos_v2' as B-cos v2's code trains from scratch: "
-            "filters of norm 1, no activations, no normalisation.",
+            help="Which B-cos network: as `bcos-rt convert` makes it; or 'bcos_v2', as B-cos v2's code trains from "
+            "scratch: filters of norm 1, no activations, no normalisation.",
         ),
     ] = _DEFAULT,
     val: Validation = None,
@@ -273,6 +282,9 @@ def train(
 ) -> None:
     """Train a network from random weights: a B-cos network, or with --standard the conventional one."""
     chosen = _recipe(recipe or ("bcos" if bcos else "standard"), changes, epochs, batch_size, lr, size)
+    if chosen.distillation is not None:
+        expected = "one without: nothing teaches a network from random weights (bcos-rt finetune --teacher)"
+        raise InvalidArgumentError("--recipe, --set", "a recipe with a distillation", expected)
     if not bcos and conversion != _DEFAULT:
         raise InvalidArgumentError("--conversion", f"{conversion!r} with --standard", "--bcos, which it belongs to")
 
@@ -284,7 +296,10 @@ def train(
         torch.manual_seed(chosen.seed)
         source = load_source(model, "random", _class_count(num_classes, classes))
         if bcos:
-            how = published_recipe("bcos_v2", model) if conversion == "bcos_v2" else named_recipe(conversion)
+            if conversion == "bcos_v2":
+                how = published_recipe("bcos_v2", model)
+            else:
+                how = named_recipe(conversion, "--conversion", ("default", "bcos_v2", "equivalent"))
             net: BcosNetwork | ConventionalNetwork = convert_source(source, how)[0]
         else:
             net = source.conventional()
@@ -316,7 +331,7 @@ def _clip_towers(
         if not has_embedding(net):
             raise InvalidArgumentError("--checkpoint", f"{str(checkpoint)!r}, which returns logits", "an image tower")
         return net, source.conventional(), {**about, "checkpoint": str(checkpoint)}
-    net, _ = convert_source(source, named_recipe("clip" if conversion == _DEFAULT else conversion))
+    net, _ = convert_source(source, named_recipe("clip" if conversion == _DEFAULT else conversion, "--conversion"))
     return net, source.conventional(), about
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,25 @@ from torchvision.transforms import InterpolationMode, v2
 from bcos_rt.data.loading import seeded
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["Augmentation", "Mixing"]
+__all__ = ["Augmentation", "Mixing", "make_plain"]
 
 # Shorter side of an evaluated image over the side of its centre crop, as in bcos_rt.images.load_image.
 CROP_FRACTION = 0.875
+
+
+def make_plain(settings: Any) -> None:
+    """Make the numbers of a frozen dataclass Python's own, those of float fields floats, once they are known to be fit.
+
+    NumPy's float64 is a float too, but torch does not load one from a file; and torch's Beta distribution takes no
+    integers.
+    """
+    hints = get_type_hints(type(settings))
+    for entry in dataclasses.fields(settings):
+        value, hint = getattr(settings, entry.name), hints[entry.name]
+        if hint in (float, float | None) and value is not None:
+            object.__setattr__(settings, entry.name, float(value))
+        elif hint == tuple[float, float]:
+            object.__setattr__(settings, entry.name, tuple(map(float, value)))
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,11 @@ class Augmentation:
             two = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
             if not two or not 0 < value[0] <= value[1] < math.inf:
                 raise InvalidArgumentError(f"Augmentation.{name}", repr(value), "two numbers, 0 < low <= high")
-            object.__setattr__(self, name, tuple(value))
+        make_plain(self)
+        for name, (by, user) in _USED_BY.items():
+            if getattr(self, by) != user and getattr(self, name) != _DEFAULTS[name]:
+                got = f"{getattr(self, name)!r} with {by}={getattr(self, by)!r}, which does not use it"
+                raise InvalidArgumentError(f"Augmentation.{name}", got, f"{_DEFAULTS[name]!r}, or {by} {user!r}")
 
     @classmethod
     def imagenet(cls, size: int = 224, **changes: Any) -> Augmentation:
@@ -132,6 +151,14 @@ class Augmentation:
         return v2.Compose(steps)
 
 
+# Fields that only one choice of another field uses; elsewhere they are at their defaults.
+_DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(Augmentation)}
+_USED_BY = {
+    "scale": ("crop", "resized"), "ratio": ("crop", "resized"), "padding": ("crop", "padded"),
+    "magnitude": ("policy", "rand_augment"),
+}  # fmt: skip
+
+
 class _ToUnit(v2.Transform):  # type: ignore[misc]
     """Bytes or floats as float32 in [0, 1]; bicubic filters overshoot a little."""
 
@@ -181,6 +208,7 @@ class Mixing:
             raise InvalidArgumentError("Mixing", "mixup=0, cutmix=0", "one of them > 0")
         if self.probability > 1:
             raise InvalidArgumentError("Mixing.probability", self.probability, "a number from 0 to 1")
+        make_plain(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""

@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
+from bcos_rt.conversion.equivalence import evaluating
+from bcos_rt.errors import BcosError, InvalidArgumentError, InvalidTypeError
 from bcos_rt.nn.exponent import exponents
 from bcos_rt.nn.network import BcosNetwork, EmbeddingLayer
+from bcos_rt.nn.norms import BatchNormUncentered2d
+from bcos_rt.training.losses import check_label
 from bcos_rt.training.recipe import TrainingRecipe
 
 __all__ = [
     "check_bcos",
     "check_dtypes",
     "check_labelled",
+    "check_labels",
     "check_metrics",
     "checked_output",
     "checked_pictures",
+    "checked_width",
     "embeds",
     "learns_outputs",
 ]
@@ -69,6 +74,36 @@ def check_labelled(argument: str, labels: Tensor | None, may_lack: bool) -> None
         raise InvalidArgumentError(argument, "images without labels", expected, hint)
 
 
+def check_labels(argument: str, labels: Tensor | None, classes: int) -> None:
+    """Refuse labels without a logit before an epoch is spent, where the data knows them without being read."""
+    if labels is not None and len(labels):
+        check_label(int(labels.max()), classes, argument)
+
+
+@torch.no_grad()
+def checked_width(argument: str, net: nn.Module, size: int) -> int:
+    """How many numbers a network returns for an image of ``size`` pixels a side: its classes, or an embedding's D.
+
+    Raises:
+        InvalidArgumentError: ``argument`` takes no such image, in whatever way it says so.
+        InvalidTypeError: it returns something else.
+    """
+    like = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
+    image = torch.full((1, 3, size, size), 0.5, dtype=like.dtype, device=like.device)
+    try:
+        with evaluating(net):
+            output = net(image)
+    except BcosError:
+        raise
+    except Exception as error:  # each network says it in its own way
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        got = f"a {type(net).__name__} that takes no images of {size} x {size} pixels ({reason})"
+        raise InvalidArgumentError(
+            argument, got, "one that does", " (or another recipe.augmentation.size, --size)"
+        ) from error
+    return checked_output(output).shape[1]
+
+
 def check_dtypes(net: nn.Module, recipe: TrainingRecipe) -> None:
     """Refuse weights to be trained of another type than images come in; mixed precision keeps them in float32."""
     wanted = torch.float64 if recipe.precision == "64-true" else torch.float32
@@ -91,8 +126,15 @@ def checked_output(output: object) -> Tensor:
 
 
 def check_bcos(net: nn.Module, recipe: TrainingRecipe) -> None:
-    """Refuse what is of B-cos layers where there are none."""
-    if exponents(net):
+    """Refuse what is of B-cos layers, or of their norms, where there are none."""
+    if recipe.sync_norms and not any(isinstance(module, BatchNormUncentered2d) for module in net.modules()):
+        got = f"True for a {type(net).__name__} without uncentred batch norms"
+        raise InvalidArgumentError("recipe.sync_norms", got, "False: there is nothing to synchronise")
+    found = exponents(net)
+    if recipe.b_start is not None and found and all(b == recipe.b_start for b in found.values()):
+        got = f"{recipe.b_start:g}, which is the network's own B"
+        raise InvalidArgumentError("recipe.b_start", got, "a B to rise from, or None")
+    if found:
         return
     for name, given, none in (("b_start", recipe.b_start, None), ("learn_b", recipe.learn_b, False)):
         if given != none:
@@ -106,6 +148,8 @@ def checked_pictures(net: nn.Module, images: Tensor) -> Tensor:
         raise InvalidArgumentError(
             "explain_images", f"images for a {type(net).__name__}", "None: it is no B-cos network"
         )
+    if isinstance(images, Tensor) and len(images) == 0:
+        raise InvalidArgumentError("explain_images", "no image", "at least one, or None")
     try:
         net.encode(images)
     except (InvalidArgumentError, InvalidTypeError) as error:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from bcos_rt.data.augment import Augmentation, Mixing
+from bcos_rt.data.augment import Augmentation, Mixing, make_plain
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 
 __all__ = ["Distillation", "TrainingRecipe"]
@@ -95,6 +95,12 @@ class Distillation:
         if self.temperature != 1 and (self.logits == 0 or self.logit_loss != "kl"):
             got = f"{self.temperature} with logits={self.logits:g}, logit_loss={self.logit_loss!r}"
             raise InvalidArgumentError("Distillation.temperature", got, "1, as it is of logit_loss='kl' alone")
+        for name, weight in (("logit_loss", "logits"), ("modules", "features"), ("feature_loss", "features")):
+            default = next(entry.default for entry in fields(self) if entry.name == name)
+            if getattr(self, weight) == 0 and getattr(self, name) != default:
+                got = f"{getattr(self, name)!r} with {weight}=0, which does not use it"
+                raise InvalidArgumentError(f"Distillation.{name}", got, f"{default!r}, or {weight} > 0")
+        make_plain(self)
 
 
 @dataclass(frozen=True)
@@ -221,9 +227,13 @@ class TrainingRecipe:
                 raise InvalidTypeError(f"TrainingRecipe.{name}", repr(value), expected)
         if not isinstance(self.betas, list | tuple) or not all(isinstance(b, int | float) for b in self.betas):
             raise InvalidTypeError("TrainingRecipe.betas", repr(self.betas), "two numbers in [0, 1)")
-        object.__setattr__(self, "betas", tuple(self.betas))
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise InvalidArgumentError("TrainingRecipe.betas", self.betas, "two numbers in [0, 1)")
+            raise InvalidArgumentError("TrainingRecipe.betas", tuple(self.betas), "two numbers in [0, 1)")
+        if self.ema == 1:
+            raise InvalidArgumentError(
+                "TrainingRecipe.ema", 1, "a number < 1, or None: the average would stay as it is"
+            )
+        make_plain(self)
         for name, (by, users) in _USED_BY.items():
             if getattr(self, by) not in users and getattr(self, name) != _DEFAULTS[name]:
                 got = f"{getattr(self, name)!r} with {by}={getattr(self, by)!r}, which does not use it"
@@ -316,7 +326,11 @@ class TrainingRecipe:
             rest = next(iter(values))
             raise InvalidArgumentError("TrainingRecipe", f"field {name}.{rest}", f"a field with parts, {name} has none")
         _check_parts(name, values)
-        return _NESTED[name](**values) if current is None else dataclasses.replace(current, **values)
+        if current is None:
+            return _NESTED[name](**values)
+        if not isinstance(current, _NESTED[name]):
+            raise InvalidTypeError(f"TrainingRecipe.{name}", repr(current), _NESTED[name].__name__)
+        return dataclasses.replace(current, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
@@ -329,6 +343,8 @@ class TrainingRecipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingRecipe:
         """The inverse of :meth:`to_dict`; an unknown field is an error naming it."""
+        if not isinstance(values, Mapping):
+            raise InvalidTypeError("TrainingRecipe", type(values).__name__, "a mapping of its fields")
         given: dict[str, Any] = {}
         for name, value in values.items():
             if name not in _FIELDS:

@@ -21,7 +21,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,9 @@ class RunFolder:
         missing = [k for k in ("recipe", "progress", "sums", "precision", "targets", "model") if k not in state]
         if missing:
             raise CheckpointError(f"{self.state}: without {', '.join(missing)}, so not a whole state")
+        held = state["progress"]
+        if not isinstance(held, dict) or set(held) != {entry.name for entry in fields(Progress)}:
+            raise CheckpointError(f"{self.state}: its progress is not that of a run")
         # Fields that a recipe did not have yet when the run began are at their defaults.
         then, now = _plain(TrainingRecipe.from_dict(state["recipe"]).to_dict()), _plain(recipe.to_dict())
         other = [k for k in now if k not in FREE_FIELDS and then.get(k) != now[k]]
@@ -183,9 +186,11 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, as a file gives them back."""
+    """Tuples as lists, as a file gives them back; texts as Python's own, which is all that torch loads."""
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, str):
+        return str(value)
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 

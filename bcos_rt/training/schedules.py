@@ -31,7 +31,7 @@ class Schedule:
         recipe = self.recipe
         unit = 1 if recipe.step_schedule else self.steps_per_epoch
         now = step // unit
-        warm = (recipe.warmup_steps or recipe.warmup_epochs * self.steps_per_epoch) / unit
+        warm = self._warm(unit)
         if now < warm:
             start = recipe.warmup_factor
             return recipe.lr * (start + (1 - start) * now / warm if recipe.warmup == "linear" else start)
@@ -60,17 +60,24 @@ class Schedule:
     def unfinished(self) -> list[str]:
         """What the run is too short for, in words: it ends within its warm-up, its B's rise or its biases' fall."""
         recipe = self.recipe
-        warm = recipe.warmup_steps / self.steps_per_epoch or recipe.warmup_epochs
+        unit = 1 if recipe.step_schedule else self.steps_per_epoch
+        # B and biases are those after the last step, the learning rate is that of it.
+        warms = (recipe.epochs * self.steps_per_epoch - 1) // unit < self._warm(unit)
+        warm, decay = self._warm(self.steps_per_epoch), recipe.bias_decay_epochs or 0.0
         reached = {
-            "the learning rate never reaches lr": ("warm-up", warm),
-            "B does not reach the network's own": ("b_epochs", recipe.b_epochs),
-            "biases do not reach 0": ("bias_decay_epochs", recipe.bias_decay_epochs or 0.0),
+            "the learning rate never reaches lr": ("warm-up", warm, warms),
+            "B does not reach the network's own": ("b_epochs", recipe.b_epochs, recipe.b_epochs > recipe.epochs),
+            "biases do not reach 0": ("bias_decay_epochs", decay, decay > recipe.epochs),
         }
         return [
             f"{consequence}: {length:g} epochs of {name}, in a run of {recipe.epochs}"
-            for consequence, (name, length) in reached.items()
-            if length > recipe.epochs
+            for consequence, (name, length, short) in reached.items()
+            if short
         ]
+
+    def _warm(self, unit: int) -> float:
+        """The warm-up's length in units of so many steps."""
+        return (self.recipe.warmup_steps or self.recipe.warmup_epochs * self.steps_per_epoch) / unit
 
     def _progress(self, step: int, epochs: float) -> float:
         length = epochs * self.steps_per_epoch

@@ -34,6 +34,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from bcos_rt.data import Augmented, EpochSampler, check_numbers, derived_seed, loader, open_data, shard
 from bcos_rt.data.loading import read_batch
 from bcos_rt.errors import (
+    CheckpointError,
     InvalidArgumentError,
     InvalidTypeError,
     TrainingError,
@@ -49,9 +50,11 @@ from bcos_rt.training.checks import (
     check_bcos,
     check_dtypes,
     check_labelled,
+    check_labels,
     check_metrics,
     checked_output,
     checked_pictures,
+    checked_width,
     embeds,
     learns_outputs,
 )
@@ -273,6 +276,13 @@ class _Training:
         # As setup_module does; copies are made before it.
         fabric.strategy.precision.convert_module(net)
         check_dtypes(net, recipe)
+        if augmentation.size is not None:
+            width = checked_width("net", net, augmentation.size)
+            if teacher is not None:
+                checked_width("teacher", teacher, augmentation.size)
+            if not self.embeds:
+                check_labels("data", None if recipe.loss == "none" else raw.labels, width)
+                check_labels("validation", None if seen is None else seen.labels, width)
         # With shards a copy is trained, and those who look at the network look at the whole one, which `_gather` fills.
         self.sharded = isinstance(fabric.strategy, ModelParallelStrategy)
         self.trained = _copied(net) if self.sharded else net
@@ -860,7 +870,13 @@ class _Training:
                 "devices", f"{self.fabric.world_size} processes", f"{len(kept['sums'])}, as when it stopped in an epoch"
             )
         for name, thing in self._state().items():
-            load_whole(thing, kept[name])
+            try:
+                load_whole(thing, kept[name])
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                reason = str(error).partition("\n")[0]
+                raise CheckpointError(
+                    f"{self.folder.state}: {name!r} is not what such a run saves ({type(error).__name__}: {reason})"
+                ) from error
         self.progress = Progress(**kept["progress"])
         self.saved = self.progress.epoch, self.progress.step
         if self.progress.step:
@@ -940,11 +956,8 @@ class _Training:
         self._save()
         if self.fabric.is_global_zero:
             self.folder.write_logs(self.progress)
-        if self.stop["signal"] == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise TrainingInterruptedError(
-            f"training was stopped in {where}; the state is in {self.folder.state}, resume=True (--resume) goes on"
-        )
+        said = f"training was stopped in {where}; the state is in {self.folder.state}, resume=True (--resume) goes on"
+        raise KeyboardInterrupt(said) if self.stop["signal"] == signal.SIGINT else TrainingInterruptedError(said)
 
     def _check_finite(self, images: Tensor, labels: Tensor) -> None:
         """Raise where a step since the last look was not finite, all processes together; the batch is the last one."""

@@ -59,7 +59,6 @@ def test_runs_as_a_module_and_help_loads_no_torch(module):
         ("convert", "--model", "timm:resnet18"),
         ("export", "--model", "timm:resnet18"),
         ("evaluate", "-c", "a.safetensors", "--checkpoint=b.safetensors", "--data", "photos"),
-        ("bench", "network", "resnet18", "--batch", "1", "--batch", "2"),
     ],
 )
 def test_wrong_command_lines(bcos, arguments):
@@ -72,9 +71,14 @@ def test_wrong_command_lines(bcos, arguments):
     assert result.json["error"]["message"]
 
 
-def test_an_option_with_one_value_is_given_once(bcos):
+def test_one_network_is_one(bcos):
     result = bcos("evaluate", "-c", "a.safetensors", "--checkpoint=b.safetensors", "--data", "photos")
     assert "--checkpoint: got 2 values, expected one" in result.err
+    result = bcos("randomise", "-m", "small:resnet20", "-m", "small:vit6", "--data", "photos", "-o", "out")
+    assert "--model: got 2 values, expected one" in result.err
+    # What is given again otherwise counts last, as usual.
+    result = bcos("evaluate", "-c", "a.safetensors", "--size", "0", "--size", "8", "--data", "photos")
+    assert "a.safetensors: no such file" in result.err
 
 
 def test_json_after_a_double_dash_is_a_file_name(bcos):

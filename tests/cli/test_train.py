@@ -237,6 +237,16 @@ def test_bcos_from_scratch_with_a_recipe_file(bcos, data, tmp_path):
             "distillation.logits=0.5",
         ),
         (("finetune", "-c", "x", "--teacher"), "--teacher: got with --checkpoint"),
+        (
+            ("finetune", "-m", "small:resnet20", "--set", "distillation.logits=1"),
+            "--teacher: got without --teacher, and a recipe with a distillation",
+        ),
+        (("train", "-m", "small:resnet20", "--set", "distillation.logits=1"), "--recipe, --set: got a recipe with a"),
+        (
+            ("train", "-m", "small:resnet20", "--conversion", "nope"),
+            "--conversion: got 'nope', expected 'default', 'bcos_v2', 'equivalent' or an existing JSON file",
+        ),
+        (("finetune", "-m", "small:resnet20", "-w", "random", "--conversion", "nope"), "--conversion: got 'nope'"),
     ],
 )
 def test_bad_input_is_named(bcos, data, tmp_path, arguments, message):

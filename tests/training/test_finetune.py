@@ -392,7 +392,7 @@ def test_sigterm_in_an_epoch_saves_and_the_run_goes_on_exactly(tmp_path: Path) -
 
 
 def test_ctrl_c_saves_too(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped in epoch 2, .*--resume\) goes on"):
         finetune(network(), _Signalling(64, 80, signal.SIGINT), PLAIN, output=tmp_path / "run")
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert (state["progress"]["epoch"], state["progress"]["step"] > 0) == (1, True)

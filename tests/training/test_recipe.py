@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bcos_rt.data.augment import Augmentation, Mixing
@@ -65,10 +66,16 @@ def test_replace_reaches_into_parts() -> None:
         ({"optimizer": "sgd", "betas": (0.5, 0.9)}, r"TrainingRecipe\.betas"),
         ({"b_lr": 0.1}, r"TrainingRecipe\.b_lr: got 0\.1 with learn_b=False"),
         ({"distillation": {"temperature": 2.0, "logit_loss": "mse"}}, r"Distillation\.temperature"),
+        ({"distillation": {"modules": ("layer1",)}}, r"Distillation\.modules: got \('layer1',\) with features=0"),
+        ({"distillation": {"feature_loss": "mse"}}, r"Distillation\.feature_loss: got 'mse' with features=0"),
+        ({"distillation": {"logits": 0, "embedding": 1, "logit_loss": "mse"}}, r"Distillation\.logit_loss"),
+        ({"ema": 1}, r"TrainingRecipe\.ema: got 1, expected a number < 1"),
+        ({"augmentation": "none", "augmentation.size": 32}, r"TrainingRecipe\.augmentation: got 'none', expected Aug"),
+        ({"distillation": 3, "distillation.logits": 3}, r"TrainingRecipe\.distillation: got 3, expected Distillation"),
     ],
 )
 def test_bad_values_are_named(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=message):
+    with pytest.raises((InvalidArgumentError, InvalidTypeError), match=message):
         TrainingRecipe().replace(**changes)
 
 
@@ -88,10 +95,11 @@ def test_betas_of_another_type(betas: object) -> None:
 @pytest.mark.parametrize(
     "changes",
     [{"padding": 2.5}, {"padding": float("inf")}, {"magnitude": 9.5}, {"magnitude": 31}, {"scale": 0.5},
-     {"ratio": None}, {"scale": ("a", 1)}, {"ratio": (2, 1)}],
+     {"ratio": None}, {"scale": ("a", 1)}, {"ratio": (2, 1)}, {"magnitude": 20}, {"padding": 9},
+     {"scale": (0.5, 1), "crop": "padded"}],
 )  # fmt: skip
 def test_bad_augmentations_are_named(changes: dict[str, Any]) -> None:
-    (name,) = changes
+    name = next(iter(changes))
     with pytest.raises(InvalidArgumentError, match=rf"Augmentation\.{name}"):
         Augmentation(**changes)
 
@@ -116,7 +124,25 @@ def test_distillation_needs_something_to_do() -> None:
         Distillation(features=1.0)
 
 
+def test_numbers_of_others_are_pythons_own() -> None:
+    """What torch loads from a state file again, and what its distributions take."""
+    recipe = TrainingRecipe(
+        lr=np.float64(0.1), weight_decay=1, betas=(0, np.float64(0.9)), agc=None, mixing=Mixing(cutmix=1),
+        augmentation=Augmentation(flip=1, scale=(np.float64(0.5), 1)), distillation=Distillation(logits=1),
+    )  # fmt: skip
+    settings = (recipe, recipe.mixing, recipe.augmentation, recipe.distillation)
+    assert recipe.mixing is not None
+    assert recipe.distillation is not None
+    numbers = [recipe.lr, recipe.weight_decay, *recipe.betas, recipe.mixing.cutmix, recipe.augmentation.flip,
+               *recipe.augmentation.scale, recipe.distillation.logits]  # fmt: skip
+    assert {type(number) for number in numbers} == {float}
+    assert recipe.agc is None
+    assert all(type(value) is not np.float64 for one in settings for value in vars(one).values())
+
+
 def test_unknown_fields_of_a_file_are_named() -> None:
+    with pytest.raises(InvalidTypeError, match="TrainingRecipe: got list, expected a mapping"):
+        TrainingRecipe.from_dict([1])  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="did you mean 'schedule'"):
         TrainingRecipe.from_dict({"shedule": "cosine"})
     with pytest.raises(InvalidArgumentError, match=r"TrainingRecipe\.augmentation: got field 'sizes'"):

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from bcos_rt.errors import (
     TrainingInterruptedError,
 )
 from bcos_rt.evaluation import evaluate
+from bcos_rt.nn import BcosConv2d, BcosLinear
 from bcos_rt.nn.conventional import ConventionalNetwork
-from bcos_rt.training import TrainingRecipe
+from bcos_rt.training import Distillation, TrainingRecipe
 from tests.training.test_finetune import PLAIN, _Signalling, weights
 from tests.training.worker import colours, convnet, network
 
@@ -211,6 +213,78 @@ def test_states_with_parts_missing_are_named(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "state.pt")
     with pytest.raises(CheckpointError, match="without targets, model"):
         finetune(network(), colours(16), PLAIN, output=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: state.pop("optimizer0"), "'optimizer0' is not what such a run saves"),
+        (lambda state: state.pop("average"), "'average' is not what such a run saves"),
+        (lambda state: state.update(optimizer0={}), "'optimizer0' is not what such a run saves"),
+        (lambda state: state["model"].popitem(), r"'model' is not what such a run saves \(RuntimeError"),
+        (lambda state: state["progress"].update(more=1), "its progress is not that of a run"),
+        (lambda state: state.update(progress={"epoch": 1}), "its progress is not that of a run"),
+    ],
+)
+def test_damaged_states_are_named(damage: Callable[[dict[str, Any]], None], message: str, tmp_path: Path) -> None:
+    recipe = PLAIN.replace(ema=0.9)
+    finetune(network(), colours(16), recipe, output=tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    damage(state)
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match=f"state.pt: .*{message}" if message[0] == "'" else message):
+        finetune(network(), colours(16), recipe, output=tmp_path, resume=True)
+
+
+class FixedSize(nn.Module):
+    """Takes images of 24 pixels a side and says so in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == 24, f"Input height ({x.shape[-1]}) doesn't match model (24)"
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("who", ["net", "teacher"])
+def test_sizes_that_a_network_does_not_take_are_named(who: str, tmp_path: Path) -> None:
+    recipe = PLAIN.replace(epochs=1, **{"augmentation.size": 16}, distillation=Distillation())
+    nets = {"net": network(), "teacher": ConventionalNetwork(convnet())} | {who: ConventionalNetwork(FixedSize())}
+    message = rf"{who}: got .*no images of 16 x 16 pixels \(Input height \(16\).*, expected one that does.*--size"
+    with pytest.raises(InvalidArgumentError, match=message):
+        finetune(nets["net"], colours(16), recipe, teacher=nets["teacher"], output=tmp_path / "run")
+    assert not (tmp_path / "run" / "state.pt").exists()
+    assert nets["net"].training == network().training
+
+
+def test_labels_without_a_logit_are_found_before_the_first_step(tmp_path: Path) -> None:
+    images, labels = colours(16)
+    rows: list[Any] = []
+    with pytest.raises(InvalidArgumentError, match="validation: got label 3, expected labels 0 to 2"):
+        finetune(network(), (images, labels), PLAIN.replace(**{"augmentation.size": 16}),
+                 validation=(images, labels + 1), output=tmp_path / "run", on_epoch=rows.append)  # fmt: skip
+    assert not rows
+    finetune(network(), (images, labels), PLAIN.replace(**{"augmentation.size": 16}), output=tmp_path / "run")
+
+
+def test_what_would_do_nothing_is_refused() -> None:
+    standard = ConventionalNetwork(convnet())
+    with pytest.raises(InvalidArgumentError, match=r"recipe\.sync_norms: got True for a ConventionalNetwork"):
+        finetune(standard, colours(16), PLAIN.replace(sync_norms=True))
+    net = network()
+    own = {layer.b for layer in net.modules() if isinstance(layer, BcosConv2d | BcosLinear)}
+    assert own == {2.0}
+    with pytest.raises(InvalidArgumentError, match=r"recipe\.b_start: got 2, which is the network's own B"):
+        finetune(net, colours(16), PLAIN.replace(b_start=2.0, b_epochs=1.0))
+    with pytest.raises(InvalidArgumentError, match="explain_images: got no image"):
+        finetune(net, colours(16), PLAIN, explain_images=torch.empty(0, 3, 16, 16), output="unused")
+
+
+def test_alphas_may_be_whole_numbers() -> None:
+    for mixing in (Mixing(mixup=1), Mixing(cutmix=1)):
+        assert finetune(network(), colours(16), PLAIN.replace(epochs=1, mixing=mixing)).history
 
 
 def test_a_state_of_other_bytes_is_named_without_the_advice_to_run_it(tmp_path: Path) -> None:

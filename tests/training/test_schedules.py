@@ -85,6 +85,8 @@ def test_biases_fall_to_exactly_zero() -> None:
     ("changes", "message"),
     [
         ({"warmup_epochs": 5.0}, "the learning rate never reaches lr: 5 epochs of warm-up, in a run of 3"),
+        ({"warmup_epochs": 3.0}, "the learning rate never reaches lr: 3 epochs of warm-up, in a run of 3"),
+        ({"warmup_epochs": 2.5, "step_schedule": False}, "the learning rate never reaches lr: 2.5 epochs of warm-up"),
         ({"warmup_steps": 40}, "the learning rate never reaches lr: 4 epochs of warm-up, in a run of 3"),
         ({"b_start": 1.0, "b_epochs": 3.5}, "B does not reach the network's own: 3.5 epochs of b_epochs, in a run"),
         ({"bias_decay_epochs": 4.0}, "biases do not reach 0: 4 epochs of bias_decay_epochs, in a run of 3"),
@@ -96,5 +98,5 @@ def test_what_a_run_is_too_short_for(changes: dict[str, float], message: str) ->
 
 
 def test_what_a_run_is_just_long_enough_for() -> None:
-    recipe = TrainingRecipe(epochs=3, warmup_steps=30, b_start=1.0, b_epochs=3.0, bias_decay_epochs=3.0)
+    recipe = TrainingRecipe(epochs=3, warmup_steps=29, b_start=1.0, b_epochs=3.0, bias_decay_epochs=3.0)
     assert Schedule(recipe, 10).unfinished() == []
