@@ -421,8 +421,14 @@ def test_truncated_files(tiny, tmp_path):
 def test_files_of_others(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         load(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+    with pytest.raises(CheckpointError, match=r"holds no config\.json$"):
         load(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("last", "best"):
+        (run / f"{name}.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"\(but best\.safetensors, last\.safetensors: name one of them\)"):
+        load(run)
     plain = tmp_path / "plain.safetensors"
     save_file({"w": torch.zeros(1)}, plain)
     with pytest.raises(CheckpointError, match=r"bcos_rt\.save did not write.*weights=FILE"):

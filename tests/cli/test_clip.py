@@ -192,6 +192,7 @@ def test_export_of_a_checkpoint(bcos, options, tower, checkpoint, tmp_path):
     for arguments, message in (
         ((*options, "-c", tower), "--clip, --checkpoint"),
         ((*options, "-m", "timm:resnet18"), "--clip, --model"),
+        (("-c", run / "best.safetensors"), "an image tower, expected --clip NAME beside it"),
         (("-c", checkpoint, "--pooling", "max"), "pooling"),
     ):
         result = bcos("export", *arguments, "-o", tmp_path / "other.onnx")
