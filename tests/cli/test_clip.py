@@ -192,7 +192,6 @@ def test_export_of_a_checkpoint(bcos, options, tower, checkpoint, tmp_path):
     for arguments, message in (
         ((*options, "-c", tower), "--clip, --checkpoint"),
         ((*options, "-m", "timm:resnet18"), "--clip, --model"),
-        (("-c", run / "best.safetensors"), "an image tower, expected --clip NAME beside it"),
         (("-c", checkpoint, "--pooling", "max"), "pooling"),
     ):
         result = bcos("export", *arguments, "-o", tmp_path / "other.onnx")
@@ -331,6 +330,7 @@ def test_finetune(bcos, options, model, checkpoint, data, tmp_path):
         ((*options, "-m", "timm:resnet18"), "--clip, --model"),
         ((*options, "--num-classes", 3), "--clip, --num-classes"),
         ((*options, "-c", checkpoint), "which returns logits"),
+        (("-c", run / "best.safetensors"), "an image tower, expected --clip NAME beside it"),
     ):
         result = bcos("finetune", *arguments, "--data", data, "-o", tmp_path / "other", *how)
         assert (result.code, message in result.err) == (2, True), result.err
