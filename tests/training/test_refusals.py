@@ -269,7 +269,7 @@ def test_labels_without_a_logit_are_found_before_the_first_step(tmp_path: Path) 
     finetune(network(), (images, labels), PLAIN.replace(**{"augmentation.size": 16}), output=tmp_path / "run")
 
 
-def test_what_would_do_nothing_is_refused() -> None:
+def test_what_would_do_nothing_is_refused(tmp_path: Path) -> None:
     standard = ConventionalNetwork(convnet())
     with pytest.raises(InvalidArgumentError, match=r"recipe\.sync_norms: got True for a ConventionalNetwork"):
         finetune(standard, colours(16), PLAIN.replace(sync_norms=True))
@@ -279,7 +279,7 @@ def test_what_would_do_nothing_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match=r"recipe\.b_start: got 2, which is the network's own B"):
         finetune(net, colours(16), PLAIN.replace(b_start=2.0, b_epochs=1.0))
     with pytest.raises(InvalidArgumentError, match="explain_images: got no image"):
-        finetune(net, colours(16), PLAIN, explain_images=torch.empty(0, 3, 16, 16), output="unused")
+        finetune(net, colours(16), PLAIN, explain_images=torch.empty(0, 3, 16, 16), output=tmp_path)
 
 
 def test_alphas_may_be_whole_numbers() -> None:
