@@ -133,6 +133,7 @@ VARIANTS: dict[str, Variant] = {
     "features": Variant(10, training=TO_FEATURES, start="blocks", recalibrated=False),
     # At the size at which networks are measured.
     "features_224": Variant(10, training=TO_FEATURES_224, start="blocks", recalibrated=False),
+    "features_224_b1.5": Variant(10, training=TO_FEATURES_224, start="blocks_b1.5", recalibrated=False),
     "features_224_biases_kept": Variant(10, training=TO_FEATURES_224, start="blocks_biases_kept", recalibrated=False),
 }
 
