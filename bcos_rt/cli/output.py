@@ -114,7 +114,7 @@ def print_json(data: Mapping[str, Any], stream: TextIO) -> None:
     stream.flush()
 
 
-# What other commands take several of, so that a second one is no correction of the first.
+# Options that name the network. Other commands take several: a second one is no correction of the first.
 _ONCE = ("--checkpoint", "--model", "--weights", "--clip")
 
 
@@ -127,11 +127,12 @@ class Command(typer.core.TyperCommand):
         Raises:
             InvalidArgumentError: an option that names the one network is there twice.
         """
-        given = self.make_parser(ctx).parse_args(args=list(args))[2]
+        rest = super().parse_args(ctx, list(args))
+        given = [] if ctx.resilient_parsing else self.make_parser(ctx).parse_args(args=list(args))[2]
         for option, often in Counter(p for p in given if isinstance(p, typer.core.TyperOption)).items():
             if often > 1 and not option.multiple and option.opts[0] in _ONCE:
                 raise InvalidArgumentError(option.opts[0], f"{often} values", "one")
-        return super().parse_args(ctx, args)
+        return rest
 
 
 class CommandGroup(typer.core.TyperGroup):

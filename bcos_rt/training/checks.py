@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
-from bcos_rt.conversion.equivalence import evaluating
-from bcos_rt.errors import BcosError, InvalidArgumentError, InvalidTypeError
+from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 from bcos_rt.nn.exponent import exponents
 from bcos_rt.nn.network import BcosNetwork, EmbeddingLayer
 from bcos_rt.nn.norms import BatchNormUncentered2d
@@ -21,9 +23,9 @@ __all__ = [
     "check_metrics",
     "checked_output",
     "checked_pictures",
-    "checked_width",
     "embeds",
     "learns_outputs",
+    "naming_refusals",
 ]
 
 
@@ -80,28 +82,26 @@ def check_labels(argument: str, labels: Tensor | None, classes: int) -> None:
         check_label(int(labels.max()), classes, argument)
 
 
-@torch.no_grad()
-def checked_width(argument: str, net: nn.Module, size: int) -> int:
-    """How many numbers a network returns for an image of ``size`` pixels a side: its classes, or an embedding's D.
+# How networks say that they do not take an image: an assertion, an index, a shape.
+_REFUSALS = (AssertionError, IndexError, InvalidArgumentError, RuntimeError, TypeError, ValueError)
 
-    Raises:
-        InvalidArgumentError: ``argument`` takes no such image, in whatever way it says so.
-        InvalidTypeError: it returns something else.
-    """
-    like = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
-    image = torch.full((1, 3, size, size), 0.5, dtype=like.dtype, device=like.device)
+
+@contextmanager
+def naming_refusals(argument: str, net: nn.Module, images: Tensor) -> Iterator[None]:
+    """Inside, a network answers images [N, 3, H, W]: where it does not, ``argument`` is named, and their size."""
     try:
-        with evaluating(net):
-            output = net(image)
-    except BcosError:
+        yield
+    except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # each network says it in its own way
+    except _REFUSALS as error:
+        # Images that are not finite are another matter.
+        if isinstance(error, InvalidArgumentError) and error.argument == "images":
+            raise
+        height, width = images.shape[2:]
         reason = str(error).partition("\n")[0] or type(error).__name__
-        got = f"a {type(net).__name__} that takes no images of {size} x {size} pixels ({reason})"
-        raise InvalidArgumentError(
-            argument, got, "one that does", " (or another recipe.augmentation.size, --size)"
-        ) from error
-    return checked_output(output).shape[1]
+        got = f"a {type(net).__name__} that does not take images of {height} x {width} pixels ({reason})"
+        expected = "one that does"
+        raise InvalidArgumentError(argument, got, expected, " (or another recipe.augmentation.size, --size)") from error
 
 
 def check_dtypes(net: nn.Module, recipe: TrainingRecipe) -> None:
@@ -125,13 +125,17 @@ def checked_output(output: object) -> Tensor:
     raise InvalidTypeError("net", f"an output of {got}", "logits [N, classes], or embeddings [N, D]", hint)
 
 
-def check_bcos(net: nn.Module, recipe: TrainingRecipe) -> None:
-    """Refuse what is of B-cos layers, or of their norms, where there are none."""
-    if recipe.sync_norms and not any(isinstance(module, BatchNormUncentered2d) for module in net.modules()):
+def check_bcos(net: nn.Module, recipe: TrainingRecipe, begun: bool) -> None:
+    """Refuse what is of B-cos layers, or of their norms, where there are none; what a begun run has, it keeps."""
+    if (
+        recipe.sync_norms
+        and not begun
+        and not any(isinstance(module, BatchNormUncentered2d) for module in net.modules())
+    ):
         got = f"True for a {type(net).__name__} without uncentred batch norms"
         raise InvalidArgumentError("recipe.sync_norms", got, "False: there is nothing to synchronise")
     found = exponents(net)
-    if recipe.b_start is not None and found and all(b == recipe.b_start for b in found.values()):
+    if recipe.b_start is not None and found and not begun and all(b == recipe.b_start for b in found.values()):
         got = f"{recipe.b_start:g}, which is the network's own B"
         raise InvalidArgumentError("recipe.b_start", got, "a B to rise from, or None")
     if found:

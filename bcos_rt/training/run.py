@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bcos_rt.checkpoint import save
-from bcos_rt.errors import CheckpointError, InvalidArgumentError
+from bcos_rt.errors import CheckpointError, InvalidArgumentError, InvalidTypeError
 from bcos_rt.files import read_rows, remove_leftovers, replacing, write_csv, write_json
 from bcos_rt.models.weights import classifier_metadata, read_torch_file
 from bcos_rt.nn.conventional import ConventionalNetwork, inner_network
@@ -154,7 +154,11 @@ class RunFolder:
         if not isinstance(held, dict) or set(held) != {entry.name for entry in fields(Progress)}:
             raise CheckpointError(f"{self.state}: its progress is not that of a run")
         # Fields that a recipe did not have yet when the run began are at their defaults.
-        then, now = _plain(TrainingRecipe.from_dict(state["recipe"]).to_dict()), _plain(recipe.to_dict())
+        try:
+            began = TrainingRecipe.from_dict(state["recipe"])
+        except (InvalidArgumentError, InvalidTypeError) as error:
+            raise CheckpointError(f"{self.state}: its recipe is none of this version's ({error})") from error
+        then, now = _plain(began.to_dict()), _plain(recipe.to_dict())
         other = [k for k in now if k not in FREE_FIELDS and then.get(k) != now[k]]
         if other:
             changed = ", ".join(f"{k}={now[k]!r} (was {then.get(k)!r})" for k in other)

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -54,9 +54,9 @@ from bcos_rt.training.checks import (
     check_metrics,
     checked_output,
     checked_pictures,
-    checked_width,
     embeds,
     learns_outputs,
+    naming_refusals,
 )
 from bcos_rt.training.finite import FirstBad, all_finite, first_not_finite, is_finite
 from bcos_rt.training.launch import begin_logs_at, make_fabric
@@ -259,10 +259,13 @@ class _Training:
             net.image_size = augmentation.size
         self.embeds = embeds(net, recipe)
         check_metrics(self.embeds, recipe, validation is not None, explain_images is not None)
-        check_bcos(net, recipe)
+        check_bcos(net, recipe, begun=folder is not None and folder.state.exists())
         check_labelled("data", raw.labels, recipe.loss == "none")
         if seen is not None:
             check_labelled("validation", seen.labels, teacher is not None)
+        # For the first step of this process; then nothing is left to be found out.
+        self.answered = False
+        self.validation_labels = None if seen is None or self.embeds else seen.labels
         self.progress = Progress()
         self.fused = fabric.device.type in FUSED_DEVICES
         self.eager_numbers = not self.fused
@@ -276,13 +279,6 @@ class _Training:
         # As setup_module does; copies are made before it.
         fabric.strategy.precision.convert_module(net)
         check_dtypes(net, recipe)
-        if augmentation.size is not None:
-            width = checked_width("net", net, augmentation.size)
-            if teacher is not None:
-                checked_width("teacher", teacher, augmentation.size)
-            if not self.embeds:
-                check_labels("data", None if recipe.loss == "none" else raw.labels, width)
-                check_labels("validation", None if seen is None else seen.labels, width)
         # With shards a copy is trained, and those who look at the network look at the whole one, which `_gather` fills.
         self.sharded = isinstance(fabric.strategy, ModelParallelStrategy)
         self.trained = _copied(net) if self.sharded else net
@@ -530,14 +526,15 @@ class _Training:
         losses: dict[str, Tensor] = {}
         taught: Tensor | None = None
         if self.teaching is None:
-            logits = checked_output(model(images))
+            logits = self._answer(model, images)
         else:
             with self.teaching.watching() as seen:
-                logits = checked_output(model(images))
-                with self.fabric.autocast():
+                logits = self._answer(model, images)
+                with self.fabric.autocast(), self._first_answer("teacher", self.teaching.teacher, images):
                     taught = self.teaching.teach(images)
             # Outside autocast: products of embeddings are too coarse in half precision.
             losses |= self.teaching(logits, taught, seen)
+        self.answered = True
         if self.label_loss is not None:
             check_label(self.largest_label, logits.shape[1])
             losses["labels"] = self.label_loss(logits.float() if logits.dtype.itemsize < 4 else logits, labels)
@@ -552,6 +549,17 @@ class _Training:
         if taught is not None and not self.labelled and taught.shape == logits.shape:
             hard = torch.where(hard < 0, taught.argmax(1), hard)
         return losses, (logits.detach().argmax(1) == hard).float().mean()
+
+    def _answer(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        with self._first_answer("net", self.net, images):
+            output = model(images)
+        output = checked_output(output)
+        if not self.answered:
+            check_labels("validation", self.validation_labels, output.shape[1])
+        return output
+
+    def _first_answer(self, argument: str, net: nn.Module, images: Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self.answered else naming_refusals(argument, net, images)
 
     def _update(self, step: int) -> None:
         self._exchange_others()

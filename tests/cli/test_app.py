@@ -76,6 +76,7 @@ def test_one_network_is_one(bcos):
     assert "--checkpoint: got 2 values, expected one" in result.err
     result = bcos("randomise", "-m", "small:resnet20", "-m", "small:vit6", "--data", "photos", "-o", "out")
     assert "--model: got 2 values, expected one" in result.err
+    assert bcos("evaluate", "-c", "a", "-c", "b", "--help").code == 0
     # What is given again otherwise counts last, as usual.
     result = bcos("evaluate", "-c", "a.safetensors", "--size", "0", "--size", "8", "--data", "photos")
     assert "a.safetensors: no such file" in result.err

@@ -561,6 +561,8 @@ def test_tensorboard_forgets_what_a_killed_run_did_after_its_state(tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         finetune(network(), colours(32), recipe, output=run, on_epoch=killed)
     shutil.copy(tmp_path / "state.pt", run)
+    # TensorBoard reads files in the order of their names: the second they were made in, then a count ("10" before "9").
+    time.sleep(1.1)
     finetune(network(), colours(32), recipe, output=run, resume=True)
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()

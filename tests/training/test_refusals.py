@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bcos_rt import finetune, load
+from bcos_rt import Recipe, bcosify, finetune, load
 from bcos_rt.data import Mixing
 from bcos_rt.errors import (
     CheckpointError,
@@ -28,6 +28,7 @@ from bcos_rt.errors import (
 from bcos_rt.evaluation import evaluate
 from bcos_rt.nn import BcosConv2d, BcosLinear
 from bcos_rt.nn.conventional import ConventionalNetwork
+from bcos_rt.nn.exponent import exponents, set_exponents
 from bcos_rt.training import Distillation, TrainingRecipe
 from tests.training.test_finetune import PLAIN, _Signalling, weights
 from tests.training.worker import colours, convnet, network
@@ -252,21 +253,61 @@ class FixedSize(nn.Module):
 def test_sizes_that_a_network_does_not_take_are_named(who: str, tmp_path: Path) -> None:
     recipe = PLAIN.replace(epochs=1, **{"augmentation.size": 16}, distillation=Distillation())
     nets = {"net": network(), "teacher": ConventionalNetwork(convnet())} | {who: ConventionalNetwork(FixedSize())}
-    message = rf"{who}: got .*no images of 16 x 16 pixels \(Input height \(16\).*, expected one that does.*--size"
+    message = rf"{who}: got .*not take images of 16 x 16 pixels \(Input height \(16\).*, expected one that does.*--size"
     with pytest.raises(InvalidArgumentError, match=message):
         finetune(nets["net"], colours(16), recipe, teacher=nets["teacher"], output=tmp_path / "run")
     assert not (tmp_path / "run" / "state.pt").exists()
-    assert nets["net"].training == network().training
+    # Nothing stands in the way of another try.
+    finetune(network(), colours(16), recipe, teacher=ConventionalNetwork(convnet()), output=tmp_path / "run")
 
 
-def test_labels_without_a_logit_are_found_before_the_first_step(tmp_path: Path) -> None:
-    images, labels = colours(16)
-    rows: list[Any] = []
+def test_a_bcos_network_of_one_size_is_named() -> None:
+    source = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 12 * 12, 3))
+    net, _ = bcosify(source, Recipe(mean=(0, 0, 0), std=(1, 1, 1)))
+    with pytest.raises(InvalidArgumentError, match=r"net: got a BcosNetwork that does not take images of 16 x 16"):
+        finetune(net, colours(16), PLAIN.replace(learn_b=True))
+    assert all(isinstance(layer.b, float) for layer in net.modules() if isinstance(layer, BcosConv2d | BcosLinear))
+
+
+def test_validation_labels_without_a_logit_are_found_in_the_first_step(tmp_path: Path) -> None:
+    images, labels = colours(32)
+    net = network()
+    before = weights(net)
     with pytest.raises(InvalidArgumentError, match="validation: got label 3, expected labels 0 to 2"):
-        finetune(network(), (images, labels), PLAIN.replace(**{"augmentation.size": 16}),
-                 validation=(images, labels + 1), output=tmp_path / "run", on_epoch=rows.append)  # fmt: skip
-    assert not rows
-    finetune(network(), (images, labels), PLAIN.replace(**{"augmentation.size": 16}), output=tmp_path / "run")
+        finetune(net, (images, labels), PLAIN, validation=(images, labels + 1), output=tmp_path / "run")
+    assert all(torch.equal(value, before[name]) for name, value in net.named_parameters())
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_a_begun_run_keeps_what_it_has(tmp_path: Path) -> None:
+    recipe = PLAIN.replace(b_start=1.0, b_epochs=1.0)
+    with pytest.raises(TrainingInterruptedError):
+        finetune(network(), _Signalling(48, 70, signal.SIGTERM), recipe, output=tmp_path)
+    other = network()
+    set_exponents(other, dict.fromkeys(exponents(other), 1.0))
+    finetune(other, _Signalling(48, None, 0), recipe, output=tmp_path, resume=True)
+    assert set(exponents(other).values()) == {2.0}
+
+
+def test_frozen_parts_in_half_precision_are_taken() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.fc = nn.Conv2d(3, 4, 3).bfloat16().requires_grad_(False), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.trunk(x.bfloat16()).float().mean((2, 3)))
+
+    recipe = PLAIN.replace(epochs=1, distillation=Distillation(), **{"augmentation.size": 16})
+    finetune(Half(), colours(16), recipe, teacher=Half())
+
+
+def test_a_teacher_of_features_alone_returns_what_it_likes() -> None:
+    module = next(name for name, m in convnet().named_modules() if isinstance(m, nn.Conv2d))
+    taught = Distillation(logits=0, features=1, modules=(module,))
+    student, teacher = ConventionalNetwork(convnet()), ConventionalNetwork(convnet())
+    teacher.forward = lambda x: (ConventionalNetwork.forward(teacher, x), x)[1]  # type: ignore[method-assign]
+    assert finetune(student, colours(16), PLAIN.replace(epochs=1, distillation=taught), teacher=teacher).history
 
 
 def test_what_would_do_nothing_is_refused(tmp_path: Path) -> None:
@@ -285,6 +326,15 @@ def test_what_would_do_nothing_is_refused(tmp_path: Path) -> None:
 def test_alphas_may_be_whole_numbers() -> None:
     for mixing in (Mixing(mixup=1), Mixing(cutmix=1)):
         assert finetune(network(), colours(16), PLAIN.replace(epochs=1, mixing=mixing)).history
+
+
+def test_a_recipe_of_another_version_is_named(tmp_path: Path) -> None:
+    finetune(network(), colours(16), PLAIN, output=tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state["recipe"]["augmentation"]["magnitude"] = 20
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match=r"state.pt: its recipe is none of this version's \(Augmentation.magn"):
+        finetune(network(), colours(16), PLAIN, output=tmp_path, resume=True)
 
 
 def test_a_state_of_other_bytes_is_named_without_the_advice_to_run_it(tmp_path: Path) -> None:
