@@ -28,12 +28,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from torchvision.transforms import functional as transforms
 
-from bcos_rt import BcosNetwork, Recipe, bcosify, load, recalibrate, save
+from bcos_rt import BcosNetwork, Recipe, bcosify, explain, load, recalibrate, save
 from bcos_rt.data import Augmentation
 from bcos_rt.files import write_csv, write_json
 from bcos_rt.images import load_image, resized
 from bcos_rt.models import load_model
 from bcos_rt.nn.conventional import ConventionalNetwork
+from bcos_rt.nn.exponent import bcos_layers
 from bcos_rt.training import Distillation, TrainingRecipe, finetune
 from bench.few_images.blocks import fit_blocks
 from bench.few_images.picture import draw, draw_explained
@@ -216,7 +217,8 @@ def table(results: Results = RESULTS, output: Output = ROOT / "docs") -> None:
             rows.append({"variant": name, "epochs": epochs, **json.loads(path.read_text())})
     if not rows:
         raise typer.BadParameter(f"{results} holds nothing that was measured", param_hint="--results")
-    columns = ("variant", "epochs", "top1", "top5", "agreement", "localisation", "best_posthoc", "completeness")
+    columns = ("variant", "epochs", "top1", "top5", "agreement", "localisation", "best_posthoc", "completeness",
+               "residual")  # fmt: skip
     (output / "results").mkdir(parents=True, exist_ok=True)
     write_csv(output / "results" / "few_images.csv", rows, columns)
 
@@ -326,6 +328,11 @@ def _measured(name: str, net: nn.Module, held_out: tuple[Tensor, Tensor], folder
     }  # fmt: skip
     post_hoc = ["gradient", "input_x_gradient", "grad_cam", "random"]
     methods = ["bcos"] if isinstance(net, BcosNetwork) else post_hoc
+    if isinstance(net, BcosNetwork) and any(layer.bias is not None for layer in bcos_layers(net).values()):
+        # What biases add is no pixel's: the share of the top class's logit that no explanation shows.
+        explained = [explain(net, part.to(like)) for part in data[0].split(25)]
+        shares = torch.cat([one.residual / one.target_logit() for one in explained])
+        result["residual"] = float(shares.double().median())
     # The teacher's sure images for all: a network that is sure of few would play with few.
     nets = {"teacher": source, name: net} if name != "teacher" else {"teacher": net}
     chosen = {"teacher": ["random"], name: methods}
