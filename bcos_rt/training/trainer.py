@@ -653,8 +653,9 @@ class _Training:
 
     def _classes(self, images: Tensor) -> int:
         if not hasattr(self, "_class_count"):
-            with torch.no_grad():
-                self._class_count = checked_output(self._run(self.trained.eval(), images[:1])).shape[1]
+            with torch.no_grad(), self._first_answer("net", self.net, images):
+                output = self._run(self.trained.eval(), images[:1])
+            self._class_count = checked_output(output).shape[1]
             self._train_mode()
         return self._class_count
 

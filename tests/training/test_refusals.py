@@ -249,9 +249,9 @@ class FixedSize(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("who", ["net", "teacher"])
-def test_sizes_that_a_network_does_not_take_are_named(who: str, tmp_path: Path) -> None:
-    recipe = PLAIN.replace(epochs=1, **{"augmentation.size": 16}, distillation=Distillation())
+@pytest.mark.parametrize(("who", "mixing"), [("net", None), ("net", Mixing(mixup=0.4)), ("teacher", None)])
+def test_sizes_that_a_network_does_not_take_are_named(who: str, mixing: Mixing | None, tmp_path: Path) -> None:
+    recipe = PLAIN.replace(epochs=1, **{"augmentation.size": 16}, distillation=Distillation(), mixing=mixing)
     nets = {"net": network(), "teacher": ConventionalNetwork(convnet())} | {who: ConventionalNetwork(FixedSize())}
     message = rf"{who}: got .*not take images of 16 x 16 pixels \(Input height \(16\).*, expected one that does.*--size"
     with pytest.raises(InvalidArgumentError, match=message):
