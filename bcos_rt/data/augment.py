@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
@@ -15,7 +16,7 @@ from torchvision.transforms import InterpolationMode, v2
 from bcos_rt.data.loading import seeded
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["Augmentation", "Mixing", "make_plain"]
+__all__ = ["Augmentation", "Mixing", "check_used", "make_plain"]
 
 # Shorter side of an evaluated image over the side of its centre crop, as in bcos_rt.images.load_image.
 CROP_FRACTION = 0.875
@@ -34,6 +35,21 @@ def make_plain(settings: Any) -> None:
             object.__setattr__(settings, entry.name, float(value))
         elif hint == tuple[float, float]:
             object.__setattr__(settings, entry.name, tuple(map(float, value)))
+
+
+def check_used(settings: Any, used_by: Mapping[str, tuple[str, tuple[Any, ...]]]) -> None:
+    """Refuse a field that is not at its default where the choice in another field does not use it.
+
+    Args:
+        settings: a dataclass.
+        used_by: by field, the other one and its choices that use it.
+    """
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(settings)}
+    for name, (by, users) in used_by.items():
+        if getattr(settings, by) not in users and getattr(settings, name) != defaults[name]:
+            got = f"{getattr(settings, name)!r} with {by}={getattr(settings, by)!r}, which does not use it"
+            expected = f"{defaults[name]!r}, or {by} {' or '.join(map(repr, users))}"
+            raise InvalidArgumentError(f"{type(settings).__name__}.{name}", got, expected)
 
 
 @dataclass(frozen=True)
@@ -92,10 +108,7 @@ class Augmentation:
             if not two or not 0 < value[0] <= value[1] < math.inf:
                 raise InvalidArgumentError(f"Augmentation.{name}", repr(value), "two numbers, 0 < low <= high")
         make_plain(self)
-        for name, (by, user) in _USED_BY.items():
-            if getattr(self, by) != user and getattr(self, name) != _DEFAULTS[name]:
-                got = f"{getattr(self, name)!r} with {by}={getattr(self, by)!r}, which does not use it"
-                raise InvalidArgumentError(f"Augmentation.{name}", got, f"{_DEFAULTS[name]!r}, or {by} {user!r}")
+        check_used(self, _USED_BY)
 
     @classmethod
     def imagenet(cls, size: int = 224, **changes: Any) -> Augmentation:
@@ -151,11 +164,10 @@ class Augmentation:
         return v2.Compose(steps)
 
 
-# Fields that only one choice of another field uses; elsewhere they are at their defaults.
-_DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(Augmentation)}
+# Fields that only one choice of another field uses.
 _USED_BY = {
-    "scale": ("crop", "resized"), "ratio": ("crop", "resized"), "padding": ("crop", "padded"),
-    "magnitude": ("policy", "rand_augment"),
+    "scale": ("crop", ("resized",)), "ratio": ("crop", ("resized",)), "padding": ("crop", ("padded",)),
+    "magnitude": ("policy", ("rand_augment",)),
 }  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def numbered(classes: Sequence[str], of_training: Sequence[str], data: str) -> l
     unknown = sorted(set(classes) - set(of_training))
     if unknown:
         raise InvalidArgumentError(
-            "data", f"{data} with the classes {', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}",
+            "data", f"{data} with the classes {_first_of(unknown, 5)}",
             "classes that the training split has", did_you_mean(unknown[0], of_training),
         )  # fmt: skip
     return sorted(of_training)
@@ -124,8 +124,8 @@ def check_numbers(names: Sequence[str] | None, others: Sequence[str] | None, arg
             raise InvalidArgumentError(argument, found, f"class {numbers[name]} of {len(others)}, as {whose}")
 
 
-def _first_of(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+def _first_of(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + ", ..." * (len(names) > count)
 
 
 def class_numbers(

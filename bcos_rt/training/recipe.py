@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from bcos_rt.data.augment import Augmentation, Mixing, make_plain
+from bcos_rt.data.augment import Augmentation, Mixing, check_used, make_plain
 from bcos_rt.errors import InvalidArgumentError, InvalidTypeError, did_you_mean
 
 __all__ = ["Distillation", "TrainingRecipe"]
@@ -234,11 +234,7 @@ class TrainingRecipe:
                 "TrainingRecipe.ema", 1, "a number < 1, or None: the average would stay as it is"
             )
         make_plain(self)
-        for name, (by, users) in _USED_BY.items():
-            if getattr(self, by) not in users and getattr(self, name) != _DEFAULTS[name]:
-                got = f"{getattr(self, name)!r} with {by}={getattr(self, by)!r}, which does not use it"
-                expected = f"{_DEFAULTS[name]!r}, or {by} {' or '.join(map(repr, users))}"
-                raise InvalidArgumentError(f"TrainingRecipe.{name}", got, expected)
+        check_used(self, _USED_BY)
         if not (self.warmup_epochs or self.warmup_steps):
             for name in ("warmup", "warmup_factor"):
                 if getattr(self, name) != _DEFAULTS[name]:
@@ -357,8 +353,8 @@ class TrainingRecipe:
 
 
 _FIELDS = tuple(entry.name for entry in fields(TrainingRecipe))
-# Fields that only some choices of another field use; elsewhere they are at their defaults.
 _DEFAULTS = {entry.name: entry.default for entry in fields(TrainingRecipe)}
+# Fields that only some choices of another field use.
 _USED_BY = {
     "momentum": ("optimizer", ("sgd",)),
     "betas": ("optimizer", ("adam", "adamw")),
